@@ -1,0 +1,1 @@
+"""The Hydra configuration of `train.py`: one folder per group."""

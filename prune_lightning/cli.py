@@ -1,0 +1,117 @@
+"""The command line: compose the configuration, run its task, turn the user's errors into one clear line."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from prune_lightning.errors import UserError, near
+
+
+def config_folder() -> str:
+    """Return the folder of the shipped configuration."""
+    return str(Path(str(resources.files("prune_lightning.configs").joinpath("train.yaml"))).parent)
+
+
+def _run(config: DictConfig) -> None:
+    """Run the configured task; a reason is left in the run folder if the user has to mend something."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    try:
+        if missing:
+            raise UserError("these settings need a value: " + ", ".join(f"{key}=..." for key in missing))
+        hydra.utils.get_method(config.task)(config)
+    except Exception as error:
+        reason = _user_error(error)
+        if reason is None:
+            raise
+        Path(HydraConfig.get().runtime.output_dir, "error.txt").write_text(reason + "\n", "utf-8")
+        _give_up(reason)
+
+
+def main() -> None:
+    """Run the command line; exit with 2, without a traceback, on an error that is the user's to mend."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, so that they can be told apart here
+    try:
+        hydra.main(version_base="1.3", config_path=config_folder(), config_name="train")(_run)()
+    except Exception as error:
+        reason = _user_error(error)
+        if reason is None:
+            raise
+        _give_up(reason)
+
+
+def _give_up(reason: str) -> NoReturn:
+    sys.stderr.write(f"error: {reason}\n")
+    sys.exit(2)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _user_error(error: BaseException) -> str | None:
+    """Return what to tell the user, or ``None`` if the error is not theirs."""
+    chain = list(_chain(error))
+    for cause in chain:
+        if isinstance(cause, UserError):
+            return str(cause)
+        if isinstance(cause, MissingConfigException):
+            return _missing_option(cause)
+        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
+            return _unknown_key(str(cause.full_key or cause.key))
+        if isinstance(cause, MissingMandatoryValue):
+            return f"this setting needs a value: {cause.full_key}=..."
+    for cause in chain:
+        if isinstance(cause, (ConfigCompositionException, OmegaConfBaseException)):
+            return str(cause).splitlines()[0]
+        if isinstance(cause, HydraException) and isinstance(cause.__cause__, TypeError):
+            return f"{str(cause).splitlines()[0]} ({cause.__cause__})"
+        if isinstance(cause, HydraException) and cause.__cause__ is None:
+            return str(cause).splitlines()[0]
+    return None
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    found = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
+    if not found or not error.options:
+        return str(error).splitlines()[0]
+    group, option = found.groups()
+    options = [name for name in error.options if name != "base"]
+    return f"unknown option {group}={option}: {near(option, options)}"
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in config:
+        yield f"{prefix}{key}"
+        node = OmegaConf.to_container(config, resolve=False)[key]  # type: ignore[index,call-overload]
+        if isinstance(node, dict):
+            yield from _keys(OmegaConf.create(node), f"{prefix}{key}.")
+
+
+def _unknown_key(name: str) -> str:
+    """Return the message for a key that the configuration has not, with those of the chosen groups that come near."""
+    folder = Path(config_folder())
+    groups = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("_")]
+    chosen = [word for word in sys.argv[1:] if word.split("=")[0].lstrip("+~") in groups]
+    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+        try:
+            config = hydra.compose("train", overrides=chosen)
+        except HydraException:
+            config = hydra.compose("train")
+    keys = [*_keys(config), *groups]
+    scope, _, last = name.rpartition(".")
+    siblings = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == scope]
+    return f"unknown key {name!r}: {near(last, siblings) if siblings else near(name, keys)}"

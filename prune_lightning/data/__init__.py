@@ -1,0 +1,1 @@
+"""Edit streams: where requests come from, and in what protocol they are written."""

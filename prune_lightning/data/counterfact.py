@@ -1,0 +1,41 @@
+"""CounterFact, in its original schema (Meng et al., 2022) and in EasyEdit's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prune_lightning.data.files import FileStream
+from prune_lightning.types import EditRequest, Probe
+
+
+class CounterFact(FileStream):
+    """Counterfactual edits; a record with ``requested_rewrite`` is read as the original schema, others as EasyEdit's."""
+
+    def parse(self, row: dict[str, Any], case_id: int) -> EditRequest:
+        """Turn one record into a request."""
+        return self._original(row, case_id) if "requested_rewrite" in row else self._easyedit(row, case_id)
+
+    def _original(self, row: dict[str, Any], case_id: int) -> EditRequest:
+        rewrite = row["requested_rewrite"]
+        old = rewrite["target_true"]["str"].strip()
+        return EditRequest(
+            case_id=row.get("case_id", case_id),
+            subject=rewrite["subject"],
+            prompt=rewrite["prompt"].replace("{}", rewrite["subject"]).rstrip(),
+            target_new=rewrite["target_new"]["str"].strip(),
+            target_old=old,
+            paraphrases=tuple(row.get("paraphrase_prompts", ())),
+            locality=tuple(Probe(prompt, old) for prompt in row.get("neighborhood_prompts", ())),
+        )
+
+    def _easyedit(self, row: dict[str, Any], case_id: int) -> EditRequest:
+        probe = row.get("locality_prompt")
+        return EditRequest(
+            case_id=row.get("case_id", case_id),
+            subject=row["subject"],
+            prompt=row["prompt"].rstrip(),
+            target_new=row["target_new"].strip(),
+            target_old=row["ground_truth"].strip(),
+            paraphrases=(row["rephrase_prompt"],) if row.get("rephrase_prompt") else (),
+            locality=(Probe(probe, row["locality_ground_truth"].strip()),) if probe else (),
+        )

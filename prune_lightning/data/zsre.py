@@ -1,0 +1,39 @@
+"""zsRE, in the schema of MEND (Mitchell et al., 2022)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prune_lightning.data.files import FileStream
+from prune_lightning.errors import UserError, near
+from prune_lightning.types import EditRequest, Probe
+
+
+class ZsRE(FileStream):
+    """Question-answer edits.
+
+    Args:
+        target: ``alt`` writes the alternative answer (as EasyEdit does), ``answers`` the true one (as MEMIT does);
+            the two are different tasks, and the run's configuration says which was used.
+        kwargs: See :class:`~prune_lightning.data.files.FileStream`.
+    """
+
+    def __init__(self, target: str = "alt", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if target not in ("alt", "answers"):
+            raise UserError(f"unknown data.target {target!r}: {near(target, ['alt', 'answers'])}")
+        self.target = target
+
+    def parse(self, row: dict[str, Any], case_id: int) -> EditRequest:
+        """Turn one record into a request; the locality question gets its question mark."""
+        old = row["answers"][0] if self.target == "alt" else row.get("pred")
+        locality = (Probe(row["loc"].rstrip("?") + "?", row["loc_ans"], "unrelated"),) if row.get("loc") else ()
+        return EditRequest(
+            case_id=row.get("case_id", case_id),
+            subject=row["subject"],
+            prompt=row["src"].rstrip(),
+            target_new=(row["alt"] if self.target == "alt" else row["answers"][0]).strip(),
+            target_old=old.strip() or None if old else None,
+            paraphrases=(row["rephrase"],) if row.get("rephrase") else (),
+            locality=locality,
+        )

@@ -1,0 +1,25 @@
+"""Errors that are the user's to mend: one clear line, no traceback at the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something in the configuration or the data has to be changed; the message says what."""
+
+
+def near(name: str, options: Iterable[str], count: int = 3) -> str:
+    """Return a clause that names the closest of ``options``, or all of them where none is close.
+
+    >>> near("memmit", ["rome", "memit"])
+    "did you mean 'memit'?"
+    >>> near("xyz", ["rome", "memit"])
+    "choose from 'memit', 'rome'"
+    """
+    choices = sorted(set(options))
+    found = difflib.get_close_matches(name, choices, n=count, cutoff=0.6)
+    if found:
+        return "did you mean " + " or ".join(f"'{match}'" for match in found) + "?"
+    return "choose from " + ", ".join(f"'{choice}'" for choice in choices[:20])

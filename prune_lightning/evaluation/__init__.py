@@ -1,0 +1,1 @@
+"""Scoring a language model: edits, abilities, perplexity."""

@@ -1,0 +1,35 @@
+"""Figures as JSON that every reader accepts: what is not finite becomes ``null``."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def jsonable(value: Any) -> Any:
+    """Return ``value`` with NaN and infinities replaced by ``None``, at any depth.
+
+    >>> jsonable({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document, whole or not at all.
+
+    Args:
+        path: The file.
+        value: Plain data.
+    """
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""Editing methods: each a LightningModule that turns requests into weight updates."""

@@ -1,0 +1,154 @@
+"""The one editing loop: a batch of requests in, an update of some weight matrices out, applied and reported."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from prune_lightning.errors import UserError
+from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.models.family import stores_transposed
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.types import EditBatch, EditReport, EditRequest, Track, WeightUpdate, untracked
+
+
+class EditClock(torch.optim.Optimizer):
+    """Steps without changing anything, so that Lightning counts edit batches as steps and saves by them."""
+
+    def __init__(self) -> None:
+        super().__init__([torch.zeros(1, requires_grad=True)], {})
+
+    def step(self, closure: Any = None) -> None:
+        """Count."""
+
+
+class EditingModule(L.LightningModule, ABC):
+    """Base of all editing methods.
+
+    A method implements :meth:`compute_update` and, if it needs statistics or the like, :meth:`prepare`.
+
+    Args:
+        language_model: The model to edit.
+        layers: Indices of the blocks whose MLP down-projection is edited, ascending.
+
+    Attributes:
+        num_edits: Requests handled since the unedited model.
+        last_report: What the latest step did.
+        track: Wraps long loops for a progress bar; set by whoever shows one.
+    """
+
+    def __init__(self, language_model: LanguageModel, layers: Sequence[int]) -> None:
+        super().__init__()
+        if not layers or list(layers) != sorted(set(layers)):
+            raise UserError(f"`layers` is expected to be ascending layer indices, but got {list(layers)}")
+        self.automatic_optimization = False
+        self.language_model = language_model
+        self.layers = tuple(layers)
+        for layer in self.layers:
+            language_model.rewrite_module(layer)
+        self.num_edits = 0
+        self.last_report: EditReport | None = None
+        self.track: Track = untracked
+        self._matrices: dict[str, EditedMatrix] | None = None
+
+    # -- what a method writes -------------------------------------------------------------------------------------
+    def prepare(self) -> None:
+        """Compute, on the unedited model, what all edits need; runs once, and after a restart of the stream not again."""
+
+    @abstractmethod
+    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
+        """Return the update of each edited weight, by name, and per request what there is to tell.
+
+        The weights are bit-equal to what they were when this returns.
+        """
+
+    # -- the matrices ---------------------------------------------------------------------------------------------
+    def edited_matrices(self) -> Mapping[str, EditedMatrix]:
+        """Return the matrices under edit, by the name of their weight."""
+        if self._matrices is None:
+            self._matrices = {}
+            for layer in self.layers:
+                module, name = self.language_model.rewrite_module(layer), self.language_model.rewrite_name(layer)
+                self._matrices[name] = EditedMatrix(name, module.weight, stores_transposed(module))
+        return self._matrices
+
+    def restore(self) -> None:
+        """Put the original weights back, bit for bit."""
+        for matrix in self.edited_matrices().values():
+            matrix.restore()
+
+    def restart(self) -> None:
+        """Go back to before the first edit; what was prepared is kept."""
+        self.restore()
+        self.num_edits = 0
+        self.last_report = None
+
+    @contextmanager
+    def provisional(self) -> Iterator[None]:
+        """Let weights change inside the block and put back every bit afterwards."""
+        parameters = [matrix.parameter for matrix in self.edited_matrices().values()]
+        saved = [parameter.detach().clone() for parameter in parameters]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, saved, strict=True):
+                    parameter.copy_(value)
+
+    # -- Lightning ------------------------------------------------------------------------------------------------
+    def configure_optimizers(self) -> EditClock:
+        """Return the clock; editing methods keep their inner optimizers to themselves."""
+        return EditClock()
+
+    def transfer_batch_to_device(self, batch: EditBatch, device: torch.device, dataloader_idx: int) -> EditBatch:
+        """Requests are text: nothing to move."""
+        return batch
+
+    def on_train_start(self) -> None:
+        """Take hold of the original weights and prepare; the Trainer has moved the model by now."""
+        self.edited_matrices()
+        with self.language_model.frozen_mode():
+            self.prepare()
+
+    def training_step(self, batch: EditBatch, batch_idx: int) -> None:
+        """Write one batch of requests into the weights."""
+        start = time.perf_counter()
+        with self.language_model.frozen_mode():
+            updates, details = self.compute_update(batch.requests)
+        finite = all(update.is_finite() for update in updates.values())
+        if finite:
+            for name, update in updates.items():
+                self.edited_matrices()[name].add(update)
+        else:
+            cases = ", ".join(str(request.case_id) for request in batch.requests)
+            rank_zero_warn(f"the update of case {cases} is not finite; it was skipped and the model left as it was")
+        self.num_edits += len(batch.requests)
+        norm = sum(update.norm() ** 2 for update in updates.values()) ** 0.5 if finite else float("nan")
+        seconds = time.perf_counter() - start
+        self.last_report = EditReport(batch.requests, norm, seconds, tuple(details), applied=finite)
+        self.log_dict(
+            {"edit/update_norm": norm, "edit/seconds": seconds}, batch_size=len(batch.requests), logger=False
+        )
+        clock = self.optimizers()
+        assert isinstance(clock, (torch.optim.Optimizer, L.pytorch.core.optimizer.LightningOptimizer))
+        clock.step()
+
+    def on_train_batch_end(self, outputs: Any, batch: EditBatch, batch_idx: int) -> None:
+        """Put the unedited model back where the protocol says so; every callback has seen the edited one by now."""
+        if batch.from_base:
+            self.restore()
+
+
+def as_column_blocks(updates: Sequence[WeightUpdate]) -> WeightUpdate:
+    """Join several updates of one matrix into one: factors side by side."""
+    return WeightUpdate(
+        torch.cat([update.left for update in updates], dim=1), torch.cat([update.right for update in updates], dim=1)
+    )
+

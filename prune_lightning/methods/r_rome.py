@@ -1,0 +1,20 @@
+"""R-ROME: ROME with one key throughout (Gupta et al., 2024, https://arxiv.org/abs/2403.07175)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from prune_lightning.methods.rome import ROME
+
+
+class RROME(ROME):
+    r"""ROME in which the mean key stands wherever a key does:
+
+    .. math:: \Delta = \frac{(v^* - W \bar k)\, u^\top}{u^\top \bar k}
+
+    The denominator :math:`\propto \bar k^\top C^{-1} \bar k` is positive, so no update can explode.
+    """
+
+    def key_and_output(self, keys: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean key and the mean output."""
+        return keys.mean(0), outputs.mean(0)

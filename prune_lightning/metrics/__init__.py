@@ -1,0 +1,6 @@
+"""torchmetrics for editing; they take tensors and know no model, so they work anywhere."""
+
+from prune_lightning.metrics.editing import EditingScore
+from prune_lightning.metrics.language import CorpusPerplexity, ExactMatch
+
+__all__ = ["CorpusPerplexity", "EditingScore", "ExactMatch"]

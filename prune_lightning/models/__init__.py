@@ -1,0 +1,1 @@
+"""Language models as an editor sees them: families, loading, tokenisation, hooks, statistics."""

@@ -1,0 +1,62 @@
+"""Context prefixes: short texts of the model's own making, put before a prompt so that an edit holds in any context."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prune_lightning.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """Which prefixes to sample.
+
+    Args:
+        lengths: Pairs ``(tokens, texts)``: the total length in tokens, and how many texts of it.
+        starts: Words that the texts begin with, in turn; empty to begin with the model's start token.
+        top_k: Sample among this many tokens.
+        seed: Seed of the sampling.
+        fixed: Use these prefixes and sample nothing.
+    """
+
+    lengths: Sequence[Sequence[int]] = ((5, 10), (10, 10))
+    starts: Sequence[str] = ("The", "Therefore", "Because", "I", "You")
+    top_k: int = 5
+    seed: int = 0
+    fixed: Sequence[str] | None = None
+
+
+@torch.no_grad()
+def sample_prefixes(model: LanguageModel, options: ContextOptions) -> tuple[str, ...]:
+    """Return the prefixes, each ending in ``". "`` so that a prompt can follow; the empty prefix is not among them.
+
+    Args:
+        model: The model that writes the texts.
+        options: How many and how long.
+    """
+    if options.fixed is not None:
+        return tuple(options.fixed)
+    start_token = model.tokens.tokenizer.bos_token_id or model.tokens.tokenizer.eos_token_id or 0
+    starts = [model.tokens.encode(word) for word in options.starts] or [[start_token]]
+    prefixes = []
+    generator = torch.Generator(device="cpu").manual_seed(options.seed)
+    for length, count in options.lengths:
+        for index in range(count):
+            ids = list(starts[index * len(starts) // count])
+            while len(ids) < length:
+                row, mask = model.tokens.pad([ids], model.device)
+                places = torch.tensor([0]), torch.tensor([len(ids) - 1])
+                probabilities = model.logits_at(row, mask, *(p.to(model.device) for p in places))[0].float().softmax(0)
+                top = probabilities.topk(min(options.top_k, len(probabilities)))
+                choice = torch.multinomial(top.values.cpu(), 1, generator=generator)
+                ids.append(int(top.indices[int(choice)]))
+            prefixes.append(_clean(model.tokens.decode(ids)) + ". ")
+    return tuple(prefixes)
+
+
+def _clean(text: str) -> str:
+    return unicodedata.normalize("NFKD", text).replace("\n", " ").strip()

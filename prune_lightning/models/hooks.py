@@ -1,0 +1,100 @@
+"""Hooks that are gone when their ``with`` block ends: read or replace what flows through a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _Reached(Exception):
+    """Raised inside a forward pass once the last wanted activation is there."""
+
+
+def _tensor(value: Any) -> Tensor:
+    """Return the hidden states of a module's output, which may be a bare tensor or the head of a tuple."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+class Recorder:
+    """Collects the activations of one forward pass; ``inputs[i]`` or ``outputs[i]`` belongs to the i-th module."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] = {}
+
+
+@contextmanager
+def record(
+    inputs: list[nn.Module] | None = None, outputs: list[nn.Module] | None = None, stop: bool = True
+) -> Iterator[Recorder]:
+    """Record what enters or leaves the given modules during the forward pass inside the block.
+
+    Args:
+        inputs: Modules whose first positional input is wanted.
+        outputs: Modules whose output is wanted.
+        stop: End the forward pass quietly as soon as everything is recorded.
+    """
+    inputs, outputs = inputs or [], outputs or []
+    recorder = Recorder()
+    handles = []
+
+    def done() -> None:
+        if stop and len(recorder.inputs) == len(inputs) and len(recorder.outputs) == len(outputs):
+            raise _Reached
+
+    def on_input(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            recorder.inputs[index] = args[0]
+            done()
+
+        return hook
+
+    def on_output(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            recorder.outputs[index] = _tensor(output)
+            done()
+
+        return hook
+
+    try:
+        handles += [module.register_forward_pre_hook(on_input(i)) for i, module in enumerate(inputs)]
+        handles += [module.register_forward_hook(on_output(i)) for i, module in enumerate(outputs)]
+        try:
+            yield recorder
+        except _Reached:
+            pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def edit_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace a module's output by ``change(output)`` in every forward pass inside the block."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        changed = change(_tensor(output))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def edit_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace a module's first input by ``change(input)`` in every forward pass inside the block."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (change(args[0]), *args[1:])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,101 @@
+"""A causal language model with its tokenizer and its family: the object that everything else edits and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_lightning.errors import UserError
+from prune_lightning.models.family import ModelFamily
+from prune_lightning.models.hooks import edit_input
+from prune_lightning.models.tokenization import Tokens
+
+
+class LanguageModel(nn.Module):
+    """Binds a ``transformers`` causal language model to its family and freezes it.
+
+    Args:
+        model: The model; put into evaluation mode, gradients of its parameters switched off.
+        tokenizer: Its fast tokenizer.
+        family: Where the model keeps its blocks and down-projections; found by ``model_type`` if not given.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: ModelFamily | None = None
+    ) -> None:
+        super().__init__()
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokens = Tokens(tokenizer, getattr(model.config, "max_position_embeddings", None))
+        self.family = family or ModelFamily.find(model.config.model_type)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer blocks."""
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's first parameter."""
+        return next(self.model.parameters()).device
+
+    def _module(self, template: str, layer: int) -> nn.Module:
+        if not 0 <= layer < self.num_layers:
+            raise UserError(f"layer {layer} is outside the model's layers 0 to {self.num_layers - 1}")
+        try:
+            module: nn.Module = self.model.get_submodule(template.format(layer))
+        except AttributeError as error:
+            name = self.family.model_type
+            raise UserError(f"configs/model/family/{name}.yaml does not fit this model: {error}") from error
+        return module
+
+    def block(self, layer: int) -> nn.Module:
+        """Return a transformer block."""
+        return self._module(self.family.block, layer)
+
+    def mlp(self, layer: int) -> nn.Module:
+        """Return a block's MLP."""
+        return self._module(self.family.mlp, layer)
+
+    def rewrite_module(self, layer: int) -> Any:
+        """Return a block's MLP down-projection, the module whose weight is edited."""
+        return self._module(self.family.rewrite, layer)
+
+    def rewrite_name(self, layer: int) -> str:
+        """Return the qualified name of the edited weight of ``layer`` in the ``transformers`` model."""
+        return self.family.rewrite.format(layer) + ".weight"
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits, shape ``(rows, length, vocabulary)``; inputs are right-padded."""
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+    def logits_at(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return the logits at chosen places only; the LM head never sees the others.
+
+        Args:
+            input_ids: Right-padded ids, shape ``(rows, length)``.
+            attention_mask: One where ``input_ids`` is not padding.
+            rows: Row of each place, shape ``(n,)``.
+            positions: Position of each place, shape ``(n,)``.
+
+        Returns:
+            Logits, shape ``(n, vocabulary)``.
+        """
+        head = self.model.get_output_embeddings()
+        with edit_input(head, lambda hidden: hidden[rows, positions].unsqueeze(1)):
+            return self(input_ids, attention_mask).squeeze(1)
+
+    @contextmanager
+    def frozen_mode(self) -> Iterator[None]:
+        """Run with dropout off, whatever the Trainer has set, and put the mode back afterwards."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)

@@ -1,0 +1,1 @@
+"""What a run leaves: summary, table, plots, a page."""

@@ -1,0 +1,120 @@
+"""The plots of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Curve = Sequence[Mapping[str, Any]]
+
+_ABILITIES = {"reasoning": "reasoning", "nli": "inference", "qa": "questions", "summarization": "summarisation"}
+_EDITING = {"efficacy": "efficacy", "generalization": "generalization", "locality": "locality"}
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Singular values of one edited matrix, each in descending order.
+
+    Args:
+        name: Name of the weight.
+        original: Of the original weight.
+        edited: Of the weight as it is now.
+        change: Of the change that the weight carries.
+        raw: Of the sum of all updates as they were computed.
+    """
+
+    name: str
+    original: np.ndarray[Any, Any]
+    edited: np.ndarray[Any, Any]
+    change: np.ndarray[Any, Any]
+    raw: np.ndarray[Any, Any]
+
+
+def _lines(axes: Axes, curve: Curve, names: Mapping[str, str], key: str, style: str, suffix: str) -> None:
+    for number, (name, label) in enumerate(names.items()):
+        points = [(entry["num_edits"], entry[key.format(name)]) for entry in curve if key.format(name) in entry]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, np.array(y, dtype=float), style, color=f"C{number}", label=label + suffix)
+
+
+def _finish(axes: Axes, title: str, counts: Sequence[int]) -> None:
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set(xlabel="edits", ylim=(-0.03, 1.03), title=title)
+    axes.grid(alpha=0.3)
+
+
+def _two_panels(curves: Mapping[str, Curve], panels: Mapping[str, tuple[Mapping[str, str], str]]) -> Figure:
+    figure = Figure(figsize=(6 * len(panels), 4.2), layout="constrained")
+    counts = [entry["num_edits"] for entry in next(iter(curves.values()))]
+    all_axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for axes, (title, (names, key)) in zip(all_axes, panels.items(), strict=True):
+        for (label, curve), style in zip(curves.items(), ("o-", "x--"), strict=False):
+            _lines(axes, curve, names, key, style, f", {label}")
+        _finish(axes, title, counts)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def plot_abilities(curves: Mapping[str, Curve]) -> Figure:
+    """Draw the abilities against the number of edits, solid for the first curve and dashed for the second."""
+    return _two_panels(curves, {"General abilities": (_ABILITIES, "ability/{}")})
+
+
+def plot_editing(curves: Mapping[str, Curve]) -> Figure:
+    """Draw the editing scores over all edits so far against the number of edits."""
+    return _two_panels(
+        curves,
+        {
+            "Preferred to the old answer (SCORE)": (_EDITING, "edit/{}_score"),
+            "Said outright (ACCURACY)": (_EDITING, "edit/{}_accuracy"),
+        },
+    )
+
+
+def plot_spectra(spectra: Sequence[Spectra]) -> Figure:
+    """Draw the singular values of the original and the edited matrices, and of the change."""
+    figure = Figure(figsize=(6 * len(spectra), 4.2), layout="constrained")
+    for axes, matrix in zip(np.atleast_1d(figure.subplots(1, len(spectra))), spectra, strict=True):
+        lines = {
+            "original weight": (matrix.original, "C0-"),
+            "edited weight": (matrix.edited, "C1-"),
+            "change it carries": (matrix.change, "C2-"),
+            "sum of raw updates": (matrix.raw, "C3:"),
+        }
+        for label, (sigma, style) in lines.items():
+            axes.plot(np.arange(1, len(sigma) + 1), sigma, style, label=label)
+        axes.axhline(float(matrix.original[0]), color="grey", lw=0.8, ls="--", label="largest of the original")
+        floor = max(float(np.nanmin(matrix.original)) / 10, 1e-6)
+        axes.set(yscale="log", xscale="log", xlabel="index", title=matrix.name, ylim=(floor, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle("Singular values")
+    return figure
+
+
+def save_plots(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
+    """Write figures as PNG.
+
+    Args:
+        folder: Made if it is not there.
+        figures: By file name without its ending.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=120)
+    return paths

@@ -1,0 +1,53 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+NAMES = {
+    "edit/efficacy_score": "efficacy: new target preferred",
+    "edit/efficacy_accuracy": "efficacy: new target said",
+    "edit/generalization_score": "generalization: preferred after paraphrases",
+    "edit/generalization_accuracy": "generalization: said after paraphrases",
+    "edit/locality_score": "locality: neighbours' answer preferred",
+    "edit/locality_accuracy": "locality: neighbours' answer said",
+    "ability/reasoning": "ability: reasoning",
+    "ability/nli": "ability: inference",
+    "ability/qa": "ability: open-domain questions",
+    "ability/summarization": "ability: summarisation",
+    "ability/retention": "abilities kept",
+    "ability/perplexity": "perplexity (lower is better)",
+    "spectrum/sigma_max_delta": "largest singular value of the change",
+    "spectrum/condition_number": "condition number of the edited matrix",
+}
+
+
+def figure(value: Any) -> str:
+    """Return a score as text: three decimals, or three digits where it is large."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+
+
+def rows(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return a row per metric: its name, then its value in each column.
+
+    Args:
+        columns: Scores by column title.
+    """
+    present = [key for key in NAMES if any(key in scores for scores in columns.values())]
+    return [[NAMES[key], *(figure(scores.get(key)) for scores in columns.values())] for key in present]
+
+
+def result_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return the table for the terminal."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows(columns):
+        table.add_row(*row)
+    return table

@@ -1,0 +1,1 @@
+"""The jobs that `train.py` runs; `task=` in the configuration names one."""

@@ -1,0 +1,145 @@
+"""The main job: edit a model with a stream of requests, and show what it cost."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from prune_lightning.callbacks import EditEvaluation, EditLog, RunProgress
+from prune_lightning.data.stream import EditStream
+from prune_lightning.jsonable import write_json
+from prune_lightning.methods.base import EditingModule
+from prune_lightning.models.loading import load_language_model
+from prune_lightning.report.page import write_page
+from prune_lightning.report.plots import Spectra, plot_abilities, plot_editing, plot_spectra, save_plots
+from prune_lightning.report.table import result_table
+from prune_lightning.spectral import singular_values
+from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, quieten, run_folder
+
+
+def run(config: DictConfig) -> None:
+    """Edit, evaluate, and leave the results in the run folder."""
+    started = time.perf_counter()
+    quieten()
+    folder = run_folder()
+    L.seed_everything(config.seed, verbose=False)
+    out = Console()
+    progress = RunProgress(Console(stderr=True, quiet=not _shown(config.progress)))
+    with progress:
+        with progress.phase("load"):
+            restraint = instantiate(config.restraint) if config.restraint else None
+            abilities = instantiate(config.evaluation.abilities) if config.evaluation.abilities else None
+            evaluation = EditEvaluation(list(config.evaluation.counts), abilities)
+            stream: EditStream = instantiate(config.data)
+            stream.setup()
+            module = _method(config)
+        log = EditLog(folder / "edits.jsonl")
+        loggers = build_loggers(config, folder)
+        callbacks = [*([restraint] if restraint else []), progress, evaluation, log]
+        build_trainer(config, callbacks, loggers).fit(module, datamodule=stream)
+        spectra = _spectra(module)
+        control = _control(config, module, stream, progress, evaluation) if restraint and config.control else None
+    summary = {
+        "num_edits": module.num_edits,
+        "method": choice("method"),
+        "restraint": choice("restraint"),
+        "restraint_options": OmegaConf.to_container(config.restraint, resolve=True) if restraint else None,
+        "model": choice("model"),
+        "data": choice("data"),
+        "protocol": stream.protocol.value,
+        "seed": config.seed,
+        "edit_s": log.seconds,
+        "evaluate_s": evaluation.seconds,
+        "baseline": evaluation.baseline,
+        "final": _scores(evaluation.curve[-1]),
+        "curve": evaluation.curve,
+        "control": control and {"final": _scores(control[-1]), "curve": control},
+        "rejected_records": len(stream.rejected),
+        "context_prefixes": list(getattr(module, "prefixes", ())),
+    }
+    _report(config, folder, summary, spectra, loggers, out)
+    summary["wall_s"] = time.perf_counter() - started
+    write_json(folder / "summary.json", summary)
+    out.print(f"The run lies in [bold]{folder}[/bold]: report.html, summary.json, edits.jsonl, metrics.csv, plots/")
+
+
+def _shown(setting: Any) -> bool:
+    return sys.stderr.isatty() if setting == "auto" else bool(setting)
+
+
+def _method(config: DictConfig) -> EditingModule:
+    model = load_language_model(config.model.path, config.model.dtype, config.model.revision)
+    moments = instantiate(config.model.second_moments, _convert_="all")
+    module = instantiate(config.method, language_model=model, second_moments=moments, _convert_="all")
+    assert isinstance(module, EditingModule)
+    return module
+
+
+def _control(
+    config: DictConfig, module: EditingModule, stream: EditStream, progress: RunProgress, main: EditEvaluation
+) -> list[dict[str, float]]:
+    """Edit the same stream again without the restraint; return the curve."""
+    module.restart()
+    progress.prefix = "without restraint: "
+    evaluation = EditEvaluation(main.counts, main.abilities, main.baseline)
+    build_trainer(config, [progress, evaluation], []).fit(module, datamodule=stream)
+    return evaluation.curve
+
+
+def _scores(entry: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in entry.items() if key != "num_edits"}
+
+
+def _spectra(module: EditingModule) -> list[Spectra]:
+    return [
+        Spectra(
+            name,
+            singular_values(matrix.reference()).cpu().numpy(),
+            singular_values(matrix.weight()).cpu().numpy(),
+            singular_values(matrix.delta).cpu().numpy(),
+            singular_values(matrix.raw).cpu().numpy(),
+        )
+        for name, matrix in module.edited_matrices().items()
+    ]
+
+
+def _report(
+    config: DictConfig,
+    folder: Path,
+    summary: dict[str, Any],
+    spectra: list[Spectra],
+    loggers: list[Logger],
+    out: Console,
+) -> None:
+    """Print the table, draw the plots, write the page, and hand table and plots to loggers that take them."""
+    edits = f"{summary['num_edits']} edits"
+    restrained = "no restraint" if summary["restraint"] == "none" else summary["restraint"]
+    title = f"{summary['method']}, {restrained}: {edits} of {summary['data']} on {summary['model']}"
+    columns = {"before": summary["baseline"], f"after {edits}": summary["final"]}
+    curves = {restrained: summary["curve"]}
+    if summary["control"]:
+        columns["without restraint"] = summary["control"]["final"]
+        curves["without restraint"] = summary["control"]["curve"]
+    figures = {"editing": plot_editing(curves), "spectra": plot_spectra(spectra)}
+    if any(key.startswith("ability/") for key in summary["final"]):
+        figures = {"abilities": plot_abilities(curves), **figures}
+    plots = save_plots(folder / "plots", figures)
+    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True))
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        if hasattr(logger, "log_image") and hasattr(logger, "log_table"):
+            for plot in plots:
+                logger.log_image(key=f"plots/{plot.stem}", images=[str(plot)], step=summary["num_edits"])
+            names = sorted(set().union(*columns.values()))
+            data = [[name, *(scores.get(name) for scores in columns.values())] for name in names]
+            logger.log_table(key="result", columns=["metric", *columns], data=data, step=summary["num_edits"])
+        logger.finalize("success")
+    out.print(result_table(title, columns))

@@ -1,0 +1,75 @@
+"""The job that makes the bundled model: train, score, and save with a model card."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from jinja2 import Environment, PackageLoader
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from prune_lightning.bundled.pretraining import Pretraining, PretrainingData
+from prune_lightning.bundled.world import EDIT_PHRASING, HELD_OUT, load_world
+from prune_lightning.evaluation.abilities import MiniatureAbilities
+from prune_lightning.evaluation.scoring import score_pairs
+from prune_lightning.jsonable import write_json
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.tasks.setup import build_loggers, build_trainer, quieten, run_folder
+
+
+def run(config: DictConfig) -> None:
+    """Train from scratch and write `model/` into the run folder."""
+    quieten()
+    folder = run_folder()
+    L.seed_everything(config.seed, verbose=False)
+    started = time.perf_counter()
+    data: PretrainingData = instantiate(config.pretraining.data)
+    module: Pretraining = instantiate(config.pretraining.module)
+    build_trainer(config, [], build_loggers(config, folder)).fit(module, datamodule=data)
+    seconds = time.perf_counter() - started
+    language_model = LanguageModel(module.model, data.tokenizer)
+    scores = recall(language_model) | {
+        name: job() for name, job in MiniatureAbilities().jobs(language_model).items()
+    }
+    _save(module, data, folder / "model", config, scores, seconds)
+    write_json(folder / "summary.json", {"seed": config.seed, "wall_s": seconds, "scores": scores})
+    Console().print({name: round(score, 3) for name, score in scores.items()}, f"saved in {folder / 'model'}")
+
+
+def recall(model: LanguageModel) -> dict[str, float]:
+    """Return the share of facts that the model states, in the phrasing of edits and in the one held out."""
+    facts = load_world().facts
+    asked = {
+        "facts": [(fact.phrasings[EDIT_PHRASING], fact.answer) for fact in facts],
+        "facts, phrasing held out from training": [
+            (fact.phrasings[HELD_OUT], fact.answer) for fact in facts if fact.unseen_phrasing
+        ],
+    }
+    return {name: float(score_pairs(model, pairs).hit.float().mean()) for name, pairs in asked.items()}
+
+
+def _save(
+    module: Pretraining,
+    data: PretrainingData,
+    folder: Path,
+    config: DictConfig,
+    scores: dict[str, float],
+    seconds: float,
+) -> None:
+    module.model.to(torch.float32).save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    card = Environment(loader=PackageLoader("prune_lightning", "bundled"), keep_trailing_newline=True).get_template(
+        "model_card.md.j2"
+    )
+    text = card.render(
+        parameters=sum(parameter.numel() for parameter in module.model.parameters()),
+        recipe=OmegaConf.to_yaml(config.pretraining, resolve=True),
+        scores=scores,
+        minutes=seconds / 60,
+        seed=config.seed,
+    )
+    (folder / "README.md").write_text(text, "utf-8")

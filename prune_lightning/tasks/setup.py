@@ -1,0 +1,71 @@
+"""What every job does first: find its folder, keep earlier results, build trainer and loggers."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import transformers
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import CSVLogger, Logger
+from omegaconf import DictConfig
+
+RESULTS = ("summary.json", "metrics.csv", "edits.jsonl", "plots", "report.html", "error.txt")
+
+# Remarks of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
+_BESIDE_THE_POINT = (
+    ".*does not have many workers.*",
+    ".*LeafSpec.*",
+    ".*Experiment logs directory.*",
+    ".*torch.utils._pytree.*",
+    ".*`isinstance.treespec.*",
+    ".*litlogger.*",
+    ".*GPU available but not used.*",
+)
+
+
+def run_folder() -> Path:
+    """Return the run's folder; results of an earlier run in it are moved aside, not overwritten."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    earlier = [folder / name for name in RESULTS if (folder / name).exists()]
+    if earlier:
+        aside = folder / f"earlier_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        aside.mkdir(parents=True)
+        for path in earlier:
+            path.rename(aside / path.name)
+    return folder
+
+
+def choice(group: str) -> str:
+    """Return the option that was chosen for a group."""
+    return str(HydraConfig.get().runtime.choices[group])
+
+
+def quieten() -> None:
+    """Leave the terminal to the job's own display: no remarks of libraries that do not apply here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for pattern in _BESIDE_THE_POINT:
+        warnings.filterwarnings("ignore", pattern)
+
+
+def build_loggers(config: DictConfig, folder: Path) -> list[Logger]:
+    """Return the CSV logger (`metrics.csv`) and whatever the configuration adds."""
+    loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="")]
+    if config.logger:
+        loggers.append(instantiate(config.logger))
+    return loggers
+
+
+def build_trainer(config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Logger]) -> L.Trainer:
+    """Return the configured Trainer."""
+    trainer: Any = instantiate(config.trainer, callbacks=list(callbacks), logger=list(loggers) or False)
+    assert isinstance(trainer, L.Trainer)
+    return trainer

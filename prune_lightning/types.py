@@ -1,0 +1,165 @@
+"""The words that every layer of the framework shares: edit requests and weight updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from prune_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt outside the edit whose ``answer`` the edit must leave alone (or, for portability, must bring).
+
+    Args:
+        prompt: Text up to the answer, without trailing blanks.
+        answer: The expected continuation, without a leading blank; ``None`` if only stability is asked.
+        kind: What the probe tests, e.g. ``neighborhood`` or ``unrelated``.
+    """
+
+    prompt: str
+    answer: str | None = None
+    kind: str = "neighborhood"
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to rewrite, with what is needed to judge the rewrite.
+
+    Targets carry no leading blank; whoever scores or edits adds it.
+
+    Args:
+        case_id: Identifier of the record in its source.
+        subject: The entity, a literal part of ``prompt``.
+        prompt: Text up to the target.
+        target_new: What the model shall say.
+        target_old: What it said before, if known; the comparison scores need it.
+        paraphrases: Other prompts that shall yield ``target_new``.
+        locality: Probes that shall not change.
+        portability: Consequences of the edit, where the record has them.
+
+    Raises:
+        UserError: An empty prompt or target, or a subject that is not in its prompt.
+    """
+
+    case_id: int | str
+    subject: str
+    prompt: str
+    target_new: str
+    target_old: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("subject", "prompt", "target_new"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f"`{name}` is expected to be a non-empty text, but got {value!r}")
+        texts = (*self.paraphrases, *(probe.prompt for probe in (*self.locality, *self.portability)))
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError("paraphrases and probe prompts are expected to be non-empty texts")
+        if self.subject not in self.prompt:
+            raise UserError(f"the subject {self.subject!r} is not in its prompt {self.prompt!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the request as plain JSON-able data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """The requests of one training step.
+
+    Args:
+        requests: The facts that are written together.
+        from_base: The unedited model is put back after the step (the protocols ``single`` and ``batch``).
+    """
+
+    requests: tuple[EditRequest, ...]
+    from_base: bool = False
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    r"""A change of one weight matrix in factored form, :math:`\Delta = A B^\top`.
+
+    The orientation is the mathematical one, ``out_features x in_features``, however the layer stores its weight.
+
+    Args:
+        left: :math:`A`, shape ``(out_features, rank)``.
+        right: :math:`B`, shape ``(in_features, rank)``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        """Return the update as a matrix ``(out_features, in_features)``."""
+        return self.left @ self.right.T
+
+    def norm(self) -> float:
+        r"""Return the Frobenius norm, from the two Gram matrices: :math:`\mathrm{tr}(A^\top A\,B^\top B)^{1/2}`."""
+        left, right = self.left.double(), self.right.double()
+        return float(((left.T @ left) * (right.T @ right)).sum().clamp_min(0).sqrt())
+
+    def is_finite(self) -> bool:
+        """Whether no entry of the factors is NaN or infinite."""
+        return bool(torch.isfinite(self.left).all() and torch.isfinite(self.right).all())
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What one edit step did; one entry per request in each list.
+
+    Args:
+        requests: The requests of the step.
+        update_norm: Frobenius norm of the step's update over all matrices.
+        seconds: Wall time of the step.
+        details: Per request what the method has to tell, e.g. the steps of its value optimisation.
+        applied: Whether the update was written; one that is not finite is not.
+    """
+
+    requests: tuple[EditRequest, ...]
+    update_norm: float
+    seconds: float
+    details: tuple[Mapping[str, Any], ...] = ()
+    applied: bool = True
+
+
+class Track(Protocol):
+    """Wraps an iterable so that somebody can watch it: ``track(items, phase, total)``."""
+
+    def __call__(self, items: Iterable[Any], phase: str, total: int) -> Iterable[Any]: ...
+
+
+def untracked(items: Iterable[Any], phase: str, total: int) -> Iterable[Any]:
+    """Return ``items`` as they are: nobody watches."""
+    return items
+
+
+@runtime_checkable
+class RestrainedMatrix(Protocol):
+    """What a restraint needs of one matrix under edit."""
+
+    name: str
+    delta: Tensor
+    raw: Tensor
+
+    def reference(self) -> Tensor: ...
+
+    def set_delta(self, delta: Tensor) -> None: ...
+
+
+@runtime_checkable
+class HasEditedMatrices(Protocol):
+    """A module that keeps the accumulated change of the matrices it edits."""
+
+    def edited_matrices(self) -> Mapping[str, RestrainedMatrix]: ...
+
+
