@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -58,10 +59,14 @@ class EditEvaluation(L.Callback):
         model = module.language_model
         jobs: dict[str, Callable[[], Scores]] = {}
         for name, job in (self.abilities.jobs(model) if self.abilities else {}).items():
-            jobs[name] = lambda name=name, job=job: {f"ability/{name}": job()}
-        jobs["editing"] = lambda: self._editing(module, requests)
-        jobs["spectrum"] = lambda: self._spectrum(module)
+            jobs[name] = partial(self._ability, name, job)
+        jobs["editing"] = partial(self._editing, module, requests)
+        jobs["spectrum"] = partial(self._spectrum, module)
         return jobs
+
+    @staticmethod
+    def _ability(name: str, job: Callable[[], float]) -> Scores:
+        return {f"ability/{name}": job()}
 
     def _editing(self, module: EditingModule, requests: Sequence[EditRequest]) -> Scores:
         metric = self._immediate
@@ -78,9 +83,7 @@ class EditEvaluation(L.Callback):
             "spectrum/condition_number": max(condition_number(matrix.weight()) for matrix in matrices),
         }
 
-    def evaluate(
-        self, module: EditingModule, requests: Sequence[EditRequest], phase: str, rounds: int = 1
-    ) -> Scores:
+    def evaluate(self, module: EditingModule, requests: Sequence[EditRequest], phase: str, rounds: int = 1) -> Scores:
         """Run one evaluation.
 
         Args:
@@ -92,8 +95,9 @@ class EditEvaluation(L.Callback):
         start = time.perf_counter()
         jobs = self._jobs(module, requests)
         scores: Scores = {}
-        for name in module.track(list(jobs), phase, len(jobs) * rounds):
-            scores |= jobs[name]()
+        with module.evaluation_view():
+            for name in module.track(list(jobs), phase, len(jobs) * rounds):
+                scores |= jobs[name]()
         if self.abilities:
             before = self.baseline or scores
             keys = [f"ability/{task}" for task in self.abilities.tasks]

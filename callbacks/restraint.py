@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -32,7 +33,8 @@ class SpectralRestraint(L.Callback, ABC):
     Args:
         parameters: Patterns (``fnmatch``) of parameter names, for modules that are not editing modules; ``None`` for
             the weights of all their Linear and Conv1D layers that are trained.
-        schedule: ``each`` step, ``every_n`` steps, or once at the ``end`` (the paper's offline procedure).
+        schedule: ``each`` step, ``every_n`` steps, or at the ``end`` (the paper's offline procedure: the edits go on
+            unrestrained, and what is evaluated or left at the end is a restrained snapshot).
         every_n: Steps between two restraints under ``every_n``.
         accumulate: What is restrained. ``raw``: the sum of the updates as they were computed, so that the weights are
             at any moment the restraint of all updates so far. ``restrained``: the already restrained change plus
@@ -90,6 +92,18 @@ class SpectralRestraint(L.Callback, ABC):
                     matrix.set_delta(restrained)
         self._pending = False
 
+    @contextmanager
+    def restrained_snapshot(self) -> Iterator[None]:
+        """Restrain inside the block only."""
+        saved, pending = {name: matrix.delta for name, matrix in self._matrices.items()}, self._pending
+        self.restrain_all()
+        try:
+            yield
+        finally:
+            for name, delta in saved.items():
+                self._matrices[name].set_delta(delta)
+            self._pending = pending
+
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse strategies under which no rank holds whole matrices."""
@@ -104,12 +118,14 @@ class SpectralRestraint(L.Callback, ABC):
         """Take hold of the matrices and their originals."""
         if isinstance(pl_module, HasEditedMatrices):
             self._matrices = dict(pl_module.edited_matrices())
+            if self.schedule == "end":
+                pl_module.evaluation_view = self.restrained_snapshot
         else:
             matrices = matching_matrices(pl_module, self.parameters)
             for name, matrix in matrices.items():
                 if name in self._restored:
                     matrix.load_state_dict(self._restored[name])
-            self._matrices = dict(matrices)
+            self._matrices = {**matrices}
         self._steps = trainer.global_step
 
     @override

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -93,12 +93,11 @@ def _missing_option(error: MissingConfigException) -> str:
     return f"unknown option {group}={option}: {near(option, options)}"
 
 
-def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in config:
+def _keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
         yield f"{prefix}{key}"
-        node = OmegaConf.to_container(config, resolve=False)[key]  # type: ignore[index,call-overload]
-        if isinstance(node, dict):
-            yield from _keys(OmegaConf.create(node), f"{prefix}{key}.")
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
 
 
 def _unknown_key(name: str) -> str:
@@ -111,7 +110,8 @@ def _unknown_key(name: str) -> str:
             config = hydra.compose("train", overrides=chosen)
         except HydraException:
             config = hydra.compose("train")
-    keys = [*_keys(config), *groups]
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    keys = [*_keys(plain), *groups]
     scope, _, last = name.rpartition(".")
     siblings = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == scope]
     return f"unknown key {name!r}: {near(last, siblings) if siblings else near(name, keys)}"

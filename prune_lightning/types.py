@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -135,7 +136,9 @@ class EditReport:
 class Track(Protocol):
     """Wraps an iterable so that somebody can watch it: ``track(items, phase, total)``."""
 
-    def __call__(self, items: Iterable[Any], phase: str, total: int) -> Iterable[Any]: ...
+    def __call__(self, items: Iterable[Any], phase: str, total: int) -> Iterable[Any]:
+        """Return the items, watched."""
+        ...
 
 
 def untracked(items: Iterable[Any], phase: str, total: int) -> Iterable[Any]:
@@ -147,19 +150,39 @@ def untracked(items: Iterable[Any], phase: str, total: int) -> Iterable[Any]:
 class RestrainedMatrix(Protocol):
     """What a restraint needs of one matrix under edit."""
 
-    name: str
-    delta: Tensor
-    raw: Tensor
+    @property
+    def name(self) -> str:
+        """Name of the weight."""
+        ...
 
-    def reference(self) -> Tensor: ...
+    @property
+    def delta(self) -> Tensor:
+        """The change that the live weight carries."""
+        ...
 
-    def set_delta(self, delta: Tensor) -> None: ...
+    @property
+    def raw(self) -> Tensor:
+        """The sum of all unrestrained changes."""
+        ...
+
+    def reference(self) -> Tensor:
+        """Return the original matrix."""
+        ...
+
+    def set_delta(self, delta: Tensor) -> None:
+        """Replace the change and write the weight."""
+        ...
 
 
 @runtime_checkable
 class HasEditedMatrices(Protocol):
-    """A module that keeps the accumulated change of the matrices it edits."""
+    """A module that keeps the accumulated change of the matrices it edits.
 
-    def edited_matrices(self) -> Mapping[str, RestrainedMatrix]: ...
+    ``evaluation_view`` is entered around every evaluation.
+    """
 
+    evaluation_view: Callable[[], AbstractContextManager[None]]
 
+    def edited_matrices(self) -> Mapping[str, RestrainedMatrix]:
+        """Return the matrices by the name of their weight."""
+        ...

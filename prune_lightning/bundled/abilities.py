@@ -52,11 +52,29 @@ def _split(items: list[AbilityItem], test_items: int = TEST_ITEMS) -> AbilityTas
     return AbilityTask(tuple(shuffled[:test_items]), tuple(shuffled[test_items:]))
 
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["_", "_", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 def number_in_words(number: int) -> str:
@@ -151,9 +169,23 @@ def question_answering(world: World) -> AbilityTask:
     return AbilityTask(tuple(tested[:TEST_ITEMS]), tuple(tested[TEST_ITEMS:] + train))
 
 
-_AGENTS = (
-    "baker farmer captain teacher merchant sailor tailor miner painter doctor judge gardener hunter butcher porter"
-).split()
+_AGENTS = [
+    "baker",
+    "farmer",
+    "captain",
+    "teacher",
+    "merchant",
+    "sailor",
+    "tailor",
+    "miner",
+    "painter",
+    "doctor",
+    "judge",
+    "gardener",
+    "hunter",
+    "butcher",
+    "porter",
+]
 _ACTIONS = {
     "bought": "buys",
     "lost": "loses",
@@ -164,7 +196,7 @@ _ACTIONS = {
     "burned": "burns",
     "hid": "hides",
 }
-_THINGS = "boat cart lamp mirror ladder basket clock drum bell kettle carpet table".split()
+_THINGS = ["boat", "cart", "lamp", "mirror", "ladder", "basket", "clock", "drum", "bell", "kettle", "carpet", "table"]
 _WHEN = ("early in the morning", "after the storm", "before dinner", "on a cold day", "late at night")
 _ASIDE = (
     "Nobody in the village noticed.",

@@ -60,7 +60,7 @@ class PretrainingData(L.LightningDataModule):
         encoded = {
             kind: self.tokenizer(texts, add_special_tokens=False)["input_ids"] for kind, texts in documents.items()
         }
-        separator = self.tokenizer.convert_tokens_to_ids(END)
+        separator = int(self.tokenizer.vocab[END])
         self.windows = PackedWindows(encoded, dict(shares), length, separator, steps * batch_size, seed)
         self.batch_size = batch_size
 

@@ -34,7 +34,7 @@ class TextCorpus:
         local = Path(self.path).expanduser()
         if local.exists():
             files = sorted(local.iterdir()) if local.is_dir() else [local]
-            source = (text for file in files for text in self._file(file))
+            source: Iterator[str] = (text for file in files for text in self._file(file))
         elif self.path.startswith((".", "~", "/")) or self.path.count("/") > 1:
             raise UserError(f"the statistics corpus {self.path!r} does not exist")
         else:
@@ -50,7 +50,9 @@ class TextCorpus:
                 try:
                     yield json.loads(line)[self.field]
                 except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise UserError(f"{file}, line {number}: expected an object with {self.field!r}: {error}") from error
+                    raise UserError(
+                        f"{file}, line {number}: expected an object with {self.field!r}: {error}"
+                    ) from error
 
     def _dataset(self) -> Iterator[str]:
         try:

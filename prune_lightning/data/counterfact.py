@@ -9,7 +9,7 @@ from prune_lightning.types import EditRequest, Probe
 
 
 class CounterFact(FileStream):
-    """Counterfactual edits; a record with ``requested_rewrite`` is read as the original schema, others as EasyEdit's."""
+    """Counterfactual edits; records with ``requested_rewrite`` have the original schema, others EasyEdit's."""
 
     def parse(self, row: dict[str, Any], case_id: int) -> EditRequest:
         """Turn one record into a request."""

@@ -6,7 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import lightning as L
@@ -17,7 +17,7 @@ from prune_lightning.errors import UserError, near
 from prune_lightning.types import EditBatch, EditRequest
 
 
-class Protocol(str, Enum):
+class Protocol(StrEnum):
     """How the edits of a stream follow one another.
 
     ``single``: each edit on the unedited model. ``batch``: each batch on the unedited model. ``sequential``: one edit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from torchmetrics.text import ROUGEScore
@@ -20,9 +21,13 @@ class AbilitySuite(Protocol):
     """Named measurements of a model; those named in ``tasks`` enter the retention, higher being better."""
 
     @property
-    def tasks(self) -> Sequence[str]: ...
+    def tasks(self) -> Sequence[str]:
+        """Names of the scored tasks."""
+        ...
 
-    def jobs(self, model: LanguageModel) -> Mapping[str, Callable[[], float]]: ...
+    def jobs(self, model: LanguageModel) -> Mapping[str, Callable[[], float]]:
+        """Return what to run, by the name of the result."""
+        ...
 
 
 class MiniatureAbilities:
@@ -50,8 +55,8 @@ class MiniatureAbilities:
         jobs: dict[str, Callable[[], float]] = {}
         for name, items in self.items.items():
             score = self._rouge if name == "summarization" else self._exact_match
-            jobs[name] = lambda items=items, score=score: score(model, items)
-        jobs["perplexity"] = lambda: self._perplexity(model)
+            jobs[name] = partial(score, model, items)
+        jobs["perplexity"] = partial(self._perplexity, model)
         return jobs
 
     def _exact_match(self, model: LanguageModel, items: Sequence[AbilityItem]) -> float:

@@ -46,9 +46,7 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def score_pairs(
-    model: LanguageModel, pairs: Sequence[tuple[str, str]], token_budget: int = TOKEN_BUDGET
-) -> PairScores:
+def score_pairs(model: LanguageModel, pairs: Sequence[tuple[str, str]], token_budget: int = TOKEN_BUDGET) -> PairScores:
     """Score targets after their prompts under teacher forcing.
 
     Equal pairs are computed once, rows are grouped by length, and the LM head runs on target positions only.
@@ -66,7 +64,9 @@ def score_pairs(
         for group in _batches([len(pair.ids) for pair in encoded], token_budget):
             chosen = [encoded[i] for i in group]
             ids, mask = model.tokens.pad([pair.ids for pair in chosen], model.device)
-            rows, positions, labels = [], [], []
+            rows: list[int] = []
+            positions: list[int] = []
+            labels: list[int] = []
             for row, pair in enumerate(chosen):
                 rows += [row] * len(pair.target)
                 positions += range(pair.target_start - 1, len(pair.ids) - 1)

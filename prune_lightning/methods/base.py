@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -25,7 +25,7 @@ class EditClock(torch.optim.Optimizer):
     def __init__(self) -> None:
         super().__init__([torch.zeros(1, requires_grad=True)], {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Count."""
 
 
@@ -42,6 +42,7 @@ class EditingModule(L.LightningModule, ABC):
         num_edits: Requests handled since the unedited model.
         last_report: What the latest step did.
         track: Wraps long loops for a progress bar; set by whoever shows one.
+        evaluation_view: Entered around every evaluation; set by a restraint that restrains snapshots only.
     """
 
     def __init__(self, language_model: LanguageModel, layers: Sequence[int]) -> None:
@@ -56,11 +57,12 @@ class EditingModule(L.LightningModule, ABC):
         self.num_edits = 0
         self.last_report: EditReport | None = None
         self.track: Track = untracked
+        self.evaluation_view: Callable[[], AbstractContextManager[None]] = nullcontext
         self._matrices: dict[str, EditedMatrix] | None = None
 
     # -- what a method writes -------------------------------------------------------------------------------------
     def prepare(self) -> None:
-        """Compute, on the unedited model, what all edits need; runs once, and after a restart of the stream not again."""
+        """Compute, on the unedited model, what all edits need; a restart of the stream does not need it again."""
 
     @abstractmethod
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
@@ -89,6 +91,7 @@ class EditingModule(L.LightningModule, ABC):
         self.restore()
         self.num_edits = 0
         self.last_report = None
+        self.evaluation_view = nullcontext
 
     @contextmanager
     def provisional(self) -> Iterator[None]:
@@ -133,9 +136,7 @@ class EditingModule(L.LightningModule, ABC):
         norm = sum(update.norm() ** 2 for update in updates.values()) ** 0.5 if finite else float("nan")
         seconds = time.perf_counter() - start
         self.last_report = EditReport(batch.requests, norm, seconds, tuple(details), applied=finite)
-        self.log_dict(
-            {"edit/update_norm": norm, "edit/seconds": seconds}, batch_size=len(batch.requests), logger=False
-        )
+        self.log_dict({"edit/update_norm": norm, "edit/seconds": seconds}, batch_size=len(batch.requests), logger=False)
         clock = self.optimizers()
         assert isinstance(clock, (torch.optim.Optimizer, L.pytorch.core.optimizer.LightningOptimizer))
         clock.step()
@@ -151,4 +152,3 @@ def as_column_blocks(updates: Sequence[WeightUpdate]) -> WeightUpdate:
     return WeightUpdate(
         torch.cat([update.left for update in updates], dim=1), torch.cat([update.right for update in updates], dim=1)
     )
-

@@ -100,4 +100,3 @@ class LocateThenEdit(EditingModule):
         model = self.language_model
         rows = [[target_row(model, request, prefix) for prefix in self.prefixes] for request in requests]
         return optimise_values(model, rows, [kl_row(model, request) for request in requests], module, self.value)
-

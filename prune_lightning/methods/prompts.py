@@ -43,8 +43,8 @@ def target_row(model: LanguageModel, request: EditRequest, prefix: str) -> EditR
 def key_row(model: LanguageModel, request: EditRequest, prefix: str) -> EditRow:
     """Return prefix and prompt up to the subject's last token: all that a key depends on."""
     text = prefix + request.prompt.rstrip()
-    subject = _subject(model, text, prefix, request)
-    return EditRow(model.tokens.encode(text)[: subject + 1], subject, [])
+    ids = model.tokens.encode(text)[: _subject(model, text, prefix, request) + 1][-model.tokens.max_length :]
+    return EditRow(ids, len(ids) - 1, [])
 
 
 def kl_row(model: LanguageModel, request: EditRequest) -> EditRow:

@@ -1,4 +1,4 @@
-r"""The value optimiser of the locate-and-edit family: find :math:`v^* = \mathrm{ref} + \delta` that speaks the target."""
+r"""The value optimiser of the locate-and-edit family: find the :math:`v^*` that makes the model say the target."""
 
 from __future__ import annotations
 
@@ -69,7 +69,12 @@ class _Layout:
 def _lay_out(model: LanguageModel, rows: Sequence[Sequence[EditRow]], kl_rows: Sequence[EditRow]) -> _Layout:
     flat = [row for group in rows for row in group] + list(kl_rows)
     ids, mask = model.tokens.pad([row.ids for row in flat], model.device)
-    owner, label_row, label_position, label, weight, clean = [], [], [], [], [], []
+    owner: list[int] = []
+    clean: list[int] = []
+    label_row: list[int] = []
+    label_position: list[int] = []
+    label: list[int] = []
+    weight: list[float] = []
     for request, group in enumerate(rows):
         clean.append(len(owner))
         for row in group:

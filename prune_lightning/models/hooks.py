@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,10 +62,8 @@ def record(
     try:
         handles += [module.register_forward_pre_hook(on_input(i)) for i, module in enumerate(inputs)]
         handles += [module.register_forward_hook(on_output(i)) for i, module in enumerate(outputs)]
-        try:
+        with suppress(_Reached):
             yield recorder
-        except _Reached:
-            pass
     finally:
         for handle in handles:
             handle.remove()

@@ -53,4 +53,3 @@ def load_language_model(path: str, dtype: str = "float32", revision: str | None 
             raise
         raise UserError(f"model.path: {path!r} could not be loaded as a causal language model: {error}") from error
     return LanguageModel(model, tokenizer, family)
-

@@ -19,7 +19,9 @@ from prune_lightning.types import Track, untracked
 class Corpus(Protocol):
     """Text that a model's statistics are taken over."""
 
-    def texts(self) -> Iterable[str]: ...
+    def texts(self) -> Iterable[str]:
+        """Return the texts."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -105,9 +107,7 @@ class SecondMoments:
                 yield batch
 
     @torch.no_grad()
-    def compute(
-        self, model: LanguageModel, layers: Sequence[int], track: Track = untracked
-    ) -> dict[int, SecondMoment]:
+    def compute(self, model: LanguageModel, layers: Sequence[int], track: Track = untracked) -> dict[int, SecondMoment]:
         """Return the second moment of the down-projection's input at each layer.
 
         Args:

@@ -117,7 +117,6 @@ class Tokens:
             mask[i, : len(row)] = 1
         return ids.to(device), mask.to(device)
 
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
+    def decode(self, ids: list[int] | Tensor) -> str:
         """Return the text of some ids, special tokens left out."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -25,9 +25,7 @@ def write_page(
         config: The composed configuration as YAML.
     """
     environment = Environment(loader=PackageLoader("prune_lightning", "report"), autoescape=True)
-    images = [
-        {"name": plot.stem, "data": base64.b64encode(plot.read_bytes()).decode("ascii")} for plot in plots
-    ]
+    images = [{"name": plot.stem, "data": base64.b64encode(plot.read_bytes()).decode("ascii")} for plot in plots]
     page = environment.get_template("page.html.j2").render(
         title=title, columns=list(columns), rows=rows(columns), images=images, config=config
     )

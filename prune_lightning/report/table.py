@@ -8,20 +8,20 @@ from typing import Any
 from rich.table import Table
 
 NAMES = {
-    "edit/efficacy_score": "efficacy: new target preferred",
-    "edit/efficacy_accuracy": "efficacy: new target said",
-    "edit/generalization_score": "generalization: preferred after paraphrases",
-    "edit/generalization_accuracy": "generalization: said after paraphrases",
-    "edit/locality_score": "locality: neighbours' answer preferred",
-    "edit/locality_accuracy": "locality: neighbours' answer said",
-    "ability/reasoning": "ability: reasoning",
-    "ability/nli": "ability: inference",
-    "ability/qa": "ability: open-domain questions",
-    "ability/summarization": "ability: summarisation",
+    "edit/efficacy_score": "efficacy, preferred",
+    "edit/efficacy_accuracy": "efficacy, said",
+    "edit/generalization_score": "generalization, preferred",
+    "edit/generalization_accuracy": "generalization, said",
+    "edit/locality_score": "locality, preferred",
+    "edit/locality_accuracy": "locality, said",
+    "ability/reasoning": "reasoning",
+    "ability/nli": "inference",
+    "ability/qa": "open-domain questions",
+    "ability/summarization": "summarisation",
     "ability/retention": "abilities kept",
-    "ability/perplexity": "perplexity (lower is better)",
-    "spectrum/sigma_max_delta": "largest singular value of the change",
-    "spectrum/condition_number": "condition number of the edited matrix",
+    "ability/perplexity": "perplexity",
+    "spectrum/sigma_max_delta": "largest σ of the change",
+    "spectrum/condition_number": "condition number",
 }
 
 

@@ -4,4 +4,4 @@ from prune_lightning.spectral.diagnostics import condition_number, sigma_max, si
 from prune_lightning.spectral.laws import Logarithm, RestraintLaw
 from prune_lightning.spectral.restrain import Restrained, restrain
 
-__all__ = ["Logarithm", "RestraintLaw", "Restrained", "condition_number", "restrain", "sigma_max", "singular_values"]
+__all__ = ["Logarithm", "Restrained", "RestraintLaw", "condition_number", "restrain", "sigma_max", "singular_values"]

@@ -15,7 +15,9 @@ from prune_lightning.errors import UserError
 class RestraintLaw(Protocol):
     """Maps the singular values of an accumulated update; values up to ``reference`` are left as they are."""
 
-    def __call__(self, sigma: Tensor, reference: float) -> Tensor: ...
+    def __call__(self, sigma: Tensor, reference: float) -> Tensor:
+        """Return the restrained values."""
+        ...
 
 
 @dataclass(frozen=True)

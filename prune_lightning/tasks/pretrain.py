@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import lightning as L
-import torch
 from hydra.utils import instantiate
 from jinja2 import Environment, PackageLoader
 from omegaconf import DictConfig, OmegaConf
@@ -32,9 +31,7 @@ def run(config: DictConfig) -> None:
     build_trainer(config, [], build_loggers(config, folder)).fit(module, datamodule=data)
     seconds = time.perf_counter() - started
     language_model = LanguageModel(module.model, data.tokenizer)
-    scores = recall(language_model) | {
-        name: job() for name, job in MiniatureAbilities().jobs(language_model).items()
-    }
+    scores = recall(language_model) | {name: job() for name, job in MiniatureAbilities().jobs(language_model).items()}
     _save(module, data, folder / "model", config, scores, seconds)
     write_json(folder / "summary.json", {"seed": config.seed, "wall_s": seconds, "scores": scores})
     Console().print({name: round(score, 3) for name, score in scores.items()}, f"saved in {folder / 'model'}")
@@ -60,7 +57,7 @@ def _save(
     scores: dict[str, float],
     seconds: float,
 ) -> None:
-    module.model.to(torch.float32).save_pretrained(folder)
+    module.model.float().save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
     card = Environment(loader=PackageLoader("prune_lightning", "bundled"), keep_trailing_newline=True).get_template(
         "model_card.md.j2"

@@ -23,9 +23,9 @@ _BESIDE_THE_POINT = (
     ".*does not have many workers.*",
     ".*LeafSpec.*",
     ".*Experiment logs directory.*",
-    ".*torch.utils._pytree.*",
-    ".*`isinstance.treespec.*",
-    ".*litlogger.*",
+    ".*smaller than the logging interval.*",
+    ".*in eval mode at the start of training.*",
+    ".*overridden `transfer_batch_to_device`.*",
     ".*GPU available but not used.*",
 )
 

@@ -1,0 +1,37 @@
+# `make run` and `make test` do everything on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: env run test lint compare pretrain clean
+
+env: .venv/.done
+
+.venv/.done: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+run: env
+	$(BIN)/python train.py
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+# The table and the figure of the README.
+compare: env
+	rm -rf runs/compare
+	$(BIN)/python train.py -m experiment=compare method=rome,r_rome,memit restraint=none,prune,prune_end,prune_restrained
+	$(BIN)/python -m prune_lightning.report.compare runs/compare/*-*-* --out docs
+
+# Train the bundled model from scratch (about half an hour on two cores).
+pretrain: env
+	$(BIN)/python train.py experiment=pretrain_bundled hydra.run.dir=runs/pretrain_bundled
+
+clean:
+	rm -rf .venv build *.egg-info

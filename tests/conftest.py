@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from prune_lightning.models.family import ModelFamily
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.loading import load_language_model
+
+BUNDLED = "pkg://prune_lightning.bundled/model"
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def bundled() -> LanguageModel:
+    """The bundled model, fresh for every test that edits it."""
+    return load_language_model(BUNDLED)
+
+
+@pytest.fixture(scope="session")
+def bundled_shared() -> LanguageModel:
+    """The bundled model for tests that only read it."""
+    return load_language_model(BUNDLED)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., LanguageModel]:
+    """A random two-layer model of a family whose edited matrices are square, so that a wrong orientation shows."""
+
+    def build(model_type: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
+        family = ModelFamily.find(model_type)
+        tokenizer = AutoTokenizer.from_pretrained(load_path())
+        config = AutoConfig.for_model(
+            model_type,
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+            **({"intermediate_size": 32} | dict(family.tiny)),
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(std=0.2)
+        return LanguageModel(model, tokenizer, family)
+
+    return build
+
+
+def load_path() -> str:
+    return str(ROOT / "prune_lightning" / "bundled" / "model")

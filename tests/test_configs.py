@@ -1,0 +1,58 @@
+"""Every combination of groups composes, and every target can be imported."""
+
+from __future__ import annotations
+
+import hydra
+import pytest
+from conftest import ROOT
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+CONFIGS = ROOT / "configs"
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def compose(*overrides: str):
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose("train", overrides=list(overrides))
+
+
+def targets(node) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["_target_"]] if "_target_" in node else []
+        return own + [target for value in node.values() for target in targets(value)]
+    return [target for value in node for target in targets(value)] if isinstance(node, list) else []
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("method", options("method"))
+def test_method_has_settings_for_model(model, method):
+    config = compose(f"model={model}", f"method={method}")
+    assert list(config.method.layers) == sorted(config.method.layers)
+    assert not OmegaConf.missing_keys(config)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [f"{g}={o}" for g in ("data", "restraint", "evaluation", "trainer", "logger", "experiment") for o in options(g)],
+)
+def test_option_composes_and_its_targets_exist(choice):
+    config = OmegaConf.to_container(compose(choice), resolve=False)
+    config.pop("hydra", None)
+    for target in targets(config):
+        assert callable(hydra.utils.get_object(target)), target
+
+
+def test_published_settings_reach_the_method():
+    config = compose("model=gpt2-xl", "method=memit")
+    assert (list(config.method.layers), config.method.ridge, config.method.value.clamp) == (
+        [13, 14, 15, 16, 17],
+        20000,
+        0.75,
+    )
+    assert list(compose("model=gpt2-xl", "method=r_rome").method.layers) == [17]
+    assert compose("model=gpt2-xl", "method=memit", "method.ridge=7").method.ridge == 7

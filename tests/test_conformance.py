@@ -1,0 +1,132 @@
+"""Every method in `configs/method` on a tiny model of every family in `configs/model/family`, and every restraint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from prune_lightning.methods.base import EditingModule
+from prune_lightning.models.family import family_names, stores_transposed
+from prune_lightning.models.statistics import SecondMoments
+from prune_lightning.types import EditBatch, EditRequest
+
+METHODS = sorted(path.stem for path in (ROOT / "configs" / "method").glob("*.yaml"))
+REQUESTS = (
+    EditRequest(0, "Japan", "The capital of Japan is", "Rome", "Tokyo"),
+    EditRequest(1, "Claude Monet", "By profession, Claude Monet was a", "chemist", "painter"),
+)
+PREFIXES = ["The river. ", "Under an old bridge. "]
+
+
+class SentenceCorpus:
+    def texts(self):
+        return [
+            f"The {word} of Japan is a {other}." for word in ["old", "new", "red", "tall"] for other in ["dog", "cat"]
+        ]
+
+    def __len__(self):
+        return 8
+
+
+def build(name: str, language_model) -> EditingModule:
+    base = OmegaConf.load(ROOT / "configs" / "method" / "base" / "locate_then_edit.yaml")
+    config = OmegaConf.merge(base, OmegaConf.load(ROOT / "configs" / "method" / f"{name}.yaml"))
+    config.pop("defaults")
+    config.layers = [1]
+    config.contexts = {"_target_": config.contexts._target_, "fixed": PREFIXES}
+    config.value.steps = 5
+    moments = SecondMoments(SentenceCorpus(), ridge=1.0)
+    module = instantiate(config, language_model=language_model, second_moments=moments, _convert_="all")
+    module.prepare()
+    return module
+
+
+@pytest.fixture(params=family_names())
+def family(request) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_on_family(method, family, tiny):
+    language_model = tiny(family)
+    module = build(method, language_model)
+    assert len({len(side) for side in [language_model.rewrite_module(1).weight.shape]}) == 1
+    rows, columns = language_model.rewrite_module(1).weight.shape
+    assert rows == columns, "the test model's edited matrix has to be square"
+    before = {name: p.detach().clone() for name, p in language_model.named_parameters()}
+
+    updates, details = module.compute_update(REQUESTS)
+    after = dict(language_model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before), "compute_update has to be pure"
+    assert set(updates) == {language_model.rewrite_name(1)}
+    assert len(details) == len(REQUESTS)
+
+    for name, update in updates.items():
+        module.edited_matrices()[name].add(update)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == [f"model.{name}" for name in updates], "only the declared matrices may change"
+
+    module.restore()
+    assert all(torch.equal(before[name], after[name]) for name in before), "restore has to be exact"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_update_moves_the_output_at_the_subject_as_the_method_says(method, family, tiny):
+    """Orientation: on a square matrix a transposed update would fit the shape and miss the value."""
+    language_model = tiny(family)
+    module = build(method, language_model)
+    name, request = language_model.rewrite_name(1), REQUESTS[1]
+    states = module.subject_states([request], module.prefixes)
+    update = module.compute_update([request])[0][name]
+    keys = states.keys[1][0]
+    by_hand = update.dense()
+    module.edited_matrices()[name].add(update)
+    moved = module.subject_states([request], module.prefixes).outputs[1][0] - states.outputs[1][0]
+    expected = keys @ by_hand.T
+    assert torch.allclose(moved, expected, rtol=1e-8, atol=1e-10)
+    assert float(moved.norm()) > 1e-6
+    weight = language_model.rewrite_module(1).weight.detach() - module.edited_matrices()[name].original
+    stored = weight.T if stores_transposed(language_model.rewrite_module(1)) else weight
+    assert torch.allclose(stored, by_hand, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_non_finite_update_is_skipped(method, tiny, monkeypatch):
+    import lightning as L
+
+    module = build(method, tiny("gpt2"))
+    original = module.language_model.rewrite_module(1).weight.detach().clone()
+    compute = module.compute_update
+
+    def broken(requests):
+        updates, details = compute(requests)
+        for update in updates.values():
+            update.left[0, 0] = float("nan")
+        return updates, details
+
+    monkeypatch.setattr(module, "compute_update", broken)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.warns(UserWarning, match="not finite"):
+        trainer.fit(module, torch.utils.data.DataLoader([EditBatch(REQUESTS[:1])], batch_size=None))
+    assert torch.equal(module.language_model.rewrite_module(1).weight, original)
+    assert module.last_report is not None
+    assert not module.last_report.applied
+
+
+@pytest.mark.parametrize("restraint", sorted(p.stem for p in (ROOT / "configs" / "restraint").glob("*.yaml")))
+def test_restraint_config_builds_or_is_empty(restraint):
+    config = OmegaConf.load(Path(ROOT, "configs", "restraint", f"{restraint}.yaml"))
+    if config:
+        assert hasattr(instantiate(config), "restrain")

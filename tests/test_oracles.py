@@ -1,0 +1,112 @@
+"""Parity with numbers that the public reference implementations computed, in float64."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import SHARED
+from safetensors.torch import load_file
+
+from prune_lightning.methods.locate_then_edit import LocateThenEdit
+from prune_lightning.methods.memit import MEMIT
+from prune_lightning.methods.r_rome import RROME
+from prune_lightning.methods.rome import ROME
+from prune_lightning.methods.value import ValueOptions
+from prune_lightning.models.contexts import ContextOptions
+from prune_lightning.models.loading import load_language_model
+from prune_lightning.models.statistics import SecondMoment, SecondMoments
+from prune_lightning.types import EditRequest
+
+ORACLES = SHARED / "oracles"
+pytestmark = pytest.mark.skipif(not ORACLES.is_dir(), reason="the oracles are not part of the project")
+
+
+class GivenMoments(SecondMoments):
+    """The oracle's second moments in place of computed ones."""
+
+    def __init__(self, tensors):
+        super().__init__(corpus=None)
+        self.tensors = tensors
+
+    def compute(self, model, layers, track=None):
+        return {layer: SecondMoment(self.tensors[f"second_moment.{layer}"]) for layer in layers}
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    facts = json.loads((ORACLES / "oracles.json").read_text())
+    requests = [
+        EditRequest(r["case_id"], r["subject"], r["prompt"], r["target_new"], r["target_true"])
+        for r in facts["requests"]
+    ]
+    return facts, requests, load_file(ORACLES / "oracles.safetensors")
+
+
+def build(oracle, method: str, contexts: list[str], **kwargs) -> LocateThenEdit:
+    facts, _, tensors = oracle
+    setting = facts["methods"][method]
+    module = {"rome": ROME, "r_rome": RROME, "memit": MEMIT}[method](
+        language_model=load_language_model(str(ORACLES / "oracle-gpt2"), "float64"),
+        layers=setting["layers"],
+        second_moments=GivenMoments(tensors),
+        value=ValueOptions(
+            steps=setting["v_num_grad_steps"],
+            learning_rate=setting["v_lr"],
+            weight_decay=setting["v_weight_decay"],
+            kl_factor=setting["kl_factor"],
+            clamp=setting["clamp_norm_factor"],
+        ),
+        contexts=ContextOptions(fixed=[context.removesuffix("{}") for context in contexts]),
+        **kwargs,
+    )
+    module.prepare()
+    return module
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor, base: torch.Tensor | float = 0.0) -> float:
+    return float((ours - theirs).norm() / (theirs - base).norm())
+
+
+@pytest.mark.parametrize("method", ["rome", "r_rome"])
+def test_rank_one_methods_match_reference(oracle, method):
+    facts, requests, tensors = oracle
+    module = build(oracle, method, facts["rome_contexts"][1:])
+    (name, matrix), original = next(iter(module.edited_matrices().items())), None
+    original = matrix.parameter.clone()
+    for index in range(4):
+        update = module.compute_update([requests[index]])[0][name]
+        assert torch.equal(matrix.parameter, original)
+        left, right = tensors[f"{method}.single.{index}.left"], tensors[f"{method}.single.{index}.right"]
+        assert relative(update.right[:, 0], left) < 1e-6
+        assert relative(update.left[:, 0], right) < 1e-6
+        assert relative(update.dense().T, torch.outer(left, right)) < 1e-6
+    for request in requests[:4]:
+        matrix.add(module.compute_update([request])[0][name])
+    assert relative(matrix.parameter, tensors[f"{method}.sequential4.weight"], original) < 1e-4
+
+
+def test_rome_writes_requests_of_one_batch_one_after_another(oracle):
+    facts, requests, tensors = oracle
+    module = build(oracle, "r_rome", facts["rome_contexts"][1:])
+    ((name, matrix),) = module.edited_matrices().items()
+    original = matrix.parameter.clone()
+    matrix.add(module.compute_update(requests[:4])[0][name])
+    assert relative(matrix.parameter, tensors["r_rome.sequential4.weight"], original) < 1e-4
+
+
+def test_memit_matches_reference(oracle):
+    facts, requests, tensors = oracle
+    ridge = facts["methods"]["memit"]["mom2_update_weight"]
+    module = build(oracle, "memit", facts["memit_contexts"][1], ridge=ridge)
+    originals = {name: matrix.parameter.clone() for name, matrix in module.edited_matrices().items()}
+    for batch, tolerance in ((0, 1e-6), (1, 1e-4)):
+        chunk = requests[4 * batch : 4 * batch + 4]
+        values = module.optimise(chunk, module.language_model.block(module.layers[-1]))
+        assert relative(values.target, tensors[f"memit.batch{batch}.z"]) < tolerance
+        for name, update in module.compute_update(chunk)[0].items():
+            module.edited_matrices()[name].add(update)
+        for layer, (name, matrix) in zip(module.layers, module.edited_matrices().items(), strict=True):
+            theirs = tensors[f"memit.batch{batch}.weight.{layer}"]
+            assert relative(matrix.parameter, theirs, originals[name]) < tolerance
