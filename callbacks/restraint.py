@@ -94,15 +94,18 @@ class SpectralRestraint(L.Callback, ABC):
 
     @contextmanager
     def restrained_snapshot(self) -> Iterator[None]:
-        """Restrain inside the block only."""
-        saved, pending = {name: matrix.delta for name, matrix in self._matrices.items()}, self._pending
+        """Restrain inside the block only; a change that is restrained already is left as it is."""
+        if not self._pending:
+            yield
+            return
+        saved = {name: matrix.delta for name, matrix in self._matrices.items()}
         self.restrain_all()
         try:
             yield
         finally:
             for name, delta in saved.items():
                 self._matrices[name].set_delta(delta)
-            self._pending = pending
+            self._pending = True
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -63,6 +65,13 @@ def tiny() -> Callable[..., LanguageModel]:
         return LanguageModel(model, tokenizer, family)
 
     return build
+
+
+def quiet_trainer(*callbacks: L.Callback, **kwargs: Any) -> L.Trainer:
+    """A Trainer for one epoch on the CPU that writes and shows nothing."""
+    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(**(settings | kwargs), callbacks=list(callbacks))
 
 
 def load_path() -> str:

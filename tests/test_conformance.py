@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, quiet_trainer
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -97,8 +97,6 @@ def test_update_moves_the_output_at_the_subject_as_the_method_says(method, famil
 
 @pytest.mark.parametrize("method", METHODS)
 def test_non_finite_update_is_skipped(method, tiny, monkeypatch):
-    import lightning as L
-
     module = build(method, tiny("gpt2"))
     original = module.language_model.rewrite_module(1).weight.detach().clone()
     compute = module.compute_update
@@ -110,16 +108,8 @@ def test_non_finite_update_is_skipped(method, tiny, monkeypatch):
         return updates, details
 
     monkeypatch.setattr(module, "compute_update", broken)
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     with pytest.warns(UserWarning, match="not finite"):
-        trainer.fit(module, torch.utils.data.DataLoader([EditBatch(REQUESTS[:1])], batch_size=None))
+        quiet_trainer().fit(module, torch.utils.data.DataLoader([EditBatch(REQUESTS[:1])], batch_size=None))
     assert torch.equal(module.language_model.rewrite_module(1).weight, original)
     assert module.last_report is not None
     assert not module.last_report.applied

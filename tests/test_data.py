@@ -90,7 +90,7 @@ def test_bad_rows_are_listed_by_line_and_skipped_or_fatal(tmp_path):
     ]
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n{broken\n[1]\n")
-    stream = JSONLines(str(path))
+    stream = JSONLines(str(path), bad_rows="skip")
     with pytest.warns(UserWarning, match="line 2: the subject 'Bob' is not in its prompt"):
         stream.setup()
     assert [request.subject for request in stream.requests] == ["Ann"]

@@ -7,6 +7,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from conftest import quiet_trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_spectral import dense_prune
@@ -33,16 +34,7 @@ class RandomEdits(EditingModule):
 
 
 def fit(module, batches, *callbacks, **kwargs):
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **kwargs,
-    )
+    trainer = quiet_trainer(*callbacks, **kwargs)
     trainer.fit(module, DataLoader(batches, batch_size=None))
     return trainer
 
@@ -90,7 +82,8 @@ def test_without_restraint_the_updates_add_up(tiny):
     assert module.num_edits == 4
 
 
-def test_end_schedule_restrains_snapshots_only(tiny):
+@pytest.mark.parametrize("accumulate", ["raw", "restrained"])
+def test_end_schedule_restrains_snapshots_only(tiny, accumulate):
     module = RandomEdits(tiny("llama"), [1])
     weight = module.language_model.rewrite_module(1).weight
     original, seen = weight.detach().clone(), []
@@ -102,7 +95,7 @@ def test_end_schedule_restrains_snapshots_only(tiny):
                 seen.append(weight.detach().clone())
             assert torch.equal(weight, before) or trainer.is_last_batch
 
-    fit(module, edits(3), PRUNE(BASE, schedule="end"), Look())
+    fit(module, edits(3), PRUNE(BASE, schedule="end", accumulate=accumulate), Look())
     for steps, snapshot in enumerate(seen, start=1):
         expected = expected_weight(module, original, steps, "raw", "end")
         assert float((snapshot - expected).norm() / expected.norm()) < 1e-10
@@ -183,30 +176,18 @@ def test_parameters_are_chosen_by_pattern_and_tied_ones_taken_once():
 
 @pytest.mark.parametrize("every_n", [1, 3])
 def test_resume_from_a_checkpoint_goes_on_as_if_never_stopped(tmp_path, every_n):
-    def run(module, batches, **kwargs):
-        callback = PRUNE(BASE, schedule="every_n", every_n=every_n)
-        trainer = L.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            callbacks=[callback],
-            **kwargs,
-        )
-        return trainer, DataLoader(batches, batch_size=None)
+    def restraint():
+        return PRUNE(BASE, schedule="every_n", every_n=every_n)
 
     batches = regression_batches(6)
     straight, halves, resumed = Regression(), Regression(), Regression()
-    trainer, loader = run(straight, batches)
-    trainer.fit(straight, loader)
-    trainer, loader = run(halves, batches, limit_train_batches=6, max_steps=3)
-    trainer.fit(halves, loader)
+    fit(straight, batches, restraint())
+    trainer = fit(halves, batches, restraint(), max_steps=3)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    trainer, loader = run(resumed, batches)
-    trainer.fit(resumed, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    loader = DataLoader(batches, batch_size=None)
+    quiet_trainer(restraint()).fit(resumed, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert torch.allclose(straight.first.weight, resumed.first.weight, atol=1e-12)
+    assert not torch.equal(straight.first.weight, halves.first.weight)
 
 
 def test_bad_arguments_and_strategies_are_refused():

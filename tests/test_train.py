@@ -159,7 +159,7 @@ def test_mistakes_exit_with_2_and_one_clear_line(tmp_path, arguments, message):
 def test_subject_outside_its_prompt_is_named_by_line(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps({"subject": "Bob", "prompt": "Ann plays the", "target_new": "oboe"}) + "\n")
-    done = train(f"hydra.run.dir={tmp_path}", "data=jsonl", f"data.path={path}", "data.bad_rows=fail")
+    done = train(f"hydra.run.dir={tmp_path}", "data=jsonl", f"data.path={path}")
     assert done.returncode == 2
     assert "line 1: the subject 'Bob' is not in its prompt 'Ann plays the'" in done.stderr
     assert "Bob" in (tmp_path / "error.txt").read_text()

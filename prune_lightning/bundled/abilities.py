@@ -124,33 +124,28 @@ _KINDS = {
     "a tool": ("a hammer", "a saw", "a shovel", "a drill"),
     "a garment": ("a coat", "a shirt", "a scarf", "a hat"),
 }
-_PEOPLE = ("Oskar", "Selma", "Viktor", "Nadia", "Ruben", "Ingrid")
+_PEOPLE = ("Oskar", "Selma", "Viktor", "Nadia", "Ruben", "Ingrid", "Tomas", "Yvonne")
 _DEEDS = ("found", "saw", "sold", "drew")
 _PLACES = ("garden", "kitchen", "station", "harbour", "forest", "school")
 
 
 def inference() -> AbilityTask:
-    """Does the premise entail the hypothesis? Entailed: a superordinate kind, or the place left out."""
+    """Does the premise entail the hypothesis? The kind of a thing and the place are entailed, other ones are not."""
     items = []
     rng = random.Random(SPLIT_SEED)
     thing_kind = {thing: kind for kind, things in _KINDS.items() for thing in things}
     for person, deed, thing, place in itertools.product(_PEOPLE, _DEEDS, thing_kind, _PLACES):
-        kind = thing_kind[thing]
-        premise = f"{person} {deed} {thing} in the {place}."
+        premise = f"In the {place} {person} {deed} {thing}."
         other_place = rng.choice([option for option in _PLACES if option != place])
-        other_kind = rng.choice([option for option in _KINDS if option != kind])
-        other_person = rng.choice([option for option in _PEOPLE if option != person])
-        entailed = (f"{person} {deed} {kind} in the {place}.", f"{person} {deed} {thing}.")
-        refuted = rng.sample(
-            [
-                f"{person} {deed} {kind} in the {other_place}.",
-                f"{person} {deed} {other_kind} in the {place}.",
-                f"{other_person} {deed} {thing}.",
-            ],
-            k=2,
-        )
-        for hypothesis, answer in [(text, "true.") for text in entailed] + [(text, "false.") for text in refuted]:
-            items.append(AbilityItem(f"{premise} It follows that {hypothesis} True or false? Answer:", answer))
+        other_kind = rng.choice([option for option in _KINDS if option != thing_kind[thing]])
+        judged = [
+            (f"{person} {deed} {thing_kind[thing]}", "true."),
+            (f"{person} {deed} {other_kind}", "false."),
+            (f"{person} was in the {place}", "true."),
+            (f"{person} was in the {other_place}", "false."),
+        ]
+        for hypothesis, answer in judged:
+            items.append(AbilityItem(f"{premise} That {hypothesis} is therefore", answer))
     return _split(items)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def run(config: DictConfig) -> None:
     folder = run_folder()
     L.seed_everything(config.seed, verbose=False)
     out = Console()
-    progress = RunProgress(Console(stderr=True, quiet=not _shown(config.progress)))
+    progress = RunProgress(Console(stderr=True, quiet=not config.progress))
     with progress:
         with progress.phase("load"):
             restraint = instantiate(config.restraint) if config.restraint else None
@@ -69,10 +68,6 @@ def run(config: DictConfig) -> None:
     summary["wall_s"] = time.perf_counter() - started
     write_json(folder / "summary.json", summary)
     out.print(f"The run lies in [bold]{folder}[/bold]: report.html, summary.json, edits.jsonl, metrics.csv, plots/")
-
-
-def _shown(setting: Any) -> bool:
-    return sys.stderr.isatty() if setting == "auto" else bool(setting)
 
 
 def _method(config: DictConfig) -> EditingModule:
