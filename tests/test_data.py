@@ -103,7 +103,7 @@ def test_bad_rows_are_listed_by_line_and_skipped_or_fatal(tmp_path):
 def test_lines_of_an_indented_array_are_those_of_the_file(tmp_path):
     broken = {**EASYEDIT, "subject": "Nobody"}
     path = write(tmp_path / "cf.json", [EASYEDIT, broken], indent=1)
-    stream = CounterFact(path)
+    stream = CounterFact(path, bad_rows="skip")
     with pytest.warns(UserWarning, match="cannot be used"):
         stream.setup()
     text = (tmp_path / "cf.json").read_text().splitlines()
@@ -114,7 +114,7 @@ def test_lines_of_an_indented_array_are_those_of_the_file(tmp_path):
 def test_truncated_array_is_reported(tmp_path):
     path = tmp_path / "cut.json"
     path.write_text(json.dumps([EASYEDIT, EASYEDIT])[:-60])
-    stream = CounterFact(str(path))
+    stream = CounterFact(str(path), bad_rows="skip")
     with pytest.warns(UserWarning, match="nothing after it can be read"):
         stream.setup()
     assert len(stream.requests) == 1
@@ -174,7 +174,7 @@ def test_bundled_stream_is_fixed_by_its_seed_and_not_by_its_length():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not part of the project")
 @pytest.mark.parametrize(("reader", "file"), [(CounterFact, "counterfact_2000.json"), (ZsRE, "zsre_1000.json")])
 def test_real_records_flow(reader, file):
-    stream = reader(str(SHARED / "data" / file), num_edits=500)
+    stream = reader(path=str(SHARED / "data" / file), num_edits=500, bad_rows="skip")
     stream.setup()
     assert len(stream.requests) == 500
     assert all(request.paraphrases and request.locality and request.target_old for request in stream.requests)

@@ -180,14 +180,19 @@ def test_resume_from_a_checkpoint_goes_on_as_if_never_stopped(tmp_path, every_n)
         return PRUNE(BASE, schedule="every_n", every_n=every_n)
 
     batches = regression_batches(6)
-    straight, halves, resumed = Regression(), Regression(), Regression()
-    fit(straight, batches, restraint())
-    trainer = fit(halves, batches, restraint(), max_steps=3)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    loader = DataLoader(batches, batch_size=None)
-    quiet_trainer(restraint()).fit(resumed, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+
+    class SaveAfterThree(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    straight, resumed = Regression(), Regression()
+    fit(straight, batches, restraint(), SaveAfterThree())
+    rest = DataLoader(batches[3:] + batches[:3], batch_size=None)  # Lightning counts on, but begins the loader anew
+    trainer = quiet_trainer(restraint())
+    trainer.fit(resumed, rest, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert trainer.global_step == 6
     assert torch.allclose(straight.first.weight, resumed.first.weight, atol=1e-12)
-    assert not torch.equal(straight.first.weight, halves.first.weight)
 
 
 def test_bad_arguments_and_strategies_are_refused():
@@ -208,3 +213,12 @@ def test_bad_arguments_and_strategies_are_refused():
 def test_state_keys_tell_restraints_apart():
     assert PRUNE(schedule="end").state_key != PRUNE(schedule="each").state_key
     assert math.isclose(PRUNE(base=1.2).law.base, 1.2)
+
+
+def test_example_in_the_documentation_runs():
+    import doctest
+
+    import prune_lightning.callbacks.prune as module
+
+    result = doctest.testmod(module)
+    assert (result.failed, result.attempted > 0) == (0, True)

@@ -58,7 +58,7 @@ class EditStream(L.LightningDataModule, ABC):
         seed: Seed of the order and of whatever the data set draws.
         shuffle: Take the requests in a random order and not in that of the source.
         unique_subjects: Keep only the first request about each subject (case ignored).
-        bad_rows: ``skip`` warns about unusable records, ``fail`` refuses to start.
+        bad_rows: ``fail`` refuses to start on unusable records, ``skip`` warns and goes on; both list them by line.
 
     Raises:
         UserError: Unknown protocol or policy, or a batch size that the protocol excludes.
@@ -72,7 +72,7 @@ class EditStream(L.LightningDataModule, ABC):
         seed: int = 0,
         shuffle: bool = False,
         unique_subjects: bool = True,
-        bad_rows: str = "skip",
+        bad_rows: str = "fail",
     ) -> None:
         super().__init__()
         choices = [choice.value for choice in Protocol]
