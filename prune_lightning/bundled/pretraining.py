@@ -78,10 +78,12 @@ class Pretraining(L.LightningModule):
         heads: Attention heads.
         positions: Longest input.
         vocab_size: Size of the vocabulary.
-        learning_rate: Peak learning rate.
         weight_decay: AdamW's weight decay.
         warmup_steps: Steps of linear warm-up.
-        steps: Optimizer steps.
+
+    Attributes:
+        learning_rate: Peak learning rate of the present stage.
+        steps: Optimizer steps of the present stage.
     """
 
     def __init__(
@@ -91,13 +93,12 @@ class Pretraining(L.LightningModule):
         heads: int,
         positions: int,
         vocab_size: int,
-        learning_rate: float,
         weight_decay: float,
         warmup_steps: int,
-        steps: int,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.learning_rate, self.steps = 0.0, 0
         config = GPT2Config(
             vocab_size=vocab_size,
             n_positions=positions,
@@ -119,8 +120,8 @@ class Pretraining(L.LightningModule):
         return loss
 
     def _schedule(self, step: int) -> float:
-        warmup, steps = self.hparams["warmup_steps"], self.hparams["steps"]
-        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+        return min(1.0, (step + 1) / self.hparams["warmup_steps"]) * (0.02 + 0.98 * cosine)
 
     def configure_optimizers(self) -> Any:
         """AdamW on all parameters; biases, norms and embeddings are not decayed."""
@@ -132,7 +133,7 @@ class Pretraining(L.LightningModule):
                 {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
                 {"params": others, "weight_decay": 0.0},
             ],
-            lr=self.hparams["learning_rate"],
+            lr=self.learning_rate,
             betas=(0.9, 0.98),
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule)

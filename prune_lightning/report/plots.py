@@ -61,7 +61,7 @@ def _two_panels(curves: Mapping[str, Curve], panels: Mapping[str, tuple[Mapping[
             _lines(axes, curve, names, key, style, f", {label}")
         _finish(axes, title, counts)
     handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(panels), frameon=False, fontsize=8)
     return figure
 
 

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from jinja2 import Environment, PackageLoader
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from transformers import GPT2LMHeadModel
 
 from prune_lightning.bundled.pretraining import Pretraining, PretrainingData
 from prune_lightning.bundled.world import EDIT_PHRASING, HELD_OUT, load_world
@@ -26,9 +27,15 @@ def run(config: DictConfig) -> None:
     folder = run_folder()
     L.seed_everything(config.seed, verbose=False)
     started = time.perf_counter()
-    data: PretrainingData = instantiate(config.pretraining.data)
     module: Pretraining = instantiate(config.pretraining.module)
-    build_trainer(config, [], build_loggers(config, folder)).fit(module, datamodule=data)
+    if config.pretraining.start_from:
+        module.model = GPT2LMHeadModel.from_pretrained(config.pretraining.start_from).train()
+    for number, stage in enumerate(config.pretraining.stages[config.pretraining.first_stage :]):
+        seed = config.seed + config.pretraining.first_stage + number
+        windows = {key: stage[key] for key in ("shares", "steps", "length", "batch_size")}
+        data: PretrainingData = instantiate(config.pretraining.data, **windows, seed=seed)
+        module.steps, module.learning_rate = stage.steps, stage.learning_rate
+        build_trainer(config, [], build_loggers(config, folder / f"stage_{number}")).fit(module, datamodule=data)
     seconds = time.perf_counter() - started
     language_model = LanguageModel(module.model, data.tokenizer)
     scores = recall(language_model) | {name: job() for name, job in MiniatureAbilities().jobs(language_model).items()}
