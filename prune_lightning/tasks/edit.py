@@ -117,7 +117,7 @@ def _report(
     """Print the table, draw the plots, write the page, and hand table and plots to loggers that take them."""
     edits = f"{summary['num_edits']} edits"
     restrained = "no restraint" if summary["restraint"] == "none" else summary["restraint"]
-    title = f"{summary['method']}, {restrained}: {edits} of {summary['data']} on {summary['model']}"
+    title = f"{summary['method']}, {restrained}: {edits} (data: {summary['data']}, model: {summary['model']})"
     columns = {"before": summary["baseline"], f"after {edits}": summary["final"]}
     curves = {restrained: summary["curve"]}
     if summary["control"]:
