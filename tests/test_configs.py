@@ -8,6 +8,8 @@ from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from prune_lightning.callbacks import SpectralRestraint
+
 CONFIGS = ROOT / "configs"
 
 
@@ -56,3 +58,11 @@ def test_published_settings_reach_the_method():
     )
     assert list(compose("model=gpt2-xl", "method=r_rome").method.layers) == [17]
     assert compose("model=gpt2-xl", "method=memit", "method.ridge=7").method.ridge == 7
+
+
+@pytest.mark.parametrize("option", options("restraint"))
+def test_restraint_is_built_or_empty(option):
+    config = compose(f"restraint={option}").restraint
+    assert (option == "none") == (not config)
+    if config:
+        assert isinstance(hydra.utils.instantiate(config), SpectralRestraint)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import ROOT, quiet_trainer
@@ -113,10 +111,3 @@ def test_non_finite_update_is_skipped(method, tiny, monkeypatch):
     assert torch.equal(module.language_model.rewrite_module(1).weight, original)
     assert module.last_report is not None
     assert not module.last_report.applied
-
-
-@pytest.mark.parametrize("restraint", sorted(p.stem for p in (ROOT / "configs" / "restraint").glob("*.yaml")))
-def test_restraint_config_builds_or_is_empty(restraint):
-    config = OmegaConf.load(Path(ROOT, "configs", "restraint", f"{restraint}.yaml"))
-    if config:
-        assert hasattr(instantiate(config), "restrain")
