@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import lightning as L
 from torch import Tensor
 from typing_extensions import override
 
@@ -19,7 +20,7 @@ class PRUNE(SpectralRestraint):
     .. math:: W = W_0 + U F(\Sigma) V^\top, \qquad
               F(\sigma) = \log_a \sigma - \log_a \bar s + \bar s \text{ for } \sigma > \bar s = \sigma_{\max}(W_0)
 
-    and the identity below (eq. 9 and 10 of the paper).
+    and the identity below.
 
     Args:
         base: :math:`a > 1`; the larger, the stronger the restraint.
@@ -47,6 +48,12 @@ class PRUNE(SpectralRestraint):
         super().__init__(parameters, schedule, every_n, accumulate)
         self.law = Logarithm(base, guard)
         self._references: dict[str, float] = {}
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take hold of the matrices; what was known of another module's originals does not apply."""
+        super().on_train_start(trainer, pl_module)
+        self._references = {}
 
     @override
     def restrain(self, matrix: RestrainedMatrix, change: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ class SpectralRestraint(L.Callback, ABC):
             for name, matrix in matrices.items():
                 if name in self._restored:
                     matrix.load_state_dict(self._restored[name])
-            self._matrices = {**matrices}
+            self._matrices, self._restored = {**matrices}, {}
         self._steps = trainer.global_step
 
     @override

@@ -53,7 +53,6 @@ def family(request) -> str:
 def test_method_on_family(method, family, tiny):
     language_model = tiny(family)
     module = build(method, language_model)
-    assert len({len(side) for side in [language_model.rewrite_module(1).weight.shape]}) == 1
     rows, columns = language_model.rewrite_module(1).weight.shape
     assert rows == columns, "the test model's edited matrix has to be square"
     before = {name: p.detach().clone() for name, p in language_model.named_parameters()}

@@ -215,6 +215,19 @@ def test_state_keys_tell_restraints_apart():
     assert math.isclose(PRUNE(base=1.2).law.base, 1.2)
 
 
+def test_one_callback_serves_two_modules_in_turn():
+    """The second module's originals are its own, though the names are the same."""
+    callback, alone = PRUNE(BASE), Regression()
+    fit(Regression(), regression_batches(3), callback)
+    second = Regression()
+    for module in (second, alone):
+        with torch.no_grad():
+            module.first.weight.mul_(4)
+    fit(second, regression_batches(3), callback)
+    fit(alone, regression_batches(3), PRUNE(BASE))
+    assert torch.equal(second.first.weight, alone.first.weight)
+
+
 def test_example_in_the_documentation_runs():
     import doctest
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor, nn
 
-from prune_lightning.spectral import sigma_max
 from prune_lightning.types import WeightUpdate
 
 
@@ -39,11 +36,6 @@ class EditedMatrix:
     def reference(self) -> Tensor:
         """Return the original matrix, ``out_features x in_features``."""
         return self._turned(self.original).to(self.delta)
-
-    @cached_property
-    def reference_sigma_max(self) -> float:
-        """Largest singular value of the original matrix."""
-        return sigma_max(self.reference())
 
     def weight(self) -> Tensor:
         """Return the live weight, ``out_features x in_features``."""
