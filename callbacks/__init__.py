@@ -1,9 +1,25 @@
-"""Callbacks for any Lightning Trainer. Import them as ``prune_lightning.callbacks``."""
+"""Callbacks for any Lightning Trainer. Import them as ``prune_lightning.callbacks``.
+
+The adapter for the Hugging Face Trainer is in ``prune_lightning.callbacks.hugging_face``.
+"""
 
 from .edit_evaluation import EditEvaluation
 from .edit_log import EditLog
 from .progress import RunProgress
 from .prune import PRUNE
-from .restraint import SpectralRestraint
+from .rect import RECT
+from .restraint import Restraint
+from .spectral_restraint import SpectralRestraint
+from .spectrum_monitor import SpectrumMonitor, spectra
 
-__all__ = ["PRUNE", "EditEvaluation", "EditLog", "RunProgress", "SpectralRestraint"]
+__all__ = [
+    "PRUNE",
+    "RECT",
+    "EditEvaluation",
+    "EditLog",
+    "Restraint",
+    "RunProgress",
+    "SpectralRestraint",
+    "SpectrumMonitor",
+    "spectra",
+]

@@ -7,13 +7,18 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 from prune_lightning.errors import UserError, near
+from prune_lightning.types import WeightUpdate
 
 
 class SnapshotMatrix:
-    """A trained weight with a copy of its original.
+    r"""A trained weight with a copy of its original: :math:`\Delta = W - W_0 +` what is withheld.
+
+    A sharded weight (``DTensor``) and its copies stay sharded; the whole matrix is gathered for the moment in which it
+    is looked at, and every rank computes the same from it.
 
     Args:
         name: Name of the parameter.
@@ -22,58 +27,97 @@ class SnapshotMatrix:
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.name, self.parameter = name, parameter
-        self.original = parameter.detach().clone()
-        self._dtype = torch.promote_types(parameter.dtype, torch.float32)
-        self._restrained = torch.zeros_like(self.original, dtype=self._dtype)
-        self._sum = torch.zeros_like(self._restrained)
+        self._original = parameter.detach().clone()
+        self._withheld: Tensor | None = None
+        self._previous: Tensor | None = None
+        self._precise = torch.promote_types(parameter.dtype, torch.float32)
 
-    def reference(self) -> Tensor:
+    def original(self) -> Tensor:
         """Return the original matrix."""
-        return self.original.to(self._dtype)
+        return _whole(self._original)
 
-    @property
+    def weight(self) -> Tensor:
+        """Return the live weight."""
+        return _whole(self.parameter.detach())
+
     def delta(self) -> Tensor:
-        """The change that the live weight carries."""
-        return self.parameter.detach().to(self._dtype) - self.reference()
+        """Return the change that the live weight carries, fp32 at least."""
+        return _whole(self.parameter.detach().to(self._precise) - self._original.to(self._precise))
 
     @property
-    def raw(self) -> Tensor:
-        """The sum of all changes by the optimizer, restraints left out."""
-        return self._sum + (self.delta - self._restrained)
+    def change(self) -> Tensor:
+        """The sum of all steps of the optimizer, fp32 at least."""
+        return self.delta() if self._withheld is None else self.delta() + _whole(self._withheld)
+
+    def follow_steps(self) -> None:
+        """Remember the weight from now on, so that :meth:`step` can tell what it moved by."""
+        self._previous = self._previous if self._previous is not None else self.parameter.detach().clone()
+
+    def step(self) -> Tensor:
+        """Return what the weight moved by since a restraint wrote it last."""
+        assert self._previous is not None, "follow_steps() comes first"
+        return _whole(self.parameter.detach().to(self._precise) - self._previous.to(self._precise))
 
     @torch.no_grad()
-    def set_delta(self, delta: Tensor) -> None:
-        """Replace the change and write the weight."""
-        self._sum = self.raw
-        self.parameter.copy_(self.reference() + delta)
-        self._restrained = self.delta
+    def withhold(self, correction: WeightUpdate | None) -> None:
+        """Write the weight without ``correction``, which counts as withheld, not as undone."""
+        if correction is None and self._withheld is None:
+            return
+        change = self.change
+        excess = torch.zeros_like(change) if correction is None else correction.dense().to(change)
+        self._write(self.original().to(change) + change - excess)
+        self._withheld = None if correction is None else self._like(change - self.delta())
+
+    @torch.no_grad()
+    def subtract(self, correction: WeightUpdate | Tensor) -> None:
+        """Take ``correction`` away from the weight for good."""
+        dense = correction if isinstance(correction, Tensor) else correction.dense()
+        self._write(self.weight().to(self._precise) - dense.to(self._precise))
+
+    def _write(self, weight: Tensor) -> None:
+        self.parameter.copy_(self._like(weight))
+        if self._previous is not None:
+            self._previous.copy_(self.parameter.detach())
+
+    def _like(self, whole: Tensor) -> Tensor:
+        live = self.parameter.detach()
+        return distribute_tensor(whole, live.device_mesh, live.placements) if isinstance(live, DTensor) else whole
+
+    def rounding_loss(self) -> float:
+        """Return zero: an optimizer works on the weight as it is stored, nothing is kept beside it."""
+        return 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a restart needs."""
-        return {"original": self.original, "sum": self._sum, "restrained": self._restrained}
+        """Return what a restart needs, whole matrices on the CPU."""
+        kept = {"original": self._original, "withheld": self._withheld, "previous": self._previous}
+        return {name: _whole(tensor).cpu() for name, tensor in kept.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the original and the sums of an earlier run."""
-        self.original = state["original"].to(self.parameter)
-        self._sum = state["sum"].to(self.parameter.device)
-        self._restrained = state["restrained"].to(self.parameter.device)
+        """Take up the original and what was withheld in an earlier run."""
+        here = {name: self._like(tensor.to(self.parameter.device)) for name, tensor in state.items()}
+        self._original = here["original"]
+        self._withheld, self._previous = here.get("withheld"), here.get("previous")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def matching_matrices(module: nn.Module, patterns: Sequence[str] | None) -> dict[str, SnapshotMatrix]:
-    """Return the matrices of a module that a restraint is to watch, tied ones once.
+    """Return the matrices of a module that a restraint is to watch, tied ones once, under their first name.
 
     Args:
         module: Any module.
-        patterns: ``fnmatch`` patterns of parameter names; ``None`` for all trained Linear and Conv1D weights.
+        patterns: ``fnmatch`` patterns of parameter names, embeddings included; ``None`` for the trained weights of all
+            Linear and Conv1D layers.
 
     Raises:
         UserError: A pattern matches no two-dimensional parameter, or nothing is trained.
     """
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.ndim == 2}
+    named = {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.ndim == 2}
     if patterns is None:
-        layers = {n: m for n, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-        names = [f"{name}.weight" for name, layer in layers.items() if layer.weight.requires_grad]
-        chosen = [name for name in names if name in named]
+        layers = {n: m for n, m in module.named_modules(remove_duplicate=False) if isinstance(m, (nn.Linear, Conv1D))}
+        chosen = [f"{n}.weight" for n, m in layers.items() if m.weight.requires_grad and f"{n}.weight" in named]
     else:
         chosen = []
         for pattern in patterns:
@@ -83,4 +127,5 @@ def matching_matrices(module: nn.Module, patterns: Sequence[str] | None) -> dict
             chosen += found
     if not chosen:
         raise UserError("the restraint finds no trained Linear or Conv1D weight; name some with `parameters`")
-    return {name: SnapshotMatrix(name, named[name]) for name in dict.fromkeys(chosen)}
+    first = {id(parameter): name for name, parameter in reversed(named.items())}
+    return {name: SnapshotMatrix(name, named[name]) for name in dict.fromkeys(first[id(named[n])] for n in chosen)}

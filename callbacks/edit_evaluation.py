@@ -79,7 +79,7 @@ class EditEvaluation(L.Callback):
     def _spectrum(module: EditingModule) -> Scores:
         matrices = module.edited_matrices().values()
         return {
-            "spectrum/sigma_max_delta": max(sigma_max(matrix.delta) for matrix in matrices),
+            "spectrum/sigma_max_delta": max(sigma_max(matrix.delta()) for matrix in matrices),
             "spectrum/condition_number": max(condition_number(matrix.weight()) for matrix in matrices),
         }
 

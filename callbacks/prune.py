@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import lightning as L
-from torch import Tensor
-from typing_extensions import override
+from prune_lightning.spectral import Logarithm
 
-from prune_lightning.spectral import Logarithm, restrain, sigma_max
-from prune_lightning.types import RestrainedMatrix
-
-from .restraint import SpectralRestraint
+from .spectral_restraint import SpectralRestraint
 
 
 class PRUNE(SpectralRestraint):
     r"""Restrain the singular values of the accumulated change above the largest one of the original matrix.
 
-    .. math:: W = W_0 + U F(\Sigma) V^\top, \qquad
-              F(\sigma) = \log_a \sigma - \log_a \bar s + \bar s \text{ for } \sigma > \bar s = \sigma_{\max}(W_0)
-
-    and the identity below.
+    .. math:: F(\sigma) = \log_a \sigma - \log_a \bar s + \bar s \quad\text{for } \sigma > \bar s = \sigma_{\max}(W_0)
 
     Args:
         base: :math:`a > 1`; the larger, the stronger the restraint.
         guard: Never let a singular value grow. The published law does so where :math:`\bar s < 1/\ln a`; switch the
             guard off to reproduce it.
-        parameters: See :class:`SpectralRestraint`.
+        parameters: See :class:`Restraint`.
         schedule: See :class:`SpectralRestraint`.
-        every_n: See :class:`SpectralRestraint`.
+        every_n: See :class:`Restraint`.
         accumulate: See :class:`SpectralRestraint`.
+        non_finite: See :class:`SpectralRestraint`.
 
     Example:
         >>> import lightning as L
@@ -44,20 +37,6 @@ class PRUNE(SpectralRestraint):
         schedule: str = "each",
         every_n: int = 1,
         accumulate: str = "raw",
+        non_finite: str = "raise",
     ) -> None:
-        super().__init__(parameters, schedule, every_n, accumulate)
-        self.law = Logarithm(base, guard)
-        self._references: dict[str, float] = {}
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take hold of the matrices; what was known of another module's originals does not apply."""
-        super().on_train_start(trainer, pl_module)
-        self._references = {}
-
-    @override
-    def restrain(self, matrix: RestrainedMatrix, change: Tensor) -> Tensor:
-        """Apply the law to the change's singular values."""
-        if matrix.name not in self._references:
-            self._references[matrix.name] = sigma_max(matrix.reference())
-        return restrain(change, self.law, self._references[matrix.name]).delta
+        super().__init__(Logarithm(base, guard), parameters, schedule, every_n, accumulate, non_finite)

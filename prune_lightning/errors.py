@@ -10,6 +10,12 @@ class UserError(ValueError):
     """Something in the configuration or the data has to be changed; the message says what."""
 
 
+def one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise a :class:`UserError` if ``value``, given for the option ``name``, is none of the choices."""
+    if value not in set(choices):
+        raise UserError(f"unknown {name} {value!r}: {near(value, choices)}")
+
+
 def near(name: str, options: Iterable[str], count: int = 3) -> str:
     """Return a clause that names the closest of ``options``, or all of them where none is close.
 

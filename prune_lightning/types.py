@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -100,6 +99,11 @@ class WeightUpdate:
     left: Tensor
     right: Tensor
 
+    @classmethod
+    def sum(cls, updates: Sequence[WeightUpdate]) -> WeightUpdate:
+        """Return the sum of updates of one matrix: their factors side by side."""
+        return cls(torch.cat([u.left for u in updates], dim=1), torch.cat([u.right for u in updates], dim=1))
+
     def dense(self) -> Tensor:
         """Return the update as a matrix ``(out_features, in_features)``."""
         return self.left @ self.right.T
@@ -144,45 +148,3 @@ class Track(Protocol):
 def untracked(items: Iterable[Any], phase: str, total: int) -> Iterable[Any]:
     """Return ``items`` as they are: nobody watches."""
     return items
-
-
-@runtime_checkable
-class RestrainedMatrix(Protocol):
-    """What a restraint needs of one matrix under edit."""
-
-    @property
-    def name(self) -> str:
-        """Name of the weight."""
-        ...
-
-    @property
-    def delta(self) -> Tensor:
-        """The change that the live weight carries."""
-        ...
-
-    @property
-    def raw(self) -> Tensor:
-        """The sum of all unrestrained changes."""
-        ...
-
-    def reference(self) -> Tensor:
-        """Return the original matrix."""
-        ...
-
-    def set_delta(self, delta: Tensor) -> None:
-        """Replace the change and write the weight."""
-        ...
-
-
-@runtime_checkable
-class HasEditedMatrices(Protocol):
-    """A module that keeps the accumulated change of the matrices it edits.
-
-    ``evaluation_view`` is entered around every evaluation.
-    """
-
-    evaluation_view: Callable[[], AbstractContextManager[None]]
-
-    def edited_matrices(self) -> Mapping[str, RestrainedMatrix]:
-        """Return the matrices by the name of their weight."""
-        ...

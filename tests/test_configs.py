@@ -8,7 +8,7 @@ from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from prune_lightning.callbacks import SpectralRestraint
+from prune_lightning.callbacks import Restraint
 
 CONFIGS = ROOT / "configs"
 
@@ -40,7 +40,11 @@ def test_method_has_settings_for_model(model, method):
 
 @pytest.mark.parametrize(
     "choice",
-    [f"{g}={o}" for g in ("data", "restraint", "evaluation", "trainer", "logger", "experiment") for o in options(g)],
+    [
+        f"{g}={o}"
+        for g in ("data", "restraint", "callbacks", "evaluation", "trainer", "logger", "experiment")
+        for o in options(g)
+    ],
 )
 def test_option_composes_and_its_targets_exist(choice):
     config = OmegaConf.to_container(compose(choice), resolve=False)
@@ -65,4 +69,4 @@ def test_restraint_is_built_or_empty(option):
     config = compose(f"restraint={option}").restraint
     assert (option == "none") == (not config)
     if config:
-        assert isinstance(hydra.utils.instantiate(config), SpectralRestraint)
+        assert isinstance(hydra.utils.instantiate(config), Restraint)

@@ -87,7 +87,7 @@ def test_update_moves_the_output_at_the_subject_as_the_method_says(method, famil
     expected = keys @ by_hand.T
     assert torch.allclose(moved, expected, rtol=1e-8, atol=1e-10)
     assert float(moved.norm()) > 1e-6
-    weight = language_model.rewrite_module(1).weight.detach() - module.edited_matrices()[name].original
+    weight = language_model.rewrite_module(1).weight.detach() - module.edited_matrices()[name]._original
     stored = weight.T if stores_transposed(language_model.rewrite_module(1)) else weight
     assert torch.allclose(stored, by_hand, atol=1e-10)
 

@@ -163,13 +163,13 @@ def test_parameters_are_chosen_by_pattern_and_tied_ones_taken_once():
     callback = PRUNE(BASE, parameters=["second.*"])
     frozen = module.first.weight.detach().clone()
     fit(module, regression_batches(2), callback)
-    assert list(callback._matrices) == ["second.weight"]
+    assert list(callback.matrices) == ["second.weight"]
     assert not torch.equal(module.first.weight, frozen)
     tied = Regression()
     tied.third = nn.Linear(6, 5, bias=False)
     tied.third.weight = tied.first.weight
     fit(tied, regression_batches(1), callback := PRUNE(BASE))
-    assert list(callback._matrices) == ["first.weight", "second.weight"]
+    assert list(callback.matrices) == ["first.weight", "second.weight"]
     with pytest.raises(UserError, match=r"no matrix matches 'secnd\.weight': did you mean 'second.weight'"):
         fit(Regression(), regression_batches(1), PRUNE(BASE, parameters=["secnd.weight"]))
 

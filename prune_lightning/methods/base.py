@@ -16,6 +16,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.spectral import NonFiniteChange
 from prune_lightning.types import EditBatch, EditReport, EditRequest, Track, WeightUpdate, untracked
 
 
@@ -39,6 +40,8 @@ class EditingModule(L.LightningModule, ABC):
         layers: Indices of the blocks whose MLP down-projection is edited, ascending.
 
     Attributes:
+        non_finite: What to do with an update that holds NaN or infinity; it is never written. ``skip`` it and say so,
+            or ``raise``. Set from the configuration.
         num_edits: Requests handled since the unedited model.
         last_report: What the latest step did.
         track: Wraps long loops for a progress bar; set by whoever shows one.
@@ -54,6 +57,7 @@ class EditingModule(L.LightningModule, ABC):
         self.layers = tuple(layers)
         for layer in self.layers:
             language_model.rewrite_module(layer)
+        self.non_finite = "skip"
         self.num_edits = 0
         self.last_report: EditReport | None = None
         self.track: Track = untracked
@@ -131,7 +135,10 @@ class EditingModule(L.LightningModule, ABC):
                 self.edited_matrices()[name].add(update)
         else:
             cases = ", ".join(str(request.case_id) for request in batch.requests)
-            rank_zero_warn(f"the update of case {cases} is not finite; it was skipped and the model left as it was")
+            message = f"the update of case {cases} is not finite; the model was left as it was"
+            if self.non_finite == "raise":
+                raise NonFiniteChange(f"{message}. `non_finite=skip` goes on with the next edit")
+            rank_zero_warn(f"{message} and the edit skipped")
         self.num_edits += len(batch.requests)
         norm = sum(update.norm() ** 2 for update in updates.values()) ** 0.5 if finite else float("nan")
         seconds = time.perf_counter() - start
@@ -145,10 +152,3 @@ class EditingModule(L.LightningModule, ABC):
         """Put the unedited model back where the protocol says so; every callback has seen the edited one by now."""
         if batch.from_base:
             self.restore()
-
-
-def as_column_blocks(updates: Sequence[WeightUpdate]) -> WeightUpdate:
-    """Join several updates of one matrix into one: factors side by side."""
-    return WeightUpdate(
-        torch.cat([update.left for update in updates], dim=1), torch.cat([update.right for update in updates], dim=1)
-    )

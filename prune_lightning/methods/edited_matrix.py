@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from prune_lightning.spectral import AccumulatedChange
 from prune_lightning.types import WeightUpdate
 
 
 class EditedMatrix:
-    r"""Keeps :math:`W = W_0 + \Delta` with :math:`\Delta` in at least fp32, cast to the weight's dtype once per write.
+    r"""Keeps :math:`W = W_0 + \Delta - A B^\top`: the sum of the updates, less what a restraint withholds.
 
-    All matrices are handled as ``out_features x in_features``; a ``Conv1D`` weight is turned on reading and writing.
+    The change is kept in fp32 at least and cast to the weight's dtype once per write. All matrices are handled as
+    ``out_features x in_features``; a ``Conv1D`` weight is turned on reading and writing.
 
     Args:
         name: Qualified name of the weight.
@@ -19,47 +21,78 @@ class EditedMatrix:
         transposed: The weight is stored ``in x out``.
 
     Attributes:
-        delta: :math:`\Delta`, what the live weight carries; a restraint may have changed it.
-        raw: The sum of the updates as the method computed them.
+        change: :math:`\Delta`, the sum of the updates; a restraint that carries its result on changes it.
+        withheld: :math:`A B^\top`, or ``None``.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, transposed: bool) -> None:
         self.name, self.parameter, self.transposed = name, parameter, transposed
-        self.original = parameter.detach().clone()
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        self.delta = torch.zeros_like(self._turned(self.original), dtype=dtype)
-        self.raw = self.delta.clone()
+        self._original = parameter.detach().clone()
+        self._start()
+
+    def _start(self) -> None:
+        self.change = AccumulatedChange(self.original())
+        self.withheld: WeightUpdate | None = None
+        self._last: WeightUpdate | None = None
 
     def _turned(self, stored: Tensor) -> Tensor:
         return stored.T if self.transposed else stored
 
-    def reference(self) -> Tensor:
-        """Return the original matrix, ``out_features x in_features``."""
-        return self._turned(self.original).to(self.delta)
+    def original(self) -> Tensor:
+        """Return the original matrix."""
+        return self._turned(self._original)
 
     def weight(self) -> Tensor:
-        """Return the live weight, ``out_features x in_features``."""
+        """Return the live weight."""
         return self._turned(self.parameter.detach())
+
+    def delta(self) -> Tensor:
+        """Return the change that the live weight carries, as it was before the cast to the weight's dtype."""
+        delta = torch.empty_like(self.change.master)
+        self.change.write(delta, correction=self.withheld)
+        return delta
+
+    def step(self) -> Tensor:
+        """Return the latest update as it was computed."""
+        return torch.zeros_like(self.change.master) if self._last is None else self._last.dense().to(self.change.master)
 
     def add(self, update: WeightUpdate) -> None:
         """Accumulate one update and write the weight."""
-        dense = update.dense().to(self.delta)
-        self.raw = self.raw + dense
-        self.set_delta(self.delta + dense)
+        self.change.add(update)
+        self._last = update
+        self._write()
 
-    @torch.no_grad()
-    def set_delta(self, delta: Tensor) -> None:
-        """Replace the accumulated change and write the weight."""
-        self.delta = delta
-        self.parameter.copy_(self._turned(self.reference() + delta))
+    def withhold(self, correction: WeightUpdate | None) -> None:
+        """Write the weight without ``correction``; the sum of the updates stays as it is."""
+        self.withheld = correction
+        self._write()
+
+    def subtract(self, correction: WeightUpdate | Tensor) -> None:
+        """Take ``correction`` away from the change for good and write the weight."""
+        self.change.subtract(correction)
+        self._write()
+
+    def _write(self) -> None:
+        self.change.write(self.weight(), self.original(), self.withheld)
 
     @torch.no_grad()
     def add_provisionally(self, update: WeightUpdate) -> None:
         """Change the live weight only; whoever does so puts it back (see ``EditingModule.provisional``)."""
-        self.parameter.copy_(self._turned(self.reference() + self.delta + update.dense().to(self.delta)))
+        weight = self.weight()
+        weight.copy_(self.original().to(self.change.master) + self.delta() + update.dense().to(self.change.master))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Go back to the original weight, bit for bit."""
-        self.delta, self.raw = torch.zeros_like(self.delta), torch.zeros_like(self.raw)
-        self.parameter.copy_(self.original)
+        self._start()
+        self.parameter.copy_(self._original)
+
+    def rounding_loss(self) -> float:
+        r"""Return what the cast to the weight's dtype lost, :math:`\|W - (W_0+\Delta)\|_F / \|\Delta\|_F`.
+
+        Zero for a change of zero. In 16-bit weights small updates drown in it.
+        """
+        delta = self.delta()
+        lost = self.weight().to(delta) - self.original().to(delta) - delta
+        norm = float(torch.linalg.matrix_norm(delta))
+        return float(torch.linalg.matrix_norm(lost)) / norm if norm else 0.0

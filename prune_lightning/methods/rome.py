@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from prune_lightning.methods.base import as_column_blocks
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.types import EditRequest, WeightUpdate
 
@@ -33,9 +32,9 @@ class ROME(LocateThenEdit):
                     values = self.optimise([request], self.language_model.mlp(layer))
                     update = self._rank_one(request, layer, values.target[0])
                     updates[name].append(update)
-                    matrix.add_provisionally(as_column_blocks(updates[name]))
+                    matrix.add_provisionally(WeightUpdate.sum(updates[name]))
                 details.append(values.details[0])
-        return {name: as_column_blocks(parts) for name, parts in updates.items()}, details
+        return {name: WeightUpdate.sum(parts) for name, parts in updates.items()}, details
 
     def _rank_one(self, request: EditRequest, layer: int, target: Tensor) -> WeightUpdate:
         states = self.subject_states([request], self.prefixes, [layer])

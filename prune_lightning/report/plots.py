@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.loggers import Logger
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 Curve = Sequence[Mapping[str, Any]]
 
@@ -24,16 +27,18 @@ class Spectra:
     Args:
         name: Name of the weight.
         original: Of the original weight.
-        edited: Of the weight as it is now.
-        change: Of the change that the weight carries.
-        raw: Of the sum of all updates as they were computed.
+        edited: Of the original weight and its whole change.
+        restrained: Of the weight as it is: without what a restraint withholds.
+        change: Of the whole change.
+        restrained_change: Of the change that the weight carries.
     """
 
     name: str
     original: np.ndarray[Any, Any]
     edited: np.ndarray[Any, Any]
+    restrained: np.ndarray[Any, Any]
     change: np.ndarray[Any, Any]
-    raw: np.ndarray[Any, Any]
+    restrained_change: np.ndarray[Any, Any]
 
 
 def _lines(axes: Axes, curve: Curve, names: Mapping[str, str], key: str, style: str, suffix: str) -> None:
@@ -82,15 +87,23 @@ def plot_editing(curves: Mapping[str, Curve]) -> Figure:
 
 
 def plot_spectra(spectra: Sequence[Spectra]) -> Figure:
-    """Draw the singular values of the original and the edited matrices, and of the change."""
-    figure = Figure(figsize=(6 * len(spectra), 4.2), layout="constrained")
-    for axes, matrix in zip(np.atleast_1d(figure.subplots(1, len(spectra))), spectra, strict=True):
+    """Draw the singular values of the original, edited and restrained matrices, and of the changes."""
+    columns = min(len(spectra), 3)
+    rows = -(-len(spectra) // columns)
+    figure = Figure(figsize=(6 * columns, 4.2 * rows), layout="constrained")
+    all_axes = np.atleast_1d(figure.subplots(rows, columns)).flatten()
+    for axes in all_axes[len(spectra) :]:
+        axes.set_axis_off()
+    for axes, matrix in zip(all_axes, spectra, strict=False):
         lines = {
             "original weight": (matrix.original, "C0-"),
-            "edited weight": (matrix.edited, "C1-"),
-            "change it carries": (matrix.change, "C2-"),
-            "sum of raw updates": (matrix.raw, "C3:"),
+            "edited weight": (matrix.edited, "C3-"),
+            "edited weight, restrained": (matrix.restrained, "C2-"),
+            "change": (matrix.change, "C3:"),
+            "change, restrained": (matrix.restrained_change, "C2:"),
         }
+        if np.array_equal(matrix.change, matrix.restrained_change):
+            lines = {label: line for label, line in lines.items() if "restrained" not in label}
         for label, (sigma, style) in lines.items():
             axes.plot(np.arange(1, len(sigma) + 1), sigma, style, label=label)
         axes.axhline(float(matrix.original[0]), color="grey", lw=0.8, ls="--", label="largest of the original")
@@ -100,6 +113,23 @@ def plot_spectra(spectra: Sequence[Spectra]) -> Figure:
         axes.legend(fontsize=8)
     figure.suptitle("Singular values")
     return figure
+
+
+def show_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
+    """Hand a figure to a logger that takes pictures: Weights & Biases and the like, or TensorBoard.
+
+    Args:
+        logger: A Lightning logger; one that takes no pictures is left alone.
+        name: Name of the picture.
+        figure: The figure.
+        step: The logger's x-axis.
+    """
+    if hasattr(logger, "log_image"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
+        logger.log_image(key=f"plots/{name}", images=[Image.open(buffer)], step=step)
+    elif hasattr(writer := getattr(logger, "experiment", None), "add_figure"):
+        writer.add_figure(f"plots/{name}", figure, global_step=step)  # type: ignore[union-attr]
 
 
 def save_plots(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:

@@ -1,7 +1,42 @@
 """Singular values: restraint laws, restraining a matrix, and what a spectrum tells. Pure tensors, no Lightning."""
 
-from prune_lightning.spectral.diagnostics import condition_number, sigma_max, singular_values
-from prune_lightning.spectral.laws import Logarithm, RestraintLaw
-from prune_lightning.spectral.restrain import Restrained, restrain
+from prune_lightning.spectral.accumulated import AccumulatedChange
+from prune_lightning.spectral.diagnostics import (
+    condition_number,
+    effective_rank,
+    perturbation_bound,
+    sigma_max,
+    singular_values,
+    stable_rank,
+)
+from prune_lightning.spectral.factored import FactoredMatrix
+from prune_lightning.spectral.laws import HardClip, Identity, Linear, Logarithm, RestraintLaw, ScaleFreeLogarithm
+from prune_lightning.spectral.matrices import HasEditedMatrices, RestrainedMatrix
+from prune_lightning.spectral.restrain import Excess, excess, restrain_, restrained
+from prune_lightning.spectral.triplets import NonFiniteChange, Triplets, triplets_above
 
-__all__ = ["Logarithm", "Restrained", "RestraintLaw", "condition_number", "restrain", "sigma_max", "singular_values"]
+__all__ = [
+    "AccumulatedChange",
+    "Excess",
+    "FactoredMatrix",
+    "HardClip",
+    "HasEditedMatrices",
+    "Identity",
+    "Linear",
+    "Logarithm",
+    "NonFiniteChange",
+    "RestrainedMatrix",
+    "RestraintLaw",
+    "ScaleFreeLogarithm",
+    "Triplets",
+    "condition_number",
+    "effective_rank",
+    "excess",
+    "perturbation_bound",
+    "restrain_",
+    "restrained",
+    "sigma_max",
+    "singular_values",
+    "stable_rank",
+    "triplets_above",
+]

@@ -1,4 +1,4 @@
-"""Restraint laws: what becomes of the singular values above the reference."""
+r"""Restraint laws: what becomes of the singular values above the reference :math:`\bar s`."""
 
 from __future__ import annotations
 
@@ -13,33 +13,26 @@ from prune_lightning.errors import UserError
 
 
 class RestraintLaw(Protocol):
-    """Maps the singular values of an accumulated update; values up to ``reference`` are left as they are."""
+    """Maps singular values above a reference; any callable of this shape is a law.
+
+    It is asked only about values above ``reference``: those up to it are left as they are, bit for bit.
+    """
 
     def __call__(self, sigma: Tensor, reference: float) -> Tensor:
-        """Return the restrained values."""
+        """Return what becomes of ``sigma > reference``, same shape, none of it negative."""
         ...
 
 
 @dataclass(frozen=True)
-class Logarithm:
-    r"""PRUNE's law (Ma et al., ICLR 2025):
-
-    .. math:: F(\sigma) = \sigma \text{ if } \sigma \le \bar s, \quad
-              \log_a \sigma - \log_a \bar s + \bar s \text{ otherwise,}
-
-    with :math:`\bar s` the largest singular value of the original matrix. Just above :math:`\bar s` its slope is
-    :math:`1/(\bar s \ln a)`: where :math:`\bar s < 1/\ln a` the published law *amplifies*. The guard takes
-    :math:`\min(F(\sigma), \sigma)` instead; switch it off to reproduce.
+class _Guarded:
+    """A law with a base and the guard.
 
     Args:
-        base: :math:`a`, greater than 1.
+        base: Base of the logarithm, greater than 1; the larger, the stronger the restraint.
         guard: Never let a singular value grow.
 
     Raises:
         UserError: The base is not a finite number greater than 1.
-
-    >>> Logarithm(base=2.0)(torch.tensor([1.0, 4.0, 8.0]), reference=4.0)
-    tensor([1., 4., 5.])
     """
 
     base: float
@@ -49,9 +42,90 @@ class Logarithm:
         if not (isinstance(self.base, (int, float)) and math.isfinite(self.base) and self.base > 1):
             raise UserError(f"the restraint's `base` is expected to be a number > 1, but got {self.base!r}")
 
+    def _guarded(self, restrained: Tensor, sigma: Tensor) -> Tensor:
+        return torch.minimum(restrained, sigma) if self.guard else restrained
+
+
+class Logarithm(_Guarded):
+    r"""PRUNE's law as published (Ma et al., ICLR 2025):
+
+    .. math:: F(\sigma) = \log_a \sigma - \log_a \bar s + \bar s \quad\text{for } \sigma > \bar s .
+
+    Just above :math:`\bar s` its slope is :math:`1/(\bar s \ln a)`: where :math:`\bar s < 1/\ln a` the published law
+    *amplifies*. The guard takes :math:`\min(F(\sigma), \sigma)` instead; switch it off to reproduce.
+
+    >>> Logarithm(base=2.0)(torch.tensor([8.0, 16.0]), reference=4.0)
+    tensor([5., 6.])
+    """
+
     def __call__(self, sigma: Tensor, reference: float) -> Tensor:
         """Return the restrained singular values, same shape."""
-        above = sigma.clamp_min(reference)
-        logarithm = (above.log() - math.log(reference)) / math.log(self.base) + reference
-        restrained = torch.where(sigma > reference, logarithm, sigma)
-        return torch.minimum(restrained, sigma) if self.guard else restrained
+        logarithm = (sigma.log() - math.log(reference)) / math.log(self.base) + reference
+        return self._guarded(logarithm, sigma)
+
+
+class ScaleFreeLogarithm(_Guarded):
+    r"""The logarithm in units of the reference:
+
+    .. math:: F(\sigma) = \bar s\,(1 + \log_a(\sigma/\bar s)) \quad\text{for } \sigma > \bar s .
+
+    Its slope at :math:`\bar s` is :math:`1/\ln a` for every matrix, so that a base means the same for every matrix and
+    model; it never amplifies for :math:`a \ge e`. Scaling matrix and reference scales the result.
+
+    >>> ScaleFreeLogarithm(base=4.0)(torch.tensor([8.0, 32.0]), reference=2.0)
+    tensor([4., 6.])
+    """
+
+    def __call__(self, sigma: Tensor, reference: float) -> Tensor:
+        """Return the restrained singular values, same shape."""
+        logarithm = reference * (1 + (sigma / reference).log() / math.log(self.base))
+        return self._guarded(logarithm, sigma)
+
+
+@dataclass(frozen=True)
+class Linear:
+    r"""The linear law of the published code, :math:`F(\sigma) = \bar s + c\,(\sigma - \bar s)`.
+
+    Args:
+        slope: :math:`c`, from 0 to 1; the published code has 1/2. It cannot amplify, so it needs no guard.
+
+    Raises:
+        UserError: A slope outside 0 to 1.
+
+    >>> Linear()(torch.tensor([6.0]), reference=4.0)
+    tensor([5.])
+    """
+
+    slope: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.slope <= 1:
+            raise UserError(f"the restraint's `slope` is expected to be from 0 to 1, but got {self.slope!r}")
+
+    def __call__(self, sigma: Tensor, reference: float) -> Tensor:
+        """Return the restrained singular values, same shape."""
+        return reference + self.slope * (sigma - reference)
+
+
+class HardClip:
+    r"""Cut at the reference, :math:`F(\sigma) = \bar s`.
+
+    >>> HardClip()(torch.tensor([6.0]), reference=4.0)
+    tensor([4.])
+    """
+
+    def __call__(self, sigma: Tensor, reference: float) -> Tensor:
+        """Return the reference throughout, same shape."""
+        return torch.full_like(sigma, reference)
+
+
+class Identity:
+    r"""No restraint, :math:`F(\sigma) = \sigma`: everything around it runs, and nothing changes.
+
+    >>> Identity()(torch.tensor([6.0]), reference=4.0)
+    tensor([6.])
+    """
+
+    def __call__(self, sigma: Tensor, reference: float) -> Tensor:
+        """Return the values as they are."""
+        return sigma

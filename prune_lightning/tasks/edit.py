@@ -12,15 +12,15 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from prune_lightning.callbacks import EditEvaluation, EditLog, RunProgress
+from prune_lightning.callbacks import EditEvaluation, EditLog, RunProgress, spectra
 from prune_lightning.data.stream import EditStream
+from prune_lightning.errors import one_of
 from prune_lightning.jsonable import write_json
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.report.page import write_page
 from prune_lightning.report.plots import Spectra, plot_abilities, plot_editing, plot_spectra, save_plots
 from prune_lightning.report.table import result_table
-from prune_lightning.spectral import singular_values
 from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, quieten, run_folder
 
 
@@ -35,6 +35,7 @@ def run(config: DictConfig) -> None:
     with progress:
         with progress.phase("load"):
             restraint = instantiate(config.restraint) if config.restraint else None
+            further = [instantiate(callback) for callback in (config.callbacks or {}).values()]
             abilities = instantiate(config.evaluation.abilities) if config.evaluation.abilities else None
             evaluation = EditEvaluation(list(config.evaluation.counts), abilities)
             stream: EditStream = instantiate(config.data)
@@ -42,9 +43,9 @@ def run(config: DictConfig) -> None:
             module = _method(config)
         log = EditLog(folder / "edits.jsonl")
         loggers = build_loggers(config, folder)
-        callbacks = [*([restraint] if restraint else []), progress, evaluation, log]
+        callbacks = [*([restraint] if restraint else []), *further, progress, evaluation, log]
         build_trainer(config, callbacks, loggers).fit(module, datamodule=stream)
-        spectra = _spectra(module)
+        looked_at = spectra(module.edited_matrices().values())
         control = _control(config, module, stream, progress, evaluation) if restraint and config.control else None
     summary = {
         "num_edits": module.num_edits,
@@ -64,7 +65,7 @@ def run(config: DictConfig) -> None:
         "rejected_records": len(stream.rejected),
         "context_prefixes": list(getattr(module, "prefixes", ())),
     }
-    _report(config, folder, summary, spectra, loggers, out)
+    _report(config, folder, summary, looked_at, loggers, out)
     summary["wall_s"] = time.perf_counter() - started
     write_json(folder / "summary.json", summary)
     out.print(f"The run lies in [bold]{folder}[/bold]: report.html, summary.json, edits.jsonl, metrics.csv, plots/")
@@ -75,6 +76,8 @@ def _method(config: DictConfig) -> EditingModule:
     moments = instantiate(config.model.second_moments, _convert_="all")
     module = instantiate(config.method, language_model=model, second_moments=moments, _convert_="all")
     assert isinstance(module, EditingModule)
+    one_of("non_finite", config.non_finite, ("skip", "raise"))
+    module.non_finite = config.non_finite
     return module
 
 
@@ -93,24 +96,11 @@ def _scores(entry: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in entry.items() if key != "num_edits"}
 
 
-def _spectra(module: EditingModule) -> list[Spectra]:
-    return [
-        Spectra(
-            name,
-            singular_values(matrix.reference()).cpu().numpy(),
-            singular_values(matrix.weight()).cpu().numpy(),
-            singular_values(matrix.delta).cpu().numpy(),
-            singular_values(matrix.raw).cpu().numpy(),
-        )
-        for name, matrix in module.edited_matrices().items()
-    ]
-
-
 def _report(
     config: DictConfig,
     folder: Path,
     summary: dict[str, Any],
-    spectra: list[Spectra],
+    looked_at: list[Spectra],
     loggers: list[Logger],
     out: Console,
 ) -> None:
@@ -123,7 +113,7 @@ def _report(
     if summary["control"]:
         columns["without restraint"] = summary["control"]["final"]
         curves["without restraint"] = summary["control"]["curve"]
-    figures = {"editing": plot_editing(curves), "spectra": plot_spectra(spectra)}
+    figures = {"editing": plot_editing(curves), "spectra": plot_spectra(looked_at)}
     if any(key.startswith("ability/") for key in summary["final"]):
         figures = {"abilities": plot_abilities(curves), **figures}
     plots = save_plots(folder / "plots", figures)

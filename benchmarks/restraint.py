@@ -1,0 +1,182 @@
+"""Time one restrained step: the procedure of PRUNE's public code against the spectral engine.
+
+    python benchmarks/restraint.py                     both shapes on the CPU, about 15 minutes (the reference takes them)
+    python benchmarks/restraint.py --shapes 6400x1600 --json FILE
+    python benchmarks/restraint.py --device cuda
+
+The reference is what the public code does for one matrix, in fp32 numpy: complete SVDs (``full_matrices``) of the
+change, of the original and of their sum, the numerical rank of the change, the law, the product. Its cost does not
+depend on what is in the matrix, so for the larger shape it runs once per kind of change. Ours is a step as it runs in training: the new
+update is added, what the law takes away is found, and the weight is written. The weights of both are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.spectral import Logarithm, excess, restrain_, sigma_max, triplets_above
+from prune_lightning.types import WeightUpdate
+
+BASE, ROUNDS = 1.2, 3
+COMPARE_ALL_UP_TO = 20_000_000  # weights; beyond, the reference runs once per kind of change, to end the same day
+
+
+def clock(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Return the seconds that ``work`` takes, and its result."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def reference_step(original: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Return the restrained weight the way the public code computes it."""
+    delta = weight - original
+    left, sigma, right = np.linalg.svd(delta, full_matrices=True)
+    _, original_sigma, _ = np.linalg.svd(original, full_matrices=True)
+    np.linalg.svd(weight, full_matrices=True)  # the public code prints these values
+    rank = np.linalg.matrix_rank(delta)
+    top = original_sigma[0]
+    above = sigma >= top
+    sigma[above] = np.log(sigma[above]) / np.log(BASE) - np.log(top) / np.log(BASE) + top
+    return original + (left[:, :rank] @ np.diag(sigma[:rank])) @ right[:rank]
+
+
+def updates(rows: int, columns: int, count: int, top: float, device: torch.device) -> WeightUpdate:
+    """Return rank-one updates side by side, every twentieth of them, and the last one, above the reference."""
+    generator = torch.Generator().manual_seed(count)
+    left = nn.functional.normalize(torch.randn(rows, count, generator=generator), dim=0)
+    right = nn.functional.normalize(torch.randn(columns, count, generator=generator), dim=0)
+    size = torch.full((count,), 0.3 * top)
+    size[19::20] = 3 * top
+    size[-1] = 4 * top
+    return WeightUpdate((left * size).to(device), right.to(device))
+
+
+def difference(ours: Tensor, theirs: np.ndarray, original: Tensor) -> float:
+    """Return the difference of two restrained weights relative to the restrained change."""
+    reference = torch.from_numpy(theirs).to(ours)
+    return float((ours - reference).norm() / (reference - original).norm())
+
+
+def factored_step(original: Tensor, top: float, behind: int) -> tuple[float, str, EditedMatrix, Tensor]:
+    """Return the median time of a restrained step with so many edits behind it, and what it left."""
+    law, times = Logarithm(BASE, guard=False), []
+    matrix = EditedMatrix("weight", nn.Parameter(original.clone(), requires_grad=False), transposed=False)
+    stream = updates(*original.shape, behind + ROUNDS, top, original.device)
+    if behind:
+        matrix.add(WeightUpdate(stream.left[:, :behind], stream.right[:, :behind]))
+        matrix.withhold(excess(matrix.change, law, top).correction)
+    for step in range(behind, behind + ROUNDS):
+        update = WeightUpdate(stream.left[:, step : step + 1], stream.right[:, step : step + 1])
+
+        def work(update: WeightUpdate = update) -> str:
+            matrix.add(update)
+            found = excess(matrix.change, law, top)
+            matrix.withhold(found.correction)
+            return found.path
+
+        seconds, path = clock(work, original.device)
+        times.append(seconds)
+    return sorted(times)[ROUNDS // 2], path, matrix, original + matrix.change.master
+
+
+def fine_tuned(original: Tensor, top: float) -> Tensor:
+    """Return a weight whose change has full rank and five singular values above the reference."""
+    rows, columns = original.shape
+    stream = updates(rows, columns, 5, top, original.device)
+    directions = [torch.linalg.qr(side)[0] for side in (stream.left, stream.right)]
+    sigma = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.5], device=original.device) * top
+    noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(9)).to(original.device)
+    return original + directions[0] * sigma @ directions[1].T + noise * (0.3 * top / (rows**0.5 + columns**0.5))
+
+
+def dense_step(original: Tensor, top: float, weight: Tensor) -> tuple[float, str, Tensor]:
+    """Return the median time of a restrained step of a change that is not factored."""
+    times = []
+    for _ in range(ROUNDS):
+        parameter = weight.clone()
+        seconds, found = clock(
+            lambda p=parameter: restrain_(p, original, Logarithm(BASE, guard=False), top), original.device
+        )
+        times.append(seconds)
+    return sorted(times)[ROUNDS // 2], found.path, parameter
+
+
+def benchmark(rows: int, columns: int, device: torch.device) -> list[dict[str, Any]]:
+    """Return one record per case of a shape."""
+    original = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device) * 0.02
+    seconds_top, top = clock(lambda: sigma_max(original), device)
+    shape, records = f"{rows}x{columns}", []
+
+    def record(case: str, seconds: float, reference: float, path: str, error: float | None) -> None:
+        records.append(
+            {
+                "shape": shape,
+                "case": case,
+                "path": path,
+                "seconds": seconds,
+                "reference_seconds": reference,
+                "ratio": reference / seconds,
+                "difference": error,
+            }
+        )
+
+    low_rank = None
+    for behind in (1, 100, 1000):
+        seconds, path, matrix, weight = factored_step(original, top, behind)
+        error = None
+        if low_rank is None or rows * columns <= COMPARE_ALL_UP_TO:
+            low_rank, theirs = clock(lambda w=weight: reference_step(original.cpu().numpy(), w.cpu().numpy()), device)
+            error = difference(matrix.weight(), theirs, original)
+        record(f"factored, {behind} edits behind", seconds, low_rank, path, error)
+    weight = fine_tuned(original, top)
+    seconds, path, ours = dense_step(original, top, weight)
+    full_rank, theirs = clock(lambda: reference_step(original.cpu().numpy(), weight.cpu().numpy()), device)
+    record("dense, 5 values above", seconds, full_rank, path, difference(ours, theirs, original))
+    small = (weight - original) * 1e-3
+    times = [clock(lambda: triplets_above(small, top), device)[0] for _ in range(30)]
+    reads = [clock(small.sum, device)[0] for _ in range(30)]
+    record("certificate, against one read of the matrix", min(times), min(reads), "certificate", None)
+    record("sigma_max of the original, once", seconds_top, low_rank / 3, "lanczos", None)  # type: ignore[operator]
+    return records
+
+
+def main() -> None:
+    """Run the cases and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["6400x1600", "14336x4096"], metavar="ROWSxCOLUMNS")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    table = Table("shape", "case", "path", "ours (s)", "reference (s)", "ratio", "difference")
+    records = []
+    for shape in arguments.shapes:
+        rows, columns = (int(side) for side in shape.split("x"))
+        records += benchmark(rows, columns, torch.device(arguments.device))
+    for entry in records:
+        error = "" if entry["difference"] is None else f"{entry['difference']:.1e}"
+        numbers = (f"{entry[key]:.4g}" for key in ("seconds", "reference_seconds", "ratio"))
+        table.add_row(entry["shape"], entry["case"], entry["path"], *numbers, error)
+    Console(width=140).print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"threads": torch.get_num_threads(), "records": records}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

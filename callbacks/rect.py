@@ -1,0 +1,87 @@
+"""RECT: RElative Change in weighT (Gu et al., EMNLP 2024, https://arxiv.org/abs/2401.04700)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from prune_lightning.errors import UserError
+from prune_lightning.spectral import RestrainedMatrix
+
+from ._snapshot import SnapshotMatrix
+from .restraint import Restraint
+
+
+class RECT(Restraint):
+    r"""Of each step's change, keep only the entries with the largest relative change.
+
+    .. math:: \rho_{ij} = |\Delta_{ij} / W_{ij}|
+
+    with :math:`\Delta` the change of this step and :math:`W` the weight before it; the ``keep`` share with the largest
+    :math:`\rho` stays, the rest of the step is dropped. Where the weight is zero any change counts as infinite. The
+    masked change is not of low rank: PRUNE after RECT (list it after) takes the dense path.
+
+    Args:
+        keep: Share of the entries that is kept, in (0, 1]. Published: 0.2 (RECT's code), 0.4 (AlphaEdit's comparison).
+        parameters: See :class:`Restraint`.
+
+    Raises:
+        UserError: A share outside (0, 1].
+    """
+
+    def __init__(self, keep: float = 0.2, parameters: Sequence[str] | None = None) -> None:
+        super().__init__(parameters)
+        if not 0 < keep <= 1:
+            raise UserError(f"restraint.keep is expected to be in (0, 1], but got {keep}")
+        self.keep = keep
+        self._kept: dict[str, float] = {}
+
+    @override
+    def attach(self, module: nn.Module, steps: int = 0) -> None:
+        """Take hold of the matrices, and follow them step by step."""
+        super().attach(module, steps)
+        for matrix in self.matrices.values():
+            if isinstance(matrix, SnapshotMatrix):
+                matrix.follow_steps()
+
+    @override
+    def restrain(self, matrix: RestrainedMatrix) -> None:
+        """Drop the entries of the step with the smaller relative change."""
+        step = matrix.step()
+        before = matrix.original().to(step) + matrix.delta() - step
+        dropped = step.masked_fill(largest_relative_change(step, before, self.keep), 0.0)
+        norm = float(torch.linalg.matrix_norm(step))
+        self._kept[matrix.name] = float(torch.linalg.matrix_norm(step - dropped)) / norm if norm else 1.0
+        matrix.subtract(dropped)
+
+    @override
+    def figures(self) -> dict[str, float]:
+        """Return the smallest share of a step's norm that was kept."""
+        return {"kept_norm": min(self._kept.values(), default=1.0)}
+
+
+def largest_relative_change(change: Tensor, weight: Tensor, keep: float) -> Tensor:
+    r"""Return the mask of the entries with the largest :math:`|\Delta_{ij}/W_{ij}|`.
+
+    Args:
+        change: :math:`\Delta`.
+        weight: :math:`W`, same shape.
+        keep: Share of the entries; the number is :math:`mn - \lfloor(1-\text{keep})\,mn\rfloor`, exactly: ties are
+            resolved by index, the first ones stay.
+
+    >>> largest_relative_change(torch.tensor([[1.0, -2.0, 3.0, 0.0]]), torch.ones(1, 4), keep=0.5)
+    tensor([[False,  True,  True, False]])
+    """
+    relative = (change / weight).abs().flatten()
+    relative = torch.where(relative.isnan(), -torch.inf, relative)
+    size = relative.numel()
+    count = size - math.floor(round((1 - keep) * size, 6))
+    threshold = torch.kthvalue(relative, size - count + 1).values
+    mask = relative > threshold
+    ties = torch.nonzero(relative == threshold)[:, 0]
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask.view_as(change)

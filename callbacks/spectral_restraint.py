@@ -1,0 +1,147 @@
+"""Restraints that apply a law to the singular values of the accumulated change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from typing_extensions import override
+
+from prune_lightning.errors import UserError, one_of
+from prune_lightning.fingerprint import fingerprint
+from prune_lightning.spectral import (
+    Excess,
+    NonFiniteChange,
+    RestrainedMatrix,
+    RestraintLaw,
+    excess,
+    sigma_max,
+)
+
+from .restraint import Restraint
+
+
+class SpectralRestraint(Restraint):
+    r"""Apply a law to the singular values of the change above the largest one of the original matrix.
+
+    .. math:: W = W_0 + U F(\Sigma) V^\top, \qquad \Delta = U \Sigma V^\top,\ \bar s = \sigma_{\max}(W_0)
+
+    exactly, but for the price of what exceeds :math:`\bar s`: on editing modules in the factors of the accumulated
+    change, otherwise by a norm, block Lanczos, or a decomposition, whichever suffices first.
+
+    Args:
+        law: The law :math:`F`, e.g. ``HardClip()`` or any callable ``law(sigma, reference)``; see
+            ``prune_lightning.spectral``.
+        parameters: See :class:`Restraint`.
+        schedule: See :class:`Restraint`. ``end`` is the paper's offline procedure: the edits go on unrestrained, and
+            what is evaluated or left at the end is a restrained snapshot.
+        every_n: See :class:`Restraint`.
+        accumulate: What is restrained. ``raw``: the sum of all steps as they were computed, so that the weights are at
+            any moment the restraint of all steps so far. ``restrained``: the already restrained change plus what came
+            since, restrained again.
+        non_finite: What to do with a change that holds NaN or infinity: ``raise``, or ``skip`` the matrix this time
+            and say so. (Editing modules do not write an update that is not finite in the first place.)
+
+    Raises:
+        UserError: An unknown schedule, or way to accumulate, or policy.
+    """
+
+    def __init__(
+        self,
+        law: RestraintLaw,
+        parameters: Sequence[str] | None = None,
+        schedule: str = "each",
+        every_n: int = 1,
+        accumulate: str = "raw",
+        non_finite: str = "raise",
+    ) -> None:
+        super().__init__(parameters, schedule, every_n)
+        one_of("restraint.accumulate", accumulate, ("raw", "restrained"))
+        one_of("restraint.non_finite", non_finite, ("raise", "skip"))
+        self.law, self.accumulate, self.non_finite = law, accumulate, non_finite
+        self._latest: dict[str, Excess] = {}
+        self._references: dict[str, float] = {}
+        self._known_references: dict[str, float] = {}  # by the fingerprint of the original matrix
+
+    @override
+    def attach(self, module: nn.Module, steps: int = 0) -> None:
+        """Take hold of the matrices; what was computed from equal originals before still holds."""
+        super().attach(module, steps)
+        self._references, self._latest = {}, {}
+
+    def reference(self, matrix: RestrainedMatrix) -> float:
+        r"""Return :math:`\bar s`, computed once per original matrix."""
+        if matrix.name not in self._references:
+            original = matrix.original()
+            key = fingerprint(original)
+            if key not in self._known_references:
+                self._known_references[key] = sigma_max(original)
+            if not self._known_references[key] > 0:
+                raise UserError(
+                    f"{matrix.name} is zero or not finite before training; it gives a restraint no reference. "
+                    "Name the matrices to restrain with `parameters`"
+                )
+            self._references[matrix.name] = self._known_references[key]
+        return self._references[matrix.name]
+
+    def _excess(self, matrix: RestrainedMatrix) -> Excess | None:
+        try:
+            return excess(matrix.change, self.law, self.reference(matrix))
+        except NonFiniteChange as error:
+            if self.non_finite == "raise":
+                raise NonFiniteChange(f"{matrix.name}: {error}; `non_finite=skip` goes on without") from error
+            rank_zero_warn(f"{matrix.name}: {error}; skipped")
+            return None
+
+    @override
+    def restrain(self, matrix: RestrainedMatrix) -> None:
+        """Apply the law and either withhold the excess from the weight or take it away from the change."""
+        found = self._excess(matrix)
+        if found is None:
+            self._latest.pop(matrix.name, None)
+            return
+        self._latest[matrix.name] = found
+        if self.accumulate == "raw":
+            matrix.withhold(found.correction)
+        elif found.correction is not None:
+            matrix.subtract(found.correction)
+
+    @override
+    def restrain_for_a_look(self, matrix: RestrainedMatrix) -> None:
+        """Withhold the excess from the weight."""
+        found = self._excess(matrix)
+        matrix.withhold(found.correction if found else None)
+
+    @override
+    def figures(self) -> dict[str, float]:
+        """Return how much was above the reference, and how many matrices went which path."""
+        latest = self._latest.values()
+        paths = Counter(found.path for found in latest)
+        return {
+            "num_above": sum(found.num_above for found in latest),
+            "sigma_before": max((found.sigma_before for found in latest), default=0.0),
+            "rounding_loss": max((matrix.rounding_loss() for matrix in self.matrices.values()), default=0.0),
+            **{f"path_{name}": paths[name] for name in ("certificate", "lanczos", "gram", "svd")},
+        }
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Two restraints with different arguments keep their states apart."""
+        return self._generate_state_key(
+            law=self.law, parameters=self.parameters, schedule=self.schedule, accumulate=self.accumulate
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return originals, what is withheld, and the references by fingerprint."""
+        return {**super().state_dict(), "references": dict(self._known_references)}
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Remember what a checkpoint held until training starts."""
+        super().load_state_dict(state_dict)
+        self._known_references |= state_dict["references"]

@@ -1,0 +1,129 @@
+"""Follows the spectra of the matrices under restraint or edit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from typing_extensions import override
+
+from prune_lightning.errors import UserError
+from prune_lightning.report.plots import Spectra, plot_spectra, show_figure
+from prune_lightning.spectral import (
+    AccumulatedChange,
+    HasEditedMatrices,
+    RestrainedMatrix,
+    effective_rank,
+    singular_values,
+    stable_rank,
+)
+
+from ._logging import axis, log_metrics
+from ._snapshot import matching_matrices
+from .restraint import Restraint
+
+
+class SpectrumMonitor(L.Callback):
+    r"""Log, per matrix, what its singular values say, and draw them.
+
+    Under ``spectrum/NAME/``: ``sigma_max``, ``sigma_min`` and ``condition_number`` of the live weight;
+    ``delta_sigma_max``, ``delta_stable_rank`` and ``delta_effective_rank`` of the change it carries, and
+    ``delta_num_above``, the number of its singular values above the largest one of the original. Taken before the first
+    step, every ``every_n`` steps, and at the end, when the spectra are drawn for loggers that take pictures. List it
+    after the restraint.
+
+    Args:
+        every_n: Steps between two looks; each costs two decompositions per matrix.
+        parameters: See :class:`Restraint`; matrices that a restraint in the same Trainer holds need not be named.
+
+    Raises:
+        UserError: ``every_n`` is less than 1.
+    """
+
+    def __init__(self, every_n: int = 10, parameters: Sequence[str] | None = None) -> None:
+        if every_n < 1:
+            raise UserError(f"SpectrumMonitor.every_n is expected to be at least 1, but got {every_n}")
+        self.every_n, self.parameters = every_n, parameters
+        self.matrices: dict[str, RestrainedMatrix] = {}
+        self._original: dict[str, Tensor] = {}
+        self._steps = -1
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget another module's matrices."""
+        self.matrices, self._original, self._steps = {}, {}, -1
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the first step, when every restraint has taken hold, find the matrices and take a first look."""
+        if not self.matrices:
+            self.matrices = self._find(trainer, pl_module)
+            self._look(trainer, pl_module)
+
+    def _find(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, RestrainedMatrix]:
+        if isinstance(module, HasEditedMatrices):
+            return dict(module.edited_matrices())
+        held = [c.matrices for c in trainer.callbacks if isinstance(c, Restraint)]  # type: ignore[attr-defined]
+        return dict(held[0]) if held and self.parameters is None else {**matching_matrices(module, self.parameters)}
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look if the cadence says so."""
+        if trainer.global_step != self._steps and trainer.global_step % self.every_n == 0:
+            self._look(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at the final weights and draw the spectra."""
+        if trainer.global_step != self._steps:
+            self._look(trainer, pl_module)
+        if self.matrices:
+            figure = plot_spectra(spectra(self.matrices.values()))
+            for logger in trainer.loggers:
+                show_figure(logger, "spectra", figure, step=axis(trainer, pl_module))
+
+    def _look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._steps = trainer.global_step
+        figures = {
+            f"spectrum/{name}/{key}": value
+            for name, matrix in self.matrices.items()
+            for key, value in self._figures(matrix).items()
+        }
+        log_metrics(trainer, module, figures, always=True)
+
+    def _figures(self, matrix: RestrainedMatrix) -> dict[str, float]:
+        if matrix.name not in self._original:
+            self._original[matrix.name] = singular_values(matrix.original())
+        weight, delta = singular_values(matrix.weight()), singular_values(matrix.delta())
+        return {
+            "sigma_max": float(weight[0]),
+            "sigma_min": float(weight[-1]),
+            "condition_number": float(weight[0] / weight[-1]),
+            "delta_sigma_max": float(delta[0]),
+            "delta_stable_rank": stable_rank(delta),
+            "delta_effective_rank": effective_rank(delta),
+            "delta_num_above": float((delta > self._original[matrix.name][0]).sum()),
+        }
+
+
+def spectra(matrices: Iterable[RestrainedMatrix]) -> list[Spectra]:
+    """Return the singular values of matrices and of their changes, with and without what a restraint withholds."""
+    result = []
+    for matrix in matrices:
+        change = matrix.change.master if isinstance(matrix.change, AccumulatedChange) else matrix.change
+        looked_at = {
+            "original": matrix.original(),
+            "edited": matrix.original().to(change) + change,
+            "restrained": matrix.weight(),
+            "change": change,
+            "restrained_change": matrix.delta(),
+        }
+        sigma = {name: singular_values(tensor).cpu().numpy() for name, tensor in looked_at.items()}
+        result.append(Spectra(matrix.name, **sigma))
+    return result

@@ -1,0 +1,117 @@
+"""The accumulated change of one weight matrix: a dense master copy, and its factors while the rank is low."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prune_lightning.spectral.diagnostics import singular_values
+from prune_lightning.spectral.factored import FactoredMatrix
+from prune_lightning.spectral.triplets import Triplets, triplets_above
+from prune_lightning.types import WeightUpdate
+
+_FACTORED_UP_TO = 0.75  # of the smaller side; beyond it the dense path is as good and needs no more memory
+
+
+class AccumulatedChange:
+    r"""A sum of low-rank updates, :math:`\Delta = \sum_i A_i B_i^\top`.
+
+    The dense master has the weight's precision, fp32 at least. The factors, fp64, follow lazily: they are brought up to
+    date when a spectrum is asked for, and given up once the rank reaches three quarters of the smaller side or a dense
+    change comes in.
+
+    Args:
+        like: A matrix of the shape, device and memory layout wanted, ``out_features x in_features``.
+
+    Attributes:
+        master: :math:`\Delta`.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.master = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+        self._factored: FactoredMatrix | None = FactoredMatrix(like.shape[0], like.shape[1], like.device)
+        self._pending: list[WeightUpdate] = []
+
+    @torch.no_grad()
+    def add(self, update: WeightUpdate) -> None:
+        """Add an update."""
+        self.master.addmm_(update.left.to(self.master), update.right.to(self.master).T)
+        if self._factored is not None:
+            self._pending.append(update)
+            rank = self._factored.rank + sum(pending.left.shape[1] for pending in self._pending)
+            if rank > _FACTORED_UP_TO * min(self.master.shape):
+                self._make_dense()
+
+    @torch.no_grad()
+    def subtract(self, change: WeightUpdate | Tensor) -> None:
+        """Take a change away, e.g. what a restraint found too much; a dense one ends the factored form."""
+        if isinstance(change, Tensor):
+            self.master.sub_(change.to(self.master))
+            self._make_dense()
+        else:
+            self.write(self.master, correction=change)
+            if (factored := self.factored()) is not None:
+                factored.append(WeightUpdate(-change.left, change.right))
+
+    def _make_dense(self) -> None:
+        self._factored, self._pending = None, []
+
+    def factored(self) -> FactoredMatrix | None:
+        """Return the factors, up to date, or ``None`` beyond the rank up to which they are kept."""
+        if self._factored is not None and self._pending:
+            self._factored.append(WeightUpdate.sum(self._pending))
+            self._pending = []
+        return self._factored
+
+    @torch.no_grad()
+    def triplets_above(self, threshold: float) -> Triplets:
+        """Return the singular triplets above a threshold, from the factors where there are any."""
+        factored = self.factored()
+        return triplets_above(self.master, threshold) if factored is None else factored.triplets_above(threshold)
+
+    @torch.no_grad()
+    def singular_values(self) -> Tensor:
+        """Return all ``min(m, n)`` singular values, descending, fp64."""
+        factored = self.factored()
+        if factored is None:
+            return singular_values(self.master)
+        found = factored.singular_values()
+        return torch.nn.functional.pad(found, (0, min(self.master.shape) - len(found)))
+
+    @torch.no_grad()
+    def write(self, out: Tensor, base: Tensor | None = None, correction: WeightUpdate | None = None) -> None:
+        r"""Write :math:`W_0 + \Delta - A B^\top`, computed in the master's precision and rounded once.
+
+        What the correction does not touch keeps its bits. Where the correction takes away so much that the rounding of
+        the master would show in what is left, the difference is built from the factors instead.
+
+        Args:
+            out: Where to write, any floating dtype.
+            base: :math:`W_0`; ``None`` for zero.
+            correction: :math:`A B^\top`; ``None`` for zero.
+        """
+        target = out if out.dtype == self.master.dtype else torch.empty_like(self.master)
+        rest = None if correction is None else self._rest_after_cancellation(correction)
+        if rest is not None:
+            target.copy_(rest if base is None else rest.add_(base))
+            correction = None
+        elif base is not None:
+            torch.add(self.master, base, out=target)
+        elif target is not self.master:
+            target.copy_(self.master)
+        if correction is not None:
+            target.addmm_(correction.left.to(target), correction.right.to(target).T, alpha=-1)
+        if target is not out:
+            out.copy_(target)
+
+    def _rest_after_cancellation(self, correction: WeightUpdate) -> Tensor | None:
+        factored = self.factored()
+        if factored is None or correction.norm() < 0.9 * float(torch.linalg.matrix_norm(factored.core)):
+            return None
+        left, right = factored.left.vectors, factored.right.vectors
+        core = factored.core - (left.T @ correction.left.double()) @ (right.T @ correction.right.double()).T
+        eps = torch.finfo(self.master.dtype).eps
+        whole, rest = float(torch.linalg.matrix_norm(factored.core)), float(torch.linalg.matrix_norm(core))
+        if eps * whole <= eps**0.75 * rest:
+            return None
+        return (left @ core).to(self.master) @ right.to(self.master).T

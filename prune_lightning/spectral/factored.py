@@ -1,0 +1,134 @@
+r"""A sum of low-rank updates in factored form, :math:`\Delta = Q_A C Q_B^\top`, its spectrum at hand at any moment."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prune_lightning.spectral.triplets import Triplets, triplets_above
+from prune_lightning.types import WeightUpdate
+
+_NOTHING_NEW = 1e-14  # a direction whose share of a block is smaller than this lies in the basis already
+_ORTHOGONAL = 1e-12
+
+
+class Basis:
+    """Orthonormal columns, fp64, that grow by what a block of vectors adds to their span.
+
+    Args:
+        size: Length of the vectors.
+        device: Where they live.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._store = torch.zeros(16, size, dtype=torch.float64, device=device)  # a vector a row: growing is appending
+        self._rank = 0
+
+    def __len__(self) -> int:
+        return self._rank
+
+    @property
+    def vectors(self) -> Tensor:
+        """The basis, shape ``(size, rank)``."""
+        return self._store[: self._rank].T
+
+    def coordinates(self, block: Tensor) -> Tensor:
+        """Extend the basis by what ``block`` adds to its span and return the block's coordinates.
+
+        Projected twice, the second time as unit vectors, so that the basis is orthonormal to working precision however
+        nearly collinear the blocks are.
+
+        Args:
+            block: Vectors ``(size, b)``, fp64.
+
+        Returns:
+            Coordinates ``(new rank, b)``.
+        """
+        known = self.vectors
+        within = known.T @ block
+        fresh, outer = torch.linalg.qr(block - known @ within)
+        again = known.T @ fresh
+        within = within + again @ outer
+        fresh, inner = torch.linalg.qr(fresh - known @ again)
+        beyond = inner @ outer
+        new = torch.linalg.vector_norm(beyond, dim=1) > _NOTHING_NEW * torch.linalg.matrix_norm(block)
+        self._append(fresh[:, new])
+        return torch.cat([within, beyond[new]])
+
+    def _append(self, vectors: Tensor) -> None:
+        rank = self._rank + vectors.shape[1]
+        if rank > len(self._store):
+            store = self._store.new_zeros(max(rank, 2 * len(self._store)), self._store.shape[1])
+            store[: self._rank] = self._store[: self._rank]
+            self._store = store
+        self._store[self._rank : rank] = vectors.T
+        self._rank = rank
+
+    def reorthogonalise(self) -> Tensor | None:
+        """Make the columns orthonormal again if rounding has bent them.
+
+        Returns:
+            ``R`` with ``old = new R``, or ``None`` if nothing had to change.
+        """
+        vectors = self.vectors
+        error = (vectors.T @ vectors - torch.eye(self._rank).to(vectors)).abs().max() if self._rank else 0.0
+        if float(error) <= _ORTHOGONAL:
+            return None
+        straight, factor = torch.linalg.qr(vectors)
+        self._store[: self._rank] = straight.T
+        return factor
+
+
+class FactoredMatrix:
+    r"""A matrix :math:`Q_A C Q_B^\top` with orthonormal :math:`Q_A, Q_B` and a small core :math:`C`, fp64.
+
+    Appending an update of rank :math:`b` to a matrix of rank :math:`k` costs :math:`O((m+n)kb)`, and what concerns
+    singular values happens in the core: :math:`O(k^3)` at most.
+
+    Args:
+        rows: :math:`m`.
+        columns: :math:`n`.
+        device: Where the factors live.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.left, self.right = Basis(rows, device), Basis(columns, device)
+        self.core = torch.zeros(0, 0, dtype=torch.float64, device=device)
+        self._checked_at = 32
+
+    @property
+    def rank(self) -> int:
+        """Number of directions kept, an upper bound of the rank."""
+        return max(len(self.left), len(self.right))
+
+    def append(self, update: WeightUpdate) -> None:
+        """Add an update; directions that are in the bases already do not make them grow."""
+        left, right = update.left.double(), update.right.double()
+        length = torch.linalg.vector_norm(left, dim=0)
+        unit = left / torch.where(length > 0, length, 1.0)
+        from_left, from_right = self.left.coordinates(unit), self.right.coordinates(right * length)
+        core = self.core.new_zeros(len(self.left), len(self.right))
+        core[: self.core.shape[0], : self.core.shape[1]] = self.core
+        self.core = core.addmm_(from_left, from_right.T)
+        if self.rank >= self._checked_at:
+            self._checked_at *= 2
+            self._reorthogonalise()
+
+    def _reorthogonalise(self) -> None:
+        for_left, for_right = self.left.reorthogonalise(), self.right.reorthogonalise()
+        self.core = self.core if for_left is None else for_left @ self.core
+        self.core = self.core if for_right is None else self.core @ for_right.T
+
+    def triplets_above(self, threshold: float) -> Triplets:
+        """Return the singular triplets above a threshold; see :func:`prune_lightning.spectral.triplets_above`."""
+        inner = triplets_above(self.core, threshold)
+        left, right = self.left.vectors @ inner.left, self.right.vectors @ inner.right
+        return Triplets(left, inner.sigma, right, inner.largest, inner.path)
+
+    def singular_values(self) -> Tensor:
+        """Return the singular values of the core, descending; the others are zero."""
+        return torch.linalg.svdvals(self.core)
+
+    def dense(self) -> Tensor:
+        """Return the matrix, fp64."""
+        return (self.left.vectors @ self.core) @ self.right.vectors.T

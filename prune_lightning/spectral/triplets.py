@@ -1,0 +1,208 @@
+"""The singular triplets of a matrix above a threshold, at no more than they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prune_lightning.errors import UserError
+
+_SMALL = 256  # up to this many columns a full decomposition is cheaper than looking for a few triplets
+_BLOCK = 8
+_CONVERGED = 1e-12  # residual of a wanted triplet in units of the threshold, which is the scale of the result;
+_ROUNDING = 2e-15  # in units of the largest singular value no residual is smaller than this
+_LANCZOS_FROM = 1e-5  # threshold in units of the norm; in an explosion beyond that only a full SVD keeps its digits
+
+
+class NonFiniteChange(UserError):
+    """A change of weights holds NaN or infinity and cannot be factorised."""
+
+
+@dataclass(frozen=True)
+class Triplets:
+    r"""The part :math:`U_J \Sigma_J V_J^\top` of a matrix with singular values above a threshold, fp64.
+
+    Args:
+        left: :math:`U_J`, shape ``(rows, j)``.
+        sigma: Descending, shape ``(j,)``.
+        right: :math:`V_J`, shape ``(columns, j)``.
+        largest: Largest singular value of the matrix; under ``certificate`` an upper bound.
+        path: What was needed: ``certificate`` (a norm), ``lanczos``, ``gram`` or ``svd``.
+    """
+
+    left: Tensor
+    sigma: Tensor
+    right: Tensor
+    largest: float
+    path: str
+
+    @property
+    def transposed(self) -> Triplets:
+        """The triplets of the transposed matrix."""
+        return Triplets(self.right, self.sigma, self.left, self.largest, self.path)
+
+
+def norm_bound(matrix: Tensor) -> float:
+    """Return a rigorous upper bound of the Frobenius norm, at most 0.1 % above it, from one read of the matrix.
+
+    The squares are summed in the matrix's own precision (fp32 at least) along each row and in fp64 over the rows; what
+    rounding can lose is added. NaN if the matrix holds NaN or infinity.
+    """
+    contiguous = matrix if matrix.stride(-1) == 1 else matrix.T
+    rows = torch.linalg.vector_norm(contiguous, dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32))
+    if not torch.isfinite(rows).all():
+        return float(torch.linalg.vector_norm(matrix.double())) if torch.isfinite(matrix).all() else float("nan")
+    rounding = min(1e-3, torch.finfo(rows.dtype).eps * contiguous.shape[1])
+    return float(torch.linalg.vector_norm(rows.double())) * (1 + rounding)
+
+
+def triplets_above(matrix: Tensor, threshold: float) -> Triplets:
+    r"""Return the singular triplets with :math:`\sigma >` ``threshold``.
+
+    In this order, the first that suffices: a Frobenius norm up to the threshold certifies that there are none; block
+    Lanczos bidiagonalisation finds a few, with a residual test on each and on the next one below; the eigenvectors of
+    :math:`M^\top M` where squaring costs no digits; a full SVD.
+
+    Args:
+        matrix: Shape ``(rows, columns)``, any floating dtype; everything but the norm is computed in fp64.
+        threshold: Positive.
+
+    Raises:
+        NonFiniteChange: The matrix holds NaN or infinity.
+        UserError: The threshold is not positive.
+    """
+    if not threshold > 0:
+        raise UserError(f"the reference singular value is expected to be positive, but got {threshold}")
+    norm = norm_bound(matrix)
+    if not norm < float("inf"):
+        raise NonFiniteChange("the change of the weights holds NaN or infinity; it cannot be restrained")
+    if norm <= threshold:
+        none = torch.zeros(0, dtype=torch.float64, device=matrix.device)
+        rows, columns = matrix.shape
+        return Triplets(none.new_zeros(rows, 0), none, none.new_zeros(columns, 0), norm, "certificate")
+    if matrix.shape[0] < matrix.shape[1]:
+        return _triplets_of_tall(matrix.T, threshold, norm).transposed
+    return _triplets_of_tall(matrix, threshold, norm)
+
+
+def _triplets_of_tall(matrix: Tensor, threshold: float, norm: float) -> Triplets:
+    # The Gram matrix costs eps * (norm / threshold)^2 of the values near the threshold.
+    gram_from = (torch.finfo(torch.float64).eps / (1e-11 if matrix.dtype == torch.float64 else 1e-6)) ** 0.5
+    matrix = matrix.double()
+    found: tuple[Tensor, Tensor, Tensor] | None = None
+    path = "lanczos"
+    if matrix.shape[1] > _SMALL and threshold >= _LANCZOS_FROM * norm:
+        found = _by_lanczos(matrix, threshold)
+    if found is None and threshold >= gram_from * norm:
+        path = "gram"
+        values, right = torch.linalg.eigh(matrix.T @ matrix)
+        sigma, right = values.flip(0).clamp_min(0).sqrt(), right.flip(1)
+        chosen = sigma > threshold
+        found = matrix @ (right[:, chosen] / sigma[chosen]), sigma, right
+    if found is None:
+        path = "svd"
+        left, sigma, right_transposed = torch.linalg.svd(matrix, full_matrices=False)
+        found = left, sigma, right_transposed.T
+    left, sigma, right = found
+    count = int((sigma > threshold).sum())
+    return Triplets(left[:, :count], sigma[:count], right[:, :count], float(sigma[0]), path)
+
+
+def _by_lanczos(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Search until nothing above the threshold is left; ``None`` if that takes too long.
+
+    What was found is taken out and the search begins anew on the rest, from other random vectors, until it finds
+    nothing: a value that occurs more often than the block is wide is not missed. That nothing more is there counts as
+    shown when the largest Ritz value below the threshold has converged to a thirtieth of its distance from it.
+    """
+
+    def all_found(sigma: Tensor, residual: Tensor) -> bool:
+        wanted = int((sigma > threshold).sum())
+        if wanted == len(sigma):
+            return False
+        settled = bool(residual[wanted] <= 0.03 * (threshold - sigma[wanted]))
+        accurate = residual[:wanted] <= _CONVERGED * threshold + _ROUNDING * sigma[0]
+        return settled and bool(accurate.all())
+
+    rounds: list[tuple[Tensor, Tensor, Tensor]] = []
+    largest_below = matrix.new_zeros(1)
+    while True:
+        found = bidiagonalise(matrix, all_found, seed=len(rounds))
+        if found is None:
+            return None
+        left, sigma, right = found
+        count = int((sigma > threshold).sum())
+        largest_below = sigma[count : count + 1]
+        if not count:
+            break
+        rounds.append((left[:, :count], sigma[:count], right[:, :count]))
+        matrix = matrix - (left[:, :count] * sigma[:count]) @ right[:, :count].T
+    if not rounds:
+        return matrix[:, :0], largest_below, matrix.T[:, :0]
+    lefts, sigmas, rights = zip(*rounds, strict=True)
+    sigma, order = torch.cat(sigmas).sort(descending=True)
+    return torch.cat(lefts, 1)[:, order], sigma, torch.cat(rights, 1)[:, order]
+
+
+def bidiagonalise(
+    matrix: Tensor, converged: Callable[[Tensor, Tensor], bool], seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    r"""Golub-Kahan block Lanczos with full re-orthogonalisation: :math:`M V = U B`, :math:`B` block bidiagonal.
+
+    Args:
+        matrix: Shape ``(rows, columns)`` with ``rows >= columns``, fp64.
+        converged: Told the Ritz values, descending, and the residuals :math:`\|M^\top u - \sigma v\|`, says whether
+            that is enough. (:math:`M v = \sigma u` holds exactly.)
+        seed: Of the random vectors that the search begins with.
+
+    Returns:
+        Left vectors, values and right vectors, or ``None`` if a quarter of the columns did not suffice.
+    """
+    columns = matrix.shape[1]
+    limit, block = columns // 4 // _BLOCK * _BLOCK, _BLOCK
+    # A generator of its own: the same result on every call and rank, and nobody else's random numbers are touched.
+    noise = torch.Generator().manual_seed(seed)
+    start = torch.randn(columns, block, generator=noise, dtype=torch.float64).to(matrix.device)
+    right = torch.linalg.qr(start)[0]
+    left, corner = torch.linalg.qr(matrix @ right)
+    bidiagonal, check_at = corner, block
+    while right.shape[1] + block <= limit:
+        newest = matrix.T @ left[:, -block:] - right[:, -block:] @ corner.T
+        fresh, link = _orthonormal(newest, right, noise)
+        if right.shape[1] >= check_at:
+            inner_left, sigma, inner_right = torch.linalg.svd(bidiagonal)
+            residual = torch.linalg.vector_norm(link @ inner_left[-block:], dim=0)
+            if converged(sigma, residual):
+                return left @ inner_left, sigma, right @ inner_right.T
+            check_at = right.shape[1] + max(block, right.shape[1] // 8)
+        product = matrix @ fresh - left[:, -block:] @ link.T
+        new_left, corner = _orthonormal(product, left, noise)
+        size = len(bidiagonal)
+        grown = bidiagonal.new_zeros(size + block, size + block)
+        grown[:size, :size], grown[-block:, -block:] = bidiagonal, corner
+        grown[size - block : size, -block:] = link.T
+        left, right, bidiagonal = torch.cat([left, new_left], 1), torch.cat([right, fresh], 1), grown
+    return None
+
+
+def _orthonormal(block: Tensor, basis: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return ``Q, R`` with ``Q`` orthonormal, orthogonal to ``basis``, and ``Q R`` = the rest of ``block``.
+
+    Where nothing is left of a column (the Krylov space is exhausted) a random direction takes its place in ``Q`` and a
+    zero row in ``R``, so that the search goes on: a value that occurs more often than the block is wide is found.
+    """
+    rest = block - basis @ (basis.T @ block)
+    rest = rest - basis @ (basis.T @ rest)
+    scale = float(torch.linalg.matrix_norm(block))
+    vectors, factor = torch.linalg.qr(rest)
+    weak = factor.diagonal().abs() <= 1e-14 * scale
+    if weak.any():
+        random = torch.randn(len(block), int(weak.sum()), generator=noise, dtype=torch.float64).to(block.device)
+        vectors[:, weak] = random
+        for _ in range(2):
+            vectors = torch.linalg.qr(vectors - basis @ (basis.T @ vectors))[0]
+        factor = vectors.T @ rest
+    return vectors, factor
