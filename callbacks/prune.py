@@ -36,7 +36,7 @@ class PRUNE(SpectralRestraint):
         parameters: Sequence[str] | None = None,
         schedule: str = "each",
         every_n: int = 1,
-        accumulate: str = "raw",
+        accumulate: str | None = None,
         non_finite: str = "raise",
     ) -> None:
         super().__init__(Logarithm(base, guard), parameters, schedule, every_n, accumulate, non_finite)

@@ -14,6 +14,7 @@ from prune_lightning.errors import UserError, one_of
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.spectral import (
     Excess,
+    HasEditedMatrices,
     NonFiniteChange,
     RestrainedMatrix,
     RestraintLaw,
@@ -41,7 +42,8 @@ class SpectralRestraint(Restraint):
         every_n: See :class:`Restraint`.
         accumulate: What is restrained. ``raw``: the sum of all steps as they were computed, so that the weights are at
             any moment the restraint of all steps so far. ``restrained``: the already restrained change plus what came
-            since, restrained again.
+            since, restrained again. ``None`` for the natural one: ``raw`` on editing modules, whose updates are known
+            each by itself; ``restrained`` where an optimizer goes on from the restrained weight anyway.
         non_finite: What to do with a change that holds NaN or infinity: ``raise``, or ``skip`` the matrix this time
             and say so. (Editing modules do not write an update that is not finite in the first place.)
 
@@ -55,13 +57,15 @@ class SpectralRestraint(Restraint):
         parameters: Sequence[str] | None = None,
         schedule: str = "each",
         every_n: int = 1,
-        accumulate: str = "raw",
+        accumulate: str | None = None,
         non_finite: str = "raise",
     ) -> None:
         super().__init__(parameters, schedule, every_n)
-        one_of("restraint.accumulate", accumulate, ("raw", "restrained"))
+        if accumulate is not None:
+            one_of("restraint.accumulate", accumulate, ("raw", "restrained"))
         one_of("restraint.non_finite", non_finite, ("raise", "skip"))
         self.law, self.accumulate, self.non_finite = law, accumulate, non_finite
+        self._raw = True
         self._latest: dict[str, Excess] = {}
         self._references: dict[str, float] = {}
         self._known_references: dict[str, float] = {}  # by the fingerprint of the original matrix
@@ -71,6 +75,7 @@ class SpectralRestraint(Restraint):
         """Take hold of the matrices; what was computed from equal originals before still holds."""
         super().attach(module, steps)
         self._references, self._latest = {}, {}
+        self._raw = (self.accumulate or ("raw" if isinstance(module, HasEditedMatrices) else "restrained")) == "raw"
 
     def reference(self, matrix: RestrainedMatrix) -> float:
         r"""Return :math:`\bar s`, computed once per original matrix."""
@@ -104,7 +109,7 @@ class SpectralRestraint(Restraint):
             self._latest.pop(matrix.name, None)
             return
         self._latest[matrix.name] = found
-        if self.accumulate == "raw":
+        if self._raw:
             matrix.withhold(found.correction)
         elif found.correction is not None:
             matrix.subtract(found.correction)
