@@ -1,13 +1,14 @@
 """Time one restrained step: the procedure of PRUNE's public code against the spectral engine.
 
-    python benchmarks/restraint.py                     both shapes on the CPU, about 15 minutes (the reference takes them)
+    python benchmarks/restraint.py            both shapes on the CPU; the reference takes a quarter of an hour
     python benchmarks/restraint.py --shapes 6400x1600 --json FILE
     python benchmarks/restraint.py --device cuda
 
 The reference is what the public code does for one matrix, in fp32 numpy: complete SVDs (``full_matrices``) of the
 change, of the original and of their sum, the numerical rank of the change, the law, the product. Its cost does not
-depend on what is in the matrix, so for the larger shape it runs once per kind of change. Ours is a step as it runs in training: the new
-update is added, what the law takes away is found, and the weight is written. The weights of both are compared.
+depend on what is in the matrix, so for the larger shape it runs once per kind of change. Ours is a step as it runs in
+training: the new update is added, what the law takes away is found, and the weight is written. The weights of both are
+compared.
 """
 
 from __future__ import annotations

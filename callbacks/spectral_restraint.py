@@ -137,7 +137,7 @@ class SpectralRestraint(Restraint):
     def state_key(self) -> str:
         """Two restraints with different arguments keep their states apart."""
         return self._generate_state_key(
-            law=self.law, parameters=self.parameters, schedule=self.schedule, accumulate=self.accumulate
+            law=type(self.law).__name__, parameters=self.parameters, schedule=self.schedule, accumulate=self.accumulate
         )
 
     @override

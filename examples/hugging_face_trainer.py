@@ -8,10 +8,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from prune_lightning.callbacks.hugging_face import RestraintCallback
 from transformers import Trainer, TrainingArguments
 
 from prune_lightning.callbacks import PRUNE
-from prune_lightning.callbacks.hugging_face import RestraintCallback
 from prune_lightning.models.loading import load_language_model
 
 TEXT = (Path(__file__).parent / "lighthouse.txt").read_text().splitlines()
@@ -22,7 +22,7 @@ def main(steps: int = 20) -> None:
     model, tokens = language_model.model.requires_grad_(True), language_model.tokens
     ids, mask = tokens.pad([tokens.encode(text) for text in TEXT], language_model.device)
     labels = ids.masked_fill(mask == 0, -100)
-    rows = [{"input_ids": i, "attention_mask": m, "labels": l} for i, m, l in zip(ids, mask, labels, strict=True)]
+    rows = [{"input_ids": i, "attention_mask": m, "labels": t} for i, m, t in zip(ids, mask, labels, strict=True)]
     restraint = PRUNE(base=10.0, parameters=["*.mlp.*.weight"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

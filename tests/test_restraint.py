@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import lightning as L
 import pytest
 import torch
 from conftest import quiet_trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_spectral import dense_prune
+from test_spectral import dense_law, dense_prune
 from torch import nn
 from torch.utils.data import DataLoader
 
-from prune_lightning.callbacks import PRUNE
+from prune_lightning.bundled.world import EDIT_PHRASING, load_world
+from prune_lightning.callbacks import PRUNE, RECT, SpectralRestraint
 from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.spectral import sigma_max
+from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.models.hooks import record
+from prune_lightning.spectral import HardClip, Logarithm, NonFiniteChange, excess, sigma_max
 from prune_lightning.types import EditBatch, EditRequest, WeightUpdate
 
 BASE = 1.3
@@ -168,8 +169,9 @@ def test_parameters_are_chosen_by_pattern_and_tied_ones_taken_once():
     tied = Regression()
     tied.third = nn.Linear(6, 5, bias=False)
     tied.third.weight = tied.first.weight
-    fit(tied, regression_batches(1), callback := PRUNE(BASE))
-    assert list(callback.matrices) == ["first.weight", "second.weight"]
+    for patterns in (None, ["*"], ["third.weight", "second.*"]):  # a tied matrix goes by its first name
+        fit(tied, regression_batches(1), callback := PRUNE(BASE, parameters=patterns))
+        assert sorted(callback.matrices) == ["first.weight", "second.weight"]
     with pytest.raises(UserError, match=r"no matrix matches 'secnd\.weight': did you mean 'second.weight'"):
         fit(Regression(), regression_batches(1), PRUNE(BASE, parameters=["secnd.weight"]))
 
@@ -202,17 +204,25 @@ def test_bad_arguments_and_strategies_are_refused():
         PRUNE(accumulate="rwa")
     with pytest.raises(UserError, match="at least 1"):
         PRUNE(every_n=0)
+    with pytest.raises(UserError, match="did you mean 'skip'"):
+        PRUNE(non_finite="skp")
 
     class Sharded:
         strategy = FSDPStrategy()
 
-    with pytest.raises(MisconfigurationException, match="whole weight matrices"):
+    with pytest.raises(MisconfigurationException, match=r"FSDPStrategy cannot give.*ModelParallelStrategy"):
         PRUNE().setup(Sharded(), Regression(), "fit")
 
 
 def test_state_keys_tell_restraints_apart():
-    assert PRUNE(schedule="end").state_key != PRUNE(schedule="each").state_key
-    assert math.isclose(PRUNE(base=1.2).law.base, 1.2)
+    keys = {
+        PRUNE(schedule="end").state_key,
+        PRUNE().state_key,
+        SpectralRestraint(HardClip()).state_key,
+        RECT().state_key,
+    }
+    assert len(keys) == 4
+    assert SpectralRestraint(HardClip()).state_key == SpectralRestraint(HardClip()).state_key
 
 
 def test_one_callback_serves_two_modules_in_turn():
@@ -226,6 +236,163 @@ def test_one_callback_serves_two_modules_in_turn():
     fit(second, regression_batches(3), callback)
     fit(alone, regression_batches(3), PRUNE(BASE))
     assert torch.equal(second.first.weight, alone.first.weight)
+
+
+class Embedded(L.LightningModule):
+    """A bundled model of 16-bit weights, embeddings tied to its head, Conv1D inside."""
+
+    def __init__(self, model, dtype):
+        super().__init__()
+        self.model = model.to(dtype).requires_grad_(True)
+
+    def training_step(self, batch, batch_idx):
+        return 50 * self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=5.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_tied_heads_conv1d_and_16_bit_weights(tiny, dtype):
+    module = Embedded(tiny("gpt2").model, dtype)
+    originals = {name: p.detach().double().clone() for name, p in module.named_parameters()}
+    batches = [torch.randint(0, 500, (2, 12), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    callback = SpectralRestraint(HardClip(), parameters=["*.wte.weight", "*lm_head.weight", "*.mlp.c_proj.weight"])
+    fit(module, batches, callback, gradient_clip_val=10.0)
+    assert [name.split(".", 2)[-1] for name in callback.matrices] == ["wte.weight"] + [
+        f"h.{layer}.mlp.c_proj.weight" for layer in range(3)
+    ]
+    slack = 1e-4 if dtype == torch.float32 else 0.05
+    for name in callback.matrices:
+        weight = module.get_parameter(name)
+        assert weight.dtype == dtype
+        change, reference = weight.detach().double() - originals[name], sigma_max(originals[name])
+        assert sigma_max(change) <= reference * (1 + slack), name
+    assert callback.metrics["restraint/num_above"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_small_updates_add_up_in_16_bit_weights(tiny, dtype):
+    """The sum is kept in fp32: a thousand updates below the weights' resolution are not lost, and the loss is told."""
+    module = RandomEdits(tiny("llama", dtype), [1])
+    (matrix,) = module.edited_matrices().values()
+    step = WeightUpdate(torch.full((32, 1), 1e-3), torch.full((32, 1), 1e-2))
+    first = matrix.weight().clone()
+    matrix.add(step)
+    unmoved = float((first == matrix.weight()).float().mean())
+    assert (unmoved > 0.9) == (dtype == torch.bfloat16)
+    for _ in range(999):
+        matrix.add(step)
+    assert torch.allclose(matrix.delta(), torch.full((32, 32), 1e-2), rtol=1e-3)
+    moved = float((matrix.weight().float() - first.float()).mean())
+    assert moved == pytest.approx(1e-2, rel=0.05)
+    lost = float(((matrix.weight().float() - first.float()) - matrix.delta()).norm() / matrix.delta().norm())
+    assert matrix.rounding_loss() == pytest.approx(lost, rel=1e-3, abs=1e-4)
+    assert (matrix.rounding_loss() > 1e-3) == (dtype == torch.bfloat16)
+
+
+class Broken(Regression):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if batch_idx == 1 else loss
+
+
+def test_a_change_that_is_not_finite_is_refused_or_skipped():
+    with pytest.raises(NonFiniteChange, match=r"first\.weight: .*NaN or infinity.*non_finite=skip"):
+        fit(Broken(), regression_batches(3), PRUNE(BASE))
+    with pytest.warns(UserWarning, match=r"first\.weight.*skipped"):
+        fit(Broken(), regression_batches(3), PRUNE(BASE, non_finite="skip"))
+
+
+def test_a_zero_matrix_gives_no_reference():
+    module = Regression()
+    with torch.no_grad():
+        module.second.weight.zero_()
+    with pytest.raises(UserError, match=r"second\.weight is zero or not finite before training"):
+        fit(module, regression_batches(1), PRUNE(BASE))
+
+
+def test_reference_is_computed_once_per_original_and_travels_with_the_checkpoint(monkeypatch):
+    import prune_lightning.callbacks.spectral_restraint as module
+
+    computed = []
+    monkeypatch.setattr(module, "sigma_max", lambda original: computed.append(1) or sigma_max(original))
+    callback = PRUNE(BASE)
+    fit(Regression(), regression_batches(2), callback)
+    fit(Regression(), regression_batches(2), callback)  # the same originals again
+    assert len(computed) == 2
+    other = PRUNE(BASE)
+    other.load_state_dict({"matrices": {}, "references": callback.state_dict()["references"]})
+    fit(Regression(), regression_batches(2), other)
+    assert len(computed) == 2
+    changed = Regression()
+    with torch.no_grad():
+        changed.first.weight[0, 0] += 1e-9
+    fit(changed, regression_batches(2), other)
+    assert len(computed) == 3
+
+
+class Remember(L.pytorch.loggers.logger.DummyLogger):
+    """A logger that keeps what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.images = [], []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+    def log_image(self, key, images, step=None):
+        self.images.append((key, images, step))
+
+
+def test_figures_of_a_restraint_are_logged_on_the_right_axis(tiny):
+    logger = Remember()
+    fit(RandomEdits(tiny("llama"), [1]), edits(3), callback := PRUNE(BASE), logger=logger, log_every_n_steps=1)
+    assert [step for step, _ in logger.rows] == [1, 2, 3]
+    last = logger.rows[-1][1]
+    assert last == callback.metrics
+    assert last["restraint/num_above"] == 3
+    assert sum(value for name, value in last.items() if "/path_" in name) == 1
+    (matrix,) = callback.matrices.values()
+    assert last["restraint/sigma_before"] == pytest.approx(sigma_max(matrix.change.master), rel=1e-9)
+
+
+@pytest.mark.parametrize("accumulate", ["raw", "restrained"])
+def test_a_thousand_edits_restrained_at_every_step_equal_full_svds(bundled, accumulate):
+    """On the bundled model's weight, with keys of its own facts; the weights are fp32, the full SVDs fp64."""
+    module = bundled.rewrite_module(0)
+    original = module.weight.detach().T.double()
+    reference, law = sigma_max(original), Logarithm(1.5)
+    prompts = [fact.phrasings[EDIT_PHRASING] for fact in load_world().facts[:1000]]
+    keys = []
+    for group in range(0, 1000, 100):
+        rows = [bundled.tokens.encode(prompt) for prompt in prompts[group : group + 100]]
+        ids, mask = bundled.tokens.pad(rows, bundled.device)
+        with torch.no_grad(), record(inputs=[module]) as seen:
+            bundled(ids, mask)
+        keys.append(seen.inputs[0][torch.arange(len(rows)), mask.sum(1) - 1])
+    keys = torch.cat(keys)
+    values = torch.randn(1000, original.shape[0], generator=torch.Generator().manual_seed(0)) * 0.05
+
+    matrix = EditedMatrix("weight", module.weight, transposed=True)
+    change, worst = torch.zeros_like(original), 0.0
+    for step, (key, value) in enumerate(zip(keys, values, strict=True), start=1):
+        matrix.add(WeightUpdate(value[:, None], key[:, None]))
+        correction = excess(matrix.change, law, reference).correction
+        change += torch.outer(value.double(), key.double())
+        if accumulate == "raw":
+            matrix.withhold(correction)
+            expected = dense_law(change, law, reference) if step % 50 == 0 else change
+        else:
+            change = expected = dense_law(change, law, reference)
+            if correction is not None:
+                matrix.subtract(correction)
+        if step % 50 == 0:
+            error = (matrix.weight().double() - original - expected).norm() / expected.norm()
+            worst = max(worst, float(error))
+    assert sigma_max(change) > reference
+    assert worst < 1e-5
 
 
 def test_example_in_the_documentation_runs():

@@ -107,6 +107,7 @@ class Linear:
         return reference + self.slope * (sigma - reference)
 
 
+@dataclass(frozen=True)
 class HardClip:
     r"""Cut at the reference, :math:`F(\sigma) = \bar s`.
 
@@ -119,6 +120,7 @@ class HardClip:
         return torch.full_like(sigma, reference)
 
 
+@dataclass(frozen=True)
 class Identity:
     r"""No restraint, :math:`F(\sigma) = \sigma`: everything around it runs, and nothing changes.
 
