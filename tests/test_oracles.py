@@ -14,6 +14,7 @@ from prune_lightning.methods.memit import MEMIT
 from prune_lightning.methods.r_rome import RROME
 from prune_lightning.methods.rome import ROME
 from prune_lightning.methods.value import ValueOptions
+from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoment, SecondMoments
@@ -103,7 +104,7 @@ def test_memit_matches_reference(oracle):
     originals = {name: matrix.parameter.clone() for name, matrix in module.edited_matrices().items()}
     for batch, tolerance in ((0, 1e-6), (1, 1e-4)):
         chunk = requests[4 * batch : 4 * batch + 4]
-        values = module.optimise(chunk, module.language_model.block(module.layers[-1]))
+        values = module.optimise(chunk, ShiftSite(module.layers[-1], "block"))
         assert relative(values.target, tensors[f"memit.batch{batch}.z"]) < tolerance
         for name, update in module.compute_update(chunk)[0].items():
             module.edited_matrices()[name].add(update)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.prompts import key_row, kl_row, target_row
 from prune_lightning.methods.value import ValueOptions, Values, optimise_values
+from prune_lightning.methods.value_problem import RequestRows, ShiftSite
 from prune_lightning.models.contexts import ContextOptions, sample_prefixes
 from prune_lightning.models.hooks import record
 from prune_lightning.models.language_model import LanguageModel
@@ -95,8 +96,11 @@ class LocateThenEdit(EditingModule):
             pick(seen.outputs[len(layers)]),
         )
 
-    def optimise(self, requests: Sequence[EditRequest], module: nn.Module) -> Values:
-        """Optimise the value of each request with the shift entering at ``module``'s output."""
+    def optimise(self, requests: Sequence[EditRequest], site: ShiftSite) -> Values:
+        """Optimise the value of each request with the shift entering at ``site``."""
         model = self.language_model
-        rows = [[target_row(model, request, prefix) for prefix in self.prefixes] for request in requests]
-        return optimise_values(model, rows, [kl_row(model, request) for request in requests], module, self.value)
+        rows = [
+            RequestRows(tuple(target_row(model, request, prefix) for prefix in self.prefixes), kl_row(model, request))
+            for request in requests
+        ]
+        return optimise_values(model, rows, site, self.value)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prune_lightning.errors import UserError
 from prune_lightning.methods.locate_then_edit import LocateThenEdit, SubjectStates
+from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.statistics import SecondMoment
 from prune_lightning.types import EditRequest, WeightUpdate
 
@@ -35,7 +36,7 @@ class MEMIT(LocateThenEdit):
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
         """Return one update of rank ``b`` per layer; each layer sees the ones below it already edited."""
-        values = self.optimise(requests, self.language_model.block(self.layers[-1]))
+        values = self.optimise(requests, ShiftSite(self.layers[-1], "block"))
         updates: dict[str, WeightUpdate] = {}
         with self.provisional():
             for position, (layer, (name, matrix)) in enumerate(

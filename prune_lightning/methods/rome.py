@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
+from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.types import EditRequest, WeightUpdate
 
 
@@ -29,7 +30,7 @@ class ROME(LocateThenEdit):
         with self.provisional():
             for request in requests:
                 for layer, (name, matrix) in zip(self.layers, self.edited_matrices().items(), strict=True):
-                    values = self.optimise([request], self.language_model.mlp(layer))
+                    values = self.optimise([request], ShiftSite(layer, "mlp"))
                     update = self._rank_one(request, layer, values.target[0])
                     updates[name].append(update)
                     matrix.add_provisionally(WeightUpdate.sum(updates[name]))

@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
-from prune_lightning.methods.prompts import EditRow
-from prune_lightning.models.hooks import edit_output
+from prune_lightning.methods.value_problem import (
+    Layout,
+    RequestRows,
+    ShiftSite,
+    UpperForward,
+    ValueProblem,
+    WholeForward,
+)
 from prune_lightning.models.language_model import LanguageModel
 
 
@@ -25,6 +32,8 @@ class ValueOptions:
         kl_factor: Weight of the divergence on the prompt "{subject} is a".
         clamp: Largest norm of the shift, in units of the reference's norm.
         stop_loss: Stop a request whose loss falls below this.
+        token_budget: Padded tokens of the requests that are optimised together; halved where memory does not suffice.
+        fast: Run only what depends on the shift. The plain path computes the same from the whole model.
     """
 
     steps: int = 20
@@ -33,6 +42,8 @@ class ValueOptions:
     kl_factor: float = 0.0625
     clamp: float = 4.0
     stop_loss: float = 0.05
+    token_budget: int = 65_536
+    fast: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,9 @@ class Values:
 
     Args:
         target: :math:`v^*`, shape ``(b, width)``.
-        reference: The module's output at the clean prompt's subject, shape ``(b, width)``.
-        details: Per request: steps, last loss, probability of the target, whether the shift was clamped.
+        reference: What is shifted, at the clean prompt's subject, shape ``(b, width)``.
+        details: Per request: updates made, loss before each and at the end, final probability of the target, whether
+            the shift was clamped.
     """
 
     target: Tensor
@@ -50,140 +62,156 @@ class Values:
     details: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where in the padded batch the shift enters and the loss is read; one entry per row or per label."""
-
-    ids: Tensor
-    mask: Tensor
-    owner: Tensor  # request of each row
-    subject: Tensor  # position of the subject's last token in each row
-    clean: Tensor  # row of each request's clean prompt
-    kl_rows: Tensor  # row of each request's KL prompt
-    label_row: Tensor
-    label_position: Tensor
-    label: Tensor
-    label_weight: Tensor  # 1 / (rows of the request * tokens of its target)
-
-
-def _lay_out(model: LanguageModel, rows: Sequence[Sequence[EditRow]], kl_rows: Sequence[EditRow]) -> _Layout:
-    flat = [row for group in rows for row in group] + list(kl_rows)
-    ids, mask = model.tokens.pad([row.ids for row in flat], model.device)
-    owner: list[int] = []
-    clean: list[int] = []
-    label_row: list[int] = []
-    label_position: list[int] = []
-    label: list[int] = []
-    weight: list[float] = []
-    for request, group in enumerate(rows):
-        clean.append(len(owner))
-        for row in group:
-            label_row += [len(owner)] * len(row.target)
-            label_position += row.label_positions
-            label += row.target
-            weight += [1.0 / (len(group) * len(row.target))] * len(row.target)
-            owner.append(request)
-    kl = list(range(len(owner), len(flat)))
-    owner += range(len(kl_rows))
-
-    def long(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=model.device)
-
-    return _Layout(
-        ids,
-        mask,
-        long(owner),
-        long([row.subject for row in flat]),
-        long(clean),
-        long(kl),
-        long(label_row),
-        long(label_position),
-        long(label),
-        torch.tensor(weight, dtype=torch.float64, device=model.device),
-    )
-
-
 def optimise_values(
-    model: LanguageModel,
-    rows: Sequence[Sequence[EditRow]],
-    kl_rows: Sequence[EditRow],
-    module: nn.Module,
-    options: ValueOptions,
+    model: LanguageModel, requests: Sequence[RequestRows], site: ShiftSite, options: ValueOptions
 ) -> Values:
-    r"""Optimise one shift :math:`\delta` per request, all requests in one batch.
+    r"""Optimise one shift :math:`\delta` per request, as many requests in one batch as memory allows.
 
-    :math:`\delta` is added to ``module``'s output at the subject's last token of every row. Per request,
+    :math:`\delta` is added to the output of the site at the subject's last token of every row. Per request,
 
     .. math:: \mathcal L = \frac1R \sum_r \frac1T \sum_j -\log p(t_j) + \beta\,\mathrm{KL}(P_\delta \| P_0)
               + \omega \|\delta\|_2 / \|\mathrm{ref}\|_2^2
 
     (ROME, Meng et al. 2022, eq. 4, with the divergence read at the subject as the published code does). Losses are
     summed over requests and Adam is elementwise, so each request goes the way it would go alone; one whose loss is
-    below ``stop_loss`` is frozen.
+    below ``stop_loss`` is done and leaves the batch.
 
     Args:
         model: The language model.
-        rows: Per request its rows, the clean prompt first.
-        kl_rows: Per request the row on which the divergence is taken.
-        module: Where the shift enters: an MLP (ROME) or a block (MEMIT).
+        requests: Token rows of the requests.
+        site: Where the shift enters.
         options: Hyper-parameters.
     """
-    layout = _lay_out(model, rows, kl_rows)
-    count = len(rows)
-    at_rows = torch.cat([layout.label_row, layout.kl_rows])
-    at_positions = torch.cat([layout.label_position, layout.subject[layout.kl_rows]])
-    label_owner = layout.owner[layout.label_row]
-    state: dict[str, Tensor] = {}
+    budget, done, parts = options.token_budget, 0, []
+    while done < len(requests):
+        part = _fitting(requests[done:], budget)
+        try:
+            parts.append(_Optimisation(model, part, site, options).run())
+            done += len(part)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            budget = sum(len(row.ids) for request in part for row in request.all) // 2
+            rank_zero_info(f"out of memory with {len(part)} requests at once; going on with half as many tokens")
+            torch.cuda.empty_cache()
+    return Values(
+        torch.cat([part.target for part in parts]),
+        torch.cat([part.reference for part in parts]),
+        [detail for part in parts for detail in part.details],
+    )
 
-    def shift(output: Tensor) -> Tensor:
-        everywhere = torch.arange(len(output), device=output.device)
-        if "delta" not in state:
-            precise = torch.promote_types(output.dtype, torch.float32)
-            state["reference"] = output[layout.clean, layout.subject[layout.clean]].detach().to(precise)
-            state["delta"] = torch.zeros_like(state["reference"], requires_grad=True)
-        output = output.clone()
-        output[everywhere, layout.subject] += state["delta"][layout.owner].to(output.dtype)
-        return output
 
-    optimizer: torch.optim.Optimizer | None = None
-    base_log_p: Tensor | None = None
-    active = torch.ones(count, dtype=torch.bool, device=model.device)
-    steps = torch.zeros(count, dtype=torch.long, device=model.device)
-    clamped = torch.zeros(count, dtype=torch.bool, device=model.device)
-    final_loss = torch.full((count,), float("nan"), dtype=torch.float64, device=model.device)
-    final_nll = final_loss.clone()
-    for step in range(options.steps):
-        with torch.enable_grad(), edit_output(module, shift):
-            logits = model.logits_at(layout.ids, layout.mask, at_rows, at_positions)
-            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            delta, reference = state["delta"], state["reference"]
-            losses = -log_p[: len(layout.label)].gather(1, layout.label[:, None])[:, 0]
-            zeros = torch.zeros(count, dtype=losses.dtype, device=losses.device)
-            nll = zeros.index_add(0, label_owner, losses * layout.label_weight.to(losses))
-            kl_log_p = log_p[len(layout.label) :]
-            base_log_p = kl_log_p.detach() if base_log_p is None else base_log_p
-            kl = (kl_log_p.exp() * (kl_log_p - base_log_p)).sum(-1)
-            decay = options.weight_decay * delta.norm(dim=1) / reference.norm(dim=1) ** 2
-            loss = nll + options.kl_factor * kl + decay
-        final_loss = torch.where(active, loss.detach().double(), final_loss)
-        final_nll = torch.where(active, nll.detach().double(), final_nll)
-        active = active & (loss.detach() >= options.stop_loss)
-        if step == options.steps - 1 or not active.any():
-            break
-        optimizer = optimizer or torch.optim.Adam([delta], lr=options.learning_rate)
-        (delta.grad,) = torch.autograd.grad(loss[active].sum(), [delta])
-        before = delta.detach().clone()
-        optimizer.step()
-        with torch.no_grad():
-            limit = options.clamp * reference.norm(dim=1)
-            norm = delta.norm(dim=1)
-            too_long = norm > limit
-            delta.mul_(torch.where(too_long, limit / norm, torch.ones_like(norm))[:, None])
-            delta[~active] = before[~active]
-        clamped |= too_long & active
-        steps += active
-    details = [
-        {"steps": int(s), "loss": float(f), "target_probability": float((-n).exp()), "clamped": bool(c)}
-        for s, f, n, c in zip(steps, final_loss, final_nll, clamped, strict=True)
-    ]
-    return Values(state["reference"] + state["delta"].detach(), state["reference"], details)
+def _fitting(requests: Sequence[RequestRows], budget: int) -> Sequence[RequestRows]:
+    """Return the first requests whose padded rows stay within the budget, one at least."""
+    rows, longest = 0, 0
+    for count, request in enumerate(requests):
+        rows, longest = rows + len(request.all), max(longest, *(len(row.ids) for row in request.all))
+        if count and rows * longest > budget:
+            return requests[:count]
+    return requests
+
+
+class _Optimisation:
+    """One batch of requests on its way; tensors over all its requests, ``current`` are those still in the problem."""
+
+    def __init__(
+        self, model: LanguageModel, requests: Sequence[RequestRows], site: ShiftSite, options: ValueOptions
+    ) -> None:
+        self.model, self.requests, self.options = model, requests, options
+        self.layout = Layout(model, requests)
+        self.problem = self._problem(site)
+        self.reference = self.problem.reference.to(torch.promote_types(self.problem.reference.dtype, torch.float32))
+        self.delta = torch.zeros_like(self.reference)
+        self.moments = torch.zeros_like(self.delta), torch.zeros_like(self.delta)
+        self.base_log_p = self._log_p(self.problem.base_logits)[len(self.layout.label) :]
+        count = len(requests)
+        self.current = torch.arange(count, device=model.device)
+        self.active = torch.ones(count, dtype=torch.bool, device=model.device)
+        self.clamped = torch.zeros_like(self.active)
+        self.nll = torch.full((count,), torch.nan, dtype=torch.float64, device=model.device)
+        self.updates = torch.zeros(count, dtype=torch.long, device=model.device)
+        self.losses: list[Tensor] = []  # per step, NaN for requests that were done before
+
+    def _problem(self, site: ShiftSite) -> ValueProblem:
+        """Return the fast path if, without a shift, it says what the whole model says; the plain one otherwise."""
+        if self.options.fast:
+            fast = UpperForward(self.model, site, self.layout)
+            with torch.no_grad():
+                again = fast.logits(self.layout, torch.zeros_like(fast.reference))
+            scale = float(fast.base_logits.double().norm())
+            error = float((again.double() - fast.base_logits.double()).norm())
+            if error <= torch.finfo(again.dtype).eps ** 0.5 * scale or not scale < float("inf"):
+                return fast
+            rank_zero_warn(
+                f"the fast path does not fit {type(self.model.model).__name__}; the whole model runs at every step"
+            )
+        return WholeForward(self.model, site, self.layout)
+
+    @staticmethod
+    def _log_p(logits: Tensor) -> Tensor:
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def run(self) -> Values:
+        """Optimise until every request is done or the steps are used up."""
+        for step in range(1, self.options.steps + 1):
+            shift = self.delta[self.current].requires_grad_()
+            with torch.enable_grad():
+                loss, nll = self._loss(shift)
+            active = self.active[self.current]
+            row = torch.full_like(self.nll, torch.nan)
+            row[self.current[active]] = loss.detach()[active].double()
+            self.losses.append(row)
+            self.nll[self.current[active]] = nll.detach()[active].double()
+            active &= loss.detach() >= self.options.stop_loss
+            self.active[self.current] = active
+            if step == self.options.steps or not active.any():
+                break
+            (gradient,) = torch.autograd.grad(loss[active].sum(), [shift])
+            self._adam(self.current[active], gradient[active], step)
+            self._compact()
+        return Values(self.reference + self.delta, self.reference, self._details())
+
+    def _loss(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Return loss and negative log-likelihood of the target of each current request."""
+        layout, options = self.layout, self.options
+        log_p = self._log_p(self.problem.logits(layout, shift))
+        labels = -log_p[: len(layout.label)].gather(1, layout.label[:, None])[:, 0]
+        zeros = torch.zeros(len(shift), dtype=labels.dtype, device=labels.device)
+        nll = zeros.index_add(0, layout.label_owner, labels * layout.label_weight.to(labels))
+        kl_log_p = log_p[len(layout.label) :]
+        kl = (kl_log_p.exp() * (kl_log_p - self.base_log_p[self.current])).sum(-1)
+        decay = shift.norm(dim=1) / self.reference[self.current].norm(dim=1) ** 2
+        return nll + options.kl_factor * kl + options.weight_decay * decay, nll
+
+    @torch.no_grad()
+    def _adam(self, who: Tensor, gradient: Tensor, step: int) -> None:
+        """Make one step of Adam (Kingma & Ba, 2015) for some requests, and clamp their shifts."""
+        for moment, value, beta in zip(self.moments, (gradient, gradient.square()), (0.9, 0.999), strict=True):
+            moment[who] = beta * moment[who] + (1 - beta) * value
+        first, second = self.moments[0][who] / (1 - 0.9**step), self.moments[1][who] / (1 - 0.999**step)
+        delta = self.delta[who] - self.options.learning_rate * first / (second.sqrt() + 1e-8)
+        limit, norm = self.options.clamp * self.reference[who].norm(dim=1), delta.norm(dim=1)
+        self.clamped[who] |= norm > limit
+        self.delta[who] = delta * torch.where(norm > limit, limit / norm, 1.0)[:, None]
+        self.updates[who] += 1
+
+    def _compact(self) -> None:
+        """Drop the rows of requests that are done, once they are a quarter of the batch."""
+        active = self.active[self.current]
+        if int(active.sum()) > 0.75 * len(active):
+            return
+        self.problem.select(torch.nonzero(active[self.layout.owner])[:, 0])
+        self.current = self.current[active]
+        self.layout = Layout(self.model, [self.requests[int(i)] for i in self.current])
+
+    def _details(self) -> list[dict[str, Any]]:
+        losses = torch.stack(self.losses, dim=1).tolist()
+        return [
+            {
+                "steps": int(updates),
+                "losses": row[: int(updates) + 1],
+                "target_probability": float((-nll).exp()),
+                "clamped": bool(clamped),
+            }
+            for row, updates, nll, clamped in zip(losses, self.updates, self.nll, self.clamped, strict=True)
+        ]

@@ -19,9 +19,13 @@ def _tensor(value: Any) -> Tensor:
 
 
 class Recorder:
-    """Collects the activations of one forward pass; ``inputs[i]`` or ``outputs[i]`` belongs to the i-th module."""
+    """Collects the activations of one forward pass; ``inputs[i]`` or ``outputs[i]`` belongs to the i-th module.
+
+    ``in_tuple[i]`` tells whether the i-th module returns its hidden states in a tuple.
+    """
 
     def __init__(self) -> None:
+        self.in_tuple: dict[int, bool] = {}
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
 
@@ -55,6 +59,7 @@ def record(
     def on_output(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             recorder.outputs[index] = _tensor(output)
+            recorder.in_tuple[index] = isinstance(output, tuple)
             done()
 
         return hook

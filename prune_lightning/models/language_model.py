@@ -61,6 +61,10 @@ class LanguageModel(nn.Module):
         """Return a block's MLP."""
         return self._module(self.family.mlp, layer)
 
+    def after_mlp(self, layer: int) -> nn.Module:
+        """Return the norm between a block's MLP and the residual stream; the identity where there is none."""
+        return self._module(self.family.after_mlp, layer) if self.family.after_mlp else nn.Identity()
+
     def rewrite_module(self, layer: int) -> Any:
         """Return a block's MLP down-projection, the module whose weight is edited."""
         return self._module(self.family.rewrite, layer)
@@ -69,12 +73,15 @@ class LanguageModel(nn.Module):
         """Return the qualified name of the edited weight of ``layer`` in the ``transformers`` model."""
         return self.family.rewrite.format(layer) + ".weight"
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits, shape ``(rows, length, vocabulary)``; inputs are right-padded."""
-        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+        """Return logits, shape ``(rows, length, vocabulary)``; inputs are right-padded, ``kwargs`` are the model's."""
+        kwargs = {"use_cache": False, **kwargs}
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits
         return logits
 
-    def logits_at(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    def logits_at(
+        self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, positions: Tensor, **kwargs: Any
+    ) -> Tensor:
         """Return the logits at chosen places only; the LM head never sees the others.
 
         Args:
@@ -82,13 +89,14 @@ class LanguageModel(nn.Module):
             attention_mask: One where ``input_ids`` is not padding.
             rows: Row of each place, shape ``(n,)``.
             positions: Position of each place, shape ``(n,)``.
+            kwargs: For the model's ``forward``.
 
         Returns:
             Logits, shape ``(n, vocabulary)``.
         """
         head = self.model.get_output_embeddings()
         with edit_input(head, lambda hidden: hidden[rows, positions].unsqueeze(1)):
-            return self(input_ids, attention_mask).squeeze(1)
+            return self(input_ids, attention_mask, **kwargs).squeeze(1)
 
     @contextmanager
     def frozen_mode(self) -> Iterator[None]:

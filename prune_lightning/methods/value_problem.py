@@ -1,0 +1,177 @@
+"""What the value optimisation differentiates: logits as a function of one shift per request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prune_lightning.methods.prompts import EditRow
+from prune_lightning.models.cached_forward import CachedForward
+from prune_lightning.models.hooks import edit_output, record
+from prune_lightning.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class ShiftSite:
+    """Where the shift enters.
+
+    Args:
+        layer: Index of the block.
+        at: ``mlp`` for the output of the block's MLP (ROME), ``block`` for that of the block (MEMIT).
+    """
+
+    layer: int
+    at: str
+
+    def module(self, model: LanguageModel) -> nn.Module:
+        """Return the module whose output is shifted."""
+        return model.mlp(self.layer) if self.at == "mlp" else model.block(self.layer)
+
+
+@dataclass(frozen=True)
+class RequestRows:
+    """The token rows of one request.
+
+    Args:
+        targets: Prompt and target under every prefix, the clean prompt first.
+        divergence: The row on which the edit shall not change the prediction at the subject.
+    """
+
+    targets: tuple[EditRow, ...]
+    divergence: EditRow
+
+    @property
+    def all(self) -> tuple[EditRow, ...]:
+        """The targets' rows, then the divergence's."""
+        return (*self.targets, self.divergence)
+
+
+class Layout:
+    """Rows of several requests as one padded batch, and where in it the shift enters and the loss is read.
+
+    Attributes:
+        ids: Padded ids, shape ``(rows, length)``; a request's rows lie together.
+        mask: One where ``ids`` is not padding.
+        owner: Request of each row.
+        subject: Position of the subject's last token in each row.
+        clean: Row of each request's clean prompt.
+        divergence: Row of each request's divergence.
+        label_row: Row of each label.
+        label_position: Position whose logits predict it.
+        label: Token id.
+        label_weight: 1 / (target rows of the request * tokens of its target).
+    """
+
+    def __init__(self, model: LanguageModel, requests: Sequence[RequestRows]) -> None:
+        flat = [row for request in requests for row in request.all]
+        self.ids, self.mask = model.tokens.pad([row.ids for row in flat], model.device)
+
+        def long(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=model.device)
+
+        sizes = [len(request.all) for request in requests]
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        labelled = [(i, row) for i, row in enumerate(flat) if row.target]
+        self.owner = torch.repeat_interleave(long(range(len(requests))), long(sizes))
+        self.subject = long([row.subject for row in flat])
+        self.clean = long([end - size for end, size in zip(ends, sizes, strict=True)])
+        self.divergence = long([end - 1 for end in ends])
+        self.label_row = long([i for i, row in labelled for _ in row.target])
+        self.label_position = long([position for _, row in labelled for position in row.label_positions])
+        self.label = long([token for _, row in labelled for token in row.target])
+        rows_of = torch.tensor(sizes, dtype=torch.float64, device=model.device) - 1
+        tokens_in = long([len(row.target) for row in flat])[self.label_row]
+        self.label_weight = 1 / (rows_of[self.label_owner] * tokens_in)
+
+    @property
+    def label_owner(self) -> Tensor:
+        """Request of each label."""
+        return self.owner[self.label_row]
+
+    @property
+    def read_rows(self) -> Tensor:
+        """Rows of the places whose logits are read: the labels', then the divergences'."""
+        return torch.cat([self.label_row, self.divergence])
+
+    @property
+    def read_positions(self) -> Tensor:
+        """Positions of these places."""
+        return torch.cat([self.label_position, self.subject[self.divergence]])
+
+
+class ValueProblem(Protocol):
+    """Logits as a function of one shift per request.
+
+    ``reference`` is what is shifted at the clean prompt's subject, shape ``(b, width)``; ``base_logits`` are those of
+    the unshifted model at the places that the layout reads.
+    """
+
+    reference: Tensor
+    base_logits: Tensor
+
+    def logits(self, layout: Layout, shift: Tensor) -> Tensor:
+        """Return the logits at the places that ``layout`` reads, for shifts ``(b, width)``."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some rows only."""
+        ...
+
+
+class WholeForward:
+    """The plain path: the whole model runs at every step."""
+
+    def __init__(self, model: LanguageModel, site: ShiftSite, layout: Layout) -> None:
+        self.model, self.site = model, site
+        with torch.no_grad(), record(outputs=[site.module(model)], stop=False) as seen:
+            self.base_logits = model.logits_at(layout.ids, layout.mask, layout.read_rows, layout.read_positions)
+        self.reference = seen.outputs[0][layout.clean, layout.subject[layout.clean]]
+
+    def logits(self, layout: Layout, shift: Tensor) -> Tensor:
+        """Return the logits at the places that ``layout`` reads."""
+
+        def add(output: Tensor) -> Tensor:
+            output = output.clone()
+            output[torch.arange(len(output), device=output.device), layout.subject] += shift[layout.owner].to(output)
+            return output
+
+        with edit_output(self.site.module(self.model), add):
+            return self.model.logits_at(layout.ids, layout.mask, layout.read_rows, layout.read_positions)
+
+    def select(self, rows: Tensor) -> None:
+        """Nothing is kept from step to step."""
+
+
+class UpperForward:
+    """The fast path: only the blocks above the shift run, for the subject's last token and what follows it.
+
+    A shift of an MLP's output is one of its block's output, directly or through the norm that the family's YAML names.
+    """
+
+    def __init__(self, model: LanguageModel, site: ShiftSite, layout: Layout) -> None:
+        self.site = site
+        self.forward = CachedForward(
+            model, site.layer, layout.ids, layout.mask, layout.subject, layout.read_rows, layout.read_positions
+        )
+        self.base_logits = self.forward.base_logits
+        at_subject = self.forward.mlp_output if site.at == "mlp" else self.forward.hidden[:, 0]
+        self.reference = at_subject[layout.clean]
+        self._after_mlp = model.after_mlp(site.layer) if site.at == "mlp" else nn.Identity()
+
+    def logits(self, layout: Layout, shift: Tensor) -> Tensor:
+        """Return the logits at the places that ``layout`` reads."""
+        hidden, shift = self.forward.hidden, shift[layout.owner].to(self.forward.hidden)
+        if not isinstance(self._after_mlp, nn.Identity):
+            unshifted = self.forward.mlp_output
+            shift = self._after_mlp(unshifted + shift) - self._after_mlp(unshifted)
+        hidden = torch.cat([hidden[:, :1] + shift[:, None], hidden[:, 1:]], dim=1)
+        offsets = layout.read_positions - layout.subject[layout.read_rows]
+        return self.forward.logits_at(hidden, layout.read_rows, offsets)
+
+    def select(self, rows: Tensor) -> None:
+        """Drop the cached states of the other rows."""
+        self.forward.select(rows)

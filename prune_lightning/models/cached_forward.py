@@ -1,0 +1,149 @@
+"""Rerun only the upper part of a forward pass: the blocks above one, for the later tokens of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from prune_lightning.models.hooks import record
+from prune_lightning.models.language_model import LanguageModel
+
+
+class CachedForward:
+    """What lies behind block ``layer``, as a function of its output at each row's position ``start`` and after it.
+
+    Hidden states up to the block, and keys and values of the tokens before ``start`` in the blocks above, depend on
+    neither: they are computed once. A rerun sends the later tokens through the upper blocks of the model's own
+    ``forward``, the lower ones switched to pass through, so that masks, rotary positions, sliding windows and caps are
+    the model's own business.
+
+    Args:
+        model: The language model.
+        layer: The block behind which the rerun begins.
+        ids: Right-padded ids, shape ``(rows, length)``.
+        mask: One where ``ids`` is not padding.
+        start: First position of each row that is run again, shape ``(rows,)``.
+        rows: Row of each place whose logits are wanted, shape ``(n,)``.
+        positions: Position of each place, not before its row's ``start``, shape ``(n,)``.
+
+    Attributes:
+        hidden: Output of the block from ``start`` on, shape ``(rows, longest rest, width)``.
+        mlp_output: Output of the block's MLP at ``start``, shape ``(rows, width)``.
+        base_logits: Logits at the places in the ordinary forward pass, shape ``(n, vocabulary)``.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: LanguageModel,
+        layer: int,
+        ids: Tensor,
+        mask: Tensor,
+        start: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+    ) -> None:
+        self.model, self.layer = model, layer
+        cache: Any = DynamicCache()
+        with record(outputs=[model.block(layer), model.mlp(layer)], stop=False) as seen:
+            self.base_logits = model.logits_at(ids, mask, rows, positions, past_key_values=cache, use_cache=True)
+        self._in_tuple = seen.in_tuple[0]
+        at_start = torch.arange(len(ids), device=ids.device)
+        self.mlp_output = seen.outputs[1][at_start, start]
+
+        # Later tokens begin at slot 0 of the rerun; earlier ones end right before it, padded on the left: the distance
+        # between two tokens is that between their slots, as sliding windows want it.
+        before, after = int(start.max()), int((mask.sum(1) - start).max())
+        self._positions = (start[:, None] + torch.arange(after, device=ids.device)).clamp_max(ids.shape[1] - 1)
+        self.hidden = seen.outputs[0][at_start[:, None], self._positions]
+        earlier = torch.arange(before, device=ids.device) - (before - start)[:, None]
+        later = torch.arange(after, device=ids.device) < (mask.sum(1) - start)[:, None]
+        self._mask = torch.cat([earlier >= 0, later], dim=1).to(mask.dtype)
+        where = earlier.clamp_min(0)[:, None, :, None]
+        self._past = [
+            tuple(t.gather(2, where.expand(-1, t.shape[1], -1, t.shape[3])) for t in (level.keys, level.values))
+            for level in cache.layers[layer + 1 :]
+        ]
+
+    @property
+    def _before(self) -> int:
+        return self._mask.shape[1] - self.hidden.shape[1]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only some rows; what is no longer needed of the longest ones is cut off."""
+        mask = self._mask[rows]
+        before, after = self._before, self.hidden.shape[1]
+        drop = before - int(mask[:, :before].sum(1).max()) if before else 0
+        rest = int(mask[:, before:].sum(1).max())
+        self._mask = mask[:, drop : before + rest]
+        self.hidden, self._positions = self.hidden[rows, :rest], self._positions[rows, :rest]
+        self.mlp_output = self.mlp_output[rows]
+        self._past = [tuple(t[rows, :, drop:] for t in pair) for pair in self._past]
+        assert after >= rest
+
+    def logits_at(self, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Run the upper blocks.
+
+        Args:
+            hidden: In place of :attr:`hidden`, same shape.
+            rows: Row of each place, shape ``(n,)``.
+            offsets: Its position, counted from the row's ``start``, shape ``(n,)``.
+
+        Returns:
+            Logits, shape ``(n, vocabulary)``.
+        """
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        output = (hidden,) if self._in_tuple else hidden
+        below = [self.model.block(index) for index in range(self.layer)]
+        with _passing_through(below, self._in_tuple), _returning(self.model.block(self.layer), output):
+            return self.model.logits_at(
+                ids,
+                self._mask,
+                rows,
+                offsets,
+                position_ids=self._positions,
+                past_key_values=self._cache(),
+                use_cache=True,
+            )
+
+    def _cache(self) -> DynamicCache:
+        cache = DynamicCache()
+        if self._before:
+            # The model reads the length of what it has seen from its first layers, which are not run here.
+            nothing = self.hidden.new_zeros(1, 1, self._before, 1)
+            for index in range(self.layer + 1):
+                cache.update(nothing, nothing, index)
+            for index, (keys, values) in enumerate(self._past, start=self.layer + 1):
+                cache.update(keys, values, index)
+        return cache
+
+
+@contextmanager
+def _passing_through(modules: Sequence[nn.Module], in_tuple: bool) -> Iterator[None]:
+    """Let modules hand on their input inside the block."""
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if in_tuple else hidden
+
+    for module in modules:
+        module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Let a module return ``output`` inside the block, whatever comes in."""
+    module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
