@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import lightning as L
 
@@ -15,9 +15,11 @@ def axis(trainer: L.Trainer, module: L.LightningModule) -> int:
 
 
 def log_metrics(
-    trainer: L.Trainer, module: L.LightningModule, metrics: Mapping[str, float], always: bool = False
+    trainer: L.Trainer, module: L.LightningModule, figures: Callable[[], Mapping[str, float]], always: bool = False
 ) -> None:
-    """Log figures at the Trainer's own cadence (``log_every_n_steps``), or always."""
-    if always or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+    """Log figures, computed if they are due: at the Trainer's own cadence (``log_every_n_steps``), or always."""
+    cadence = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if always or (cadence and trainer.global_step % cadence == 0):
+        metrics = dict(figures())
         for logger in trainer.loggers:
-            logger.log_metrics(dict(metrics), step=axis(trainer, module))
+            logger.log_metrics(metrics, step=axis(trainer, module))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -63,10 +64,33 @@ class SnapshotMatrix:
         """Write the weight without ``correction``, which counts as withheld, not as undone."""
         if correction is None and self._withheld is None:
             return
-        change = self.change
-        excess = torch.zeros_like(change) if correction is None else correction.dense().to(change)
-        self._write(self.original().to(change) + change - excess)
-        self._withheld = None if correction is None else self._like(change - self.delta())
+        weight = self.weight().to(self._precise, copy=True)
+        before = 0.0 if self._withheld is None else _whole(self._withheld)
+        # Written as a difference, so that entries which no correction touches keep their bits.
+        self._write(weight + before - (0.0 if correction is None else correction.dense().to(weight)))
+        rest = weight - self.weight().to(self._precise) + before
+        self._withheld = None if correction is None else self._like(rest)
+
+    @contextmanager
+    def withholding(self, correction: WeightUpdate | None) -> Iterator[None]:
+        """Write the weight without ``correction`` inside the block; every bit is put back."""
+        saved = self.parameter.detach().clone(), self._withheld, self._previous
+        self._previous = None
+        self.withhold(correction)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.parameter.copy_(saved[0])
+            _, self._withheld, self._previous = saved
+
+    def check(self) -> None:
+        """Raise a :class:`UserError` if the weight has moved away from its copy."""
+        if self.parameter.device != self._original.device:
+            raise UserError(
+                f"{self.name} is on {self.parameter.device}, its copy on {self._original.device}: attach a restraint "
+                "when the model is on its device (with Fabric: after `fabric.setup`)"
+            )
 
     @torch.no_grad()
     def subtract(self, correction: WeightUpdate | Tensor) -> None:
@@ -103,13 +127,16 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def matching_matrices(module: nn.Module, patterns: Sequence[str] | None) -> dict[str, SnapshotMatrix]:
+def matching_matrices(
+    module: nn.Module, patterns: Sequence[str] | None, held: Mapping[str, SnapshotMatrix] | None = None
+) -> dict[str, SnapshotMatrix]:
     """Return the matrices of a module that a restraint is to watch, tied ones once, under their first name.
 
     Args:
         module: Any module.
         patterns: ``fnmatch`` patterns of parameter names, embeddings included; ``None`` for the trained weights of all
             Linear and Conv1D layers.
+        held: Matrices of this module that somebody holds already; they are shared.
 
     Raises:
         UserError: A pattern matches no two-dimensional parameter, or nothing is trained.
@@ -117,7 +144,8 @@ def matching_matrices(module: nn.Module, patterns: Sequence[str] | None) -> dict
     named = {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.ndim == 2}
     if patterns is None:
         layers = {n: m for n, m in module.named_modules(remove_duplicate=False) if isinstance(m, (nn.Linear, Conv1D))}
-        chosen = [f"{n}.weight" for n, m in layers.items() if m.weight.requires_grad and f"{n}.weight" in named]
+        chosen = [f"{n}.weight".lstrip(".") for n, m in layers.items() if m.weight.requires_grad]
+        chosen = [name for name in chosen if name in named]
     else:
         chosen = []
         for pattern in patterns:
@@ -128,4 +156,6 @@ def matching_matrices(module: nn.Module, patterns: Sequence[str] | None) -> dict
     if not chosen:
         raise UserError("the restraint finds no trained Linear or Conv1D weight; name some with `parameters`")
     first = {id(parameter): name for name, parameter in reversed(named.items())}
-    return {name: SnapshotMatrix(name, named[name]) for name in dict.fromkeys(first[id(named[n])] for n in chosen)}
+    names = dict.fromkeys(first[id(named[n])] for n in chosen)
+    shared = {n: m for n, m in (held or {}).items() if n in names and m.parameter is named[n]}
+    return {name: shared.get(name) or SnapshotMatrix(name, named[name]) for name in names}

@@ -128,7 +128,8 @@ class EditEvaluation(L.Callback):
         module = _editing_module(pl_module)
         self._written += batch.requests
         if self._immediate is not None:
-            update_editing_score(self._immediate, module.language_model, batch.requests)
+            with module.evaluation_view():
+                update_editing_score(self._immediate, module.language_model, batch.requests)
         before = module.num_edits - len(batch.requests)
         if trainer.is_last_batch or any(before < count <= module.num_edits for count in self.counts):
             self._record(trainer, module.num_edits, self.evaluate(module, self._written, "evaluate", self._rounds))

@@ -48,7 +48,8 @@ class EditLog(L.Callback):
     ) -> None:
         """Score the requests before they are written."""
         assert isinstance(pl_module, EditingModule)
-        self._before = _success(pl_module.language_model, batch.requests)
+        with pl_module.evaluation_view():
+            self._before = _success(pl_module.language_model, batch.requests)
 
     @override
     def on_train_batch_end(
@@ -58,7 +59,8 @@ class EditLog(L.Callback):
         assert isinstance(pl_module, EditingModule)
         report = pl_module.last_report
         assert report is not None
-        after = _success(pl_module.language_model, batch.requests)
+        with pl_module.evaluation_view():
+            after = _success(pl_module.language_model, batch.requests)
         self.seconds += report.seconds
         first = pl_module.num_edits - len(batch.requests) + 1
         lines = [

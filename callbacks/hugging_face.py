@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
 from prune_lightning.errors import UserError
+from prune_lightning.fingerprint import fingerprint
 
 from .restraint import Restraint
 
 _FILE = "restraint.safetensors"
+_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by `accelerate launch`
 
 
 class RestraintCallback(TrainerCallback):
@@ -24,35 +28,49 @@ class RestraintCallback(TrainerCallback):
 
     Args:
         restraint: The restraint, e.g. ``PRUNE(base=1.2)``.
+        resume_from: The checkpoint folder that ``train(resume_from_checkpoint=...)`` is given, if it is not
+            ``output_dir/checkpoint-STEP``.
 
     Raises:
-        UserError: The Trainer shards the weights.
+        UserError: The Trainer shards the weights, would replace them at the end, or resumes from a checkpoint that
+            does not hold the restraint's state.
 
     Example:
         ``Trainer(model, args, train_dataset=data, callbacks=[RestraintCallback(PRUNE(base=1.2))])``
     """
 
-    def __init__(self, restraint: Restraint) -> None:
+    def __init__(self, restraint: Restraint, resume_from: str | Path | None = None) -> None:
         self.restraint = restraint
+        self.resume_from = Path(resume_from) if resume_from else None
 
     @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take hold of the matrices and their originals, those of the checkpoint when training resumes."""
-        if args.fsdp or args.deepspeed:
+        if args.fsdp or args.deepspeed or any(os.environ.get(name) == "true" for name in _SHARDING):
             raise UserError("under the Hugging Face Trainer a restraint works on one device or under DDP, not sharded")
+        if args.load_best_model_at_end and self.restraint.schedule == "end":
+            raise UserError("load_best_model_at_end would put an unrestrained model in place of the restrained one")
         if state.global_step:
-            path = self._folder(args, state) / _FILE
+            path = (self.resume_from or _checkpoint(args, state)) / _FILE
             if not path.exists():
-                raise UserError(f"{path} is missing: the checkpoint was written without this restraint")
-            self._load(path)
+                raise UserError(
+                    f"{path} is missing: the checkpoint was written without this restraint, or lies elsewhere "
+                    "(RestraintCallback(..., resume_from=FOLDER))"
+                )
+            self._load(path, kwargs["model"])
         self.restraint.attach(kwargs["model"], state.global_step)
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Restrain if the schedule says so."""
         self.restraint.after_step(state.global_step, last=state.global_step >= state.max_steps)
+
+    @override
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the restraint's figures to what is logged."""
+        kwargs["logs"].update(self.restraint.metrics)
 
     @override
     def on_train_end(
@@ -68,16 +86,21 @@ class RestraintCallback(TrainerCallback):
             return
         kept = self.restraint.state_dict()
         tensors = {f"{name}//{key}": t.contiguous() for name, m in kept.pop("matrices").items() for key, t in m.items()}
-        save_file(tensors, self._folder(args, state) / _FILE, metadata={"rest": json.dumps(kept)})
+        kept["weights"] = {name: fingerprint(matrix.weight()) for name, matrix in self.restraint.matrices.items()}
+        save_file(tensors, _checkpoint(args, state) / _FILE, metadata={"rest": json.dumps(kept)})
 
-    @staticmethod
-    def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path, model: nn.Module) -> None:
         matrices: dict[str, dict[str, torch.Tensor]] = {}
         with safe_open(path, framework="pt") as file:
             for full in file.keys():  # noqa: SIM118 - the file is no mapping
                 name, key = full.rsplit("//", 1)
                 matrices.setdefault(name, {})[key] = file.get_tensor(full)
-            self.restraint.load_state_dict({"matrices": matrices, **json.loads(file.metadata()["rest"])})
+            rest = json.loads(file.metadata()["rest"])
+        for name, print_of_it in rest.pop("weights").items():
+            if fingerprint(model.get_parameter(name)) != print_of_it:
+                raise UserError(f"{path} belongs to another checkpoint: {name} differs")
+        self.restraint.load_state_dict({"matrices": matrices, **rest})
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

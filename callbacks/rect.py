@@ -41,9 +41,12 @@ class RECT(Restraint):
         self._kept: dict[str, float] = {}
 
     @override
-    def attach(self, module: nn.Module, steps: int = 0) -> None:
+    def attach(self, module: nn.Module, steps: int = 0, others: Sequence[Restraint] = ()) -> None:
         """Take hold of the matrices, and follow them step by step."""
-        super().attach(module, steps)
+        if others:
+            raise UserError("RECT has to see a step before any other restraint does: list it first")
+        super().attach(module, steps, others)
+        self._kept = {}
         for matrix in self.matrices.values():
             if isinstance(matrix, SnapshotMatrix):
                 matrix.follow_steps()

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.spectral import HasEditedMatrices, RestrainedMatrix
+from prune_lightning.types import EditBatch, WeightUpdate
 
 from ._logging import log_metrics
 from ._snapshot import SnapshotMatrix, matching_matrices
@@ -38,7 +46,6 @@ class Restraint(L.Callback, ABC):
 
     Attributes:
         matrices: The matrices it holds, by name.
-        metrics: Figures of the latest restraint.
 
     Raises:
         UserError: An unknown schedule.
@@ -50,7 +57,6 @@ class Restraint(L.Callback, ABC):
             raise UserError(f"restraint.every_n is expected to be at least 1, but got {every_n}")
         self.parameters, self.schedule, self.every_n = parameters, schedule, every_n
         self.matrices: dict[str, RestrainedMatrix] = {}
-        self.metrics: dict[str, float] = {}
         self._restored: dict[str, dict[str, Tensor]] = {}
         self._steps = 0
         self._pending = False
@@ -60,8 +66,8 @@ class Restraint(L.Callback, ABC):
     def restrain(self, matrix: RestrainedMatrix) -> None:
         """Restrain one matrix for good."""
 
-    def restrain_for_a_look(self, matrix: RestrainedMatrix) -> None:
-        """Restrain one matrix in a way that ``matrix.withhold(None)`` takes back; needed for the ``end`` schedule."""
+    def correction(self, matrix: RestrainedMatrix) -> WeightUpdate | None:
+        """Return what would be taken away from one matrix now; needed for the ``end`` schedule."""
         raise UserError(f"{type(self).__name__} works step by step; it has no `schedule=end`")
 
     def figures(self) -> dict[str, float]:
@@ -69,22 +75,39 @@ class Restraint(L.Callback, ABC):
         return {}
 
     # -- for any loop ---------------------------------------------------------------------------------------------
-    def attach(self, module: nn.Module, steps: int = 0) -> None:
-        """Take hold of the matrices of a module and of their originals; call it before the first step.
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of the latest restraint, under ``restraint/``."""
+        return {f"restraint/{name}": value for name, value in self.figures().items()}
+
+    def attach(self, module: nn.Module, steps: int = 0, others: Sequence[Restraint] = ()) -> None:
+        """Take hold of the matrices of a module and of their originals.
+
+        Call it when the model is on its device, sharded if it is to be, and before the first step.
 
         Args:
             module: The module, or an editing module.
             steps: Steps made before, when training resumes.
+            others: Further restraints of the same module; matrices are shared with those attached before.
+
+        Raises:
+            UserError: No matrix is found, or training resumes and the checkpoint does not hold the originals.
         """
         if isinstance(module, HasEditedMatrices):
             self.matrices = dict(module.edited_matrices())
             if self.schedule == "end":
                 module.evaluation_view = self.restrained_snapshot
         else:
-            matrices = matching_matrices(module, self.parameters)
+            held = {n: m for other in others for n, m in other.matrices.items() if isinstance(m, SnapshotMatrix)}
+            matrices = matching_matrices(module, self.parameters, held)
             for name, matrix in matrices.items():
                 if name in self._restored:
                     matrix.load_state_dict(self._restored[name])
+                elif steps and held.get(name) is not matrix:
+                    raise UserError(
+                        f"the checkpoint does not hold the original of {name}: it was written without this restraint, "
+                        "or with other arguments; what was trained cannot be told from what was there"
+                    )
             self.matrices, self._restored = {**matrices}, {}
         self._steps, self._pending = steps, False
 
@@ -107,40 +130,38 @@ class Restraint(L.Callback, ABC):
     def restrain_all(self) -> None:
         """Restrain every matrix now."""
         for matrix in self.matrices.values():
+            if isinstance(matrix, SnapshotMatrix):
+                matrix.check()
             self.restrain(matrix)
         self._pending = False
-        self.metrics = {f"restraint/{name}": value for name, value in self.figures().items()}
 
     @contextmanager
     def restrained_snapshot(self) -> Iterator[None]:
         """Restrain inside the block only; what is restrained already is left as it is."""
-        if not self._pending:
+        with ExitStack() as stack:
+            for matrix in self.matrices.values() if self._pending else ():
+                stack.enter_context(matrix.withholding(self.correction(matrix)))
             yield
-            return
-        with torch.no_grad():
-            for matrix in self.matrices.values():
-                self.restrain_for_a_look(matrix)
-        try:
-            yield
-        finally:
-            for matrix in self.matrices.values():
-                matrix.withhold(None)
 
     # -- Lightning ------------------------------------------------------------------------------------------------
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse strategies under which no whole matrix can be had."""
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
+        served = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+        sharded_edits = isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(pl_module, HasEditedMatrices)
+        # DeepSpeed keeps weights of its own, XLA's are elsewhere; both derive from DDP's strategy.
+        if not served or sharded_edits or isinstance(trainer.strategy, (DeepSpeedStrategy, XLAStrategy)):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs whole weight matrices, one at a time, which "
-                f"{type(trainer.strategy).__name__} cannot give. Use a single device, `strategy='ddp'`, or, for models "
-                "that have to be sharded, FSDP2: `strategy=ModelParallelStrategy()`"
+                f"{type(trainer.strategy).__name__} cannot give. Use a single device, `strategy='ddp'`, or, to train a "
+                "model that has to be sharded, FSDP2: `strategy=ModelParallelStrategy()`"
             )
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take hold of the matrices and their originals."""
-        self.attach(pl_module, trainer.global_step)
+        before = itertools.takewhile(lambda callback: callback is not self, trainer.callbacks)  # type: ignore[attr-defined]
+        self.attach(pl_module, trainer.global_step, [other for other in before if isinstance(other, Restraint)])
 
     @override
     def on_train_batch_end(
@@ -148,14 +169,17 @@ class Restraint(L.Callback, ABC):
     ) -> None:
         """Restrain if the optimizer has stepped and the schedule says so."""
         last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-        last = last_epoch or trainer.global_step == trainer.max_steps
+        # An edit that is taken back right after its step is a stream of its own.
+        alone = isinstance(batch, EditBatch) and batch.from_base
+        last = last_epoch or trainer.global_step == trainer.max_steps or alone
         if self.after_step(trainer.global_step, last):
-            log_metrics(trainer, pl_module, self.metrics)
+            log_metrics(trainer, pl_module, lambda: self.metrics, always=self.schedule != "each")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restrain what the last steps left, where training ended early."""
-        self.after_step(trainer.global_step, last=True)
+        if self.after_step(trainer.global_step, last=True):
+            log_metrics(trainer, pl_module, lambda: self.metrics, always=True)
 
     @property
     @override

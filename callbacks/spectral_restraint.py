@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -21,6 +22,7 @@ from prune_lightning.spectral import (
     excess,
     sigma_max,
 )
+from prune_lightning.types import WeightUpdate
 
 from .restraint import Restraint
 
@@ -71,10 +73,12 @@ class SpectralRestraint(Restraint):
         self._known_references: dict[str, float] = {}  # by the fingerprint of the original matrix
 
     @override
-    def attach(self, module: nn.Module, steps: int = 0) -> None:
-        """Take hold of the matrices; what was computed from equal originals before still holds."""
-        super().attach(module, steps)
+    def attach(self, module: nn.Module, steps: int = 0, others: Sequence[Restraint] = ()) -> None:
+        """Take hold of the matrices and their references; what is known of equal originals still holds."""
+        super().attach(module, steps, others)
         self._references, self._latest = {}, {}
+        for matrix in self.matrices.values():
+            self.reference(matrix)
         self._raw = (self.accumulate or ("raw" if isinstance(module, HasEditedMatrices) else "restrained")) == "raw"
 
     def reference(self, matrix: RestrainedMatrix) -> float:
@@ -115,19 +119,22 @@ class SpectralRestraint(Restraint):
             matrix.subtract(found.correction)
 
     @override
-    def restrain_for_a_look(self, matrix: RestrainedMatrix) -> None:
-        """Withhold the excess from the weight."""
+    def correction(self, matrix: RestrainedMatrix) -> WeightUpdate | None:
+        """Return the excess."""
         found = self._excess(matrix)
-        matrix.withhold(found.correction if found else None)
+        return found.correction if found else None
 
     @override
     def figures(self) -> dict[str, float]:
-        """Return how much was above the reference, and how many matrices went which path."""
+        """Return how much was above the reference, and how many matrices went which path.
+
+        ``sigma_bound`` is the largest singular value, or an upper bound of it where a norm was enough to know.
+        """
         latest = self._latest.values()
         paths = Counter(found.path for found in latest)
         return {
             "num_above": sum(found.num_above for found in latest),
-            "sigma_before": max((found.sigma_before for found in latest), default=0.0),
+            "sigma_bound": max((found.sigma_before for found in latest), default=0.0),
             "rounding_loss": max((matrix.rounding_loss() for matrix in self.matrices.values()), default=0.0),
             **{f"path_{name}": paths[name] for name in ("certificate", "lanczos", "gram", "svd")},
         }
@@ -137,7 +144,11 @@ class SpectralRestraint(Restraint):
     def state_key(self) -> str:
         """Two restraints with different arguments keep their states apart."""
         return self._generate_state_key(
-            law=type(self.law).__name__, parameters=self.parameters, schedule=self.schedule, accumulate=self.accumulate
+            law=describe(self.law),
+            parameters=self.parameters,
+            schedule=self.schedule,
+            every_n=self.every_n,
+            accumulate=self.accumulate,
         )
 
     @override
@@ -150,3 +161,8 @@ class SpectralRestraint(Restraint):
         """Remember what a checkpoint held until training starts."""
         super().load_state_dict(state_dict)
         self._known_references |= state_dict["references"]
+
+
+def describe(law: RestraintLaw) -> str:
+    """Return a name of a law that is the same in every process."""
+    return repr(law) if is_dataclass(law) else getattr(law, "__qualname__", type(law).__qualname__)

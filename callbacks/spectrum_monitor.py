@@ -67,8 +67,9 @@ class SpectrumMonitor(L.Callback):
     def _find(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, RestrainedMatrix]:
         if isinstance(module, HasEditedMatrices):
             return dict(module.edited_matrices())
-        held = [c.matrices for c in trainer.callbacks if isinstance(c, Restraint)]  # type: ignore[attr-defined]
-        return dict(held[0]) if held and self.parameters is None else {**matching_matrices(module, self.parameters)}
+        restraints = [c for c in trainer.callbacks if isinstance(c, Restraint)]  # type: ignore[attr-defined]
+        held = {name: matrix for restraint in restraints for name, matrix in restraint.matrices.items()}
+        return held if held and self.parameters is None else {**matching_matrices(module, self.parameters)}
 
     @override
     def on_train_batch_end(
@@ -95,7 +96,7 @@ class SpectrumMonitor(L.Callback):
             for name, matrix in self.matrices.items()
             for key, value in self._figures(matrix).items()
         }
-        log_metrics(trainer, module, figures, always=True)
+        log_metrics(trainer, module, lambda: figures, always=True)
 
     def _figures(self, matrix: RestrainedMatrix) -> dict[str, float]:
         if matrix.name not in self._original:

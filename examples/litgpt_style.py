@@ -31,10 +31,10 @@ def main(steps: int = 20) -> None:
     fabric.seed_everything(0, verbose=False)
     language_model = load_language_model("pkg://prune_lightning.bundled/model")
     model = language_model.model.requires_grad_(True).train()
-    restraint = PRUNE(base=10.0, parameters=["*.mlp.*.weight"])
-    restraint.attach(model)
     data = batches(language_model, 5)
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    restraint = PRUNE(base=10.0, parameters=["*.mlp.*.weight"])
+    restraint.attach(model)  # once the weights are where they stay
     for step in range(1, steps + 1):
         ids, mask = next(data)
         loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss

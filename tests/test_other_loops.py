@@ -88,3 +88,16 @@ def test_hugging_face_checkpoint_without_state_is_refused(tiny, tmp_path):
     train(tiny("gpt2").model, tmp_path, None, steps=2, save=2)
     with pytest.raises(UserError, match="written without this restraint"):
         train(tiny("gpt2").model, tmp_path, PRUNE(), steps=4, resume=tmp_path / "checkpoint-2")
+
+
+def test_hugging_face_state_of_another_run_is_refused(tiny, tmp_path):
+    for name, base in (("a", 3.0), ("b", 9.0)):
+        train(tiny("gpt2").model, tmp_path / name, PRUNE(base, parameters=["*.mlp.c_proj.weight"]), steps=2, save=2)
+    with pytest.raises(UserError, match="belongs to another checkpoint"):
+        train(
+            tiny("gpt2").model,
+            tmp_path / "a",
+            PRUNE(3.0, parameters=["*.mlp.c_proj.weight"]),
+            steps=4,
+            resume=tmp_path / "b" / "checkpoint-2",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import lightning as L
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,6 +71,53 @@ def test_on_anybodys_module():
     for ours, theirs in zip(module.parameters(), by_hand.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-11)
     assert 0 < callback.metrics["restraint/kept_norm"] < 1
+
+
+@pytest.mark.parametrize("accumulate", ["raw", "restrained"])
+def test_before_prune_on_anybodys_module(accumulate):
+    """Both look at one copy of the weights: a step is what the optimizer did, whatever PRUNE took away before."""
+    module, by_hand = Regression(), Regression()
+    fit(module, regression_batches(6), RECT(0.4), PRUNE(BASE, accumulate=accumulate))
+    weights, optimizer = list(by_hand.parameters()), by_hand.configure_optimizers()
+    originals = [w.detach().clone() for w in weights]
+    sums = [torch.zeros_like(w) for w in originals]
+    for batch in regression_batches(6):
+        before = [w.detach().clone() for w in weights]
+        optimizer.zero_grad()
+        by_hand.training_step(batch, 0).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for i, weight in enumerate(weights):
+                kept = (weight - before[i]) * by_definition(weight - before[i], before[i], 0.4)
+                sums[i] += kept
+                change = sums[i] if accumulate == "raw" else before[i] + kept - originals[i]
+                weight.copy_(originals[i] + dense_prune(change, BASE, sigma_max(originals[i])))
+    for ours, theirs in zip(module.parameters(), weights, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_order_is_checked():
+    with pytest.raises(UserError, match="list it first"):
+        fit(Regression(), regression_batches(1), PRUNE(BASE), RECT(0.4))
+
+
+def test_a_skipped_edit_leaves_the_weights_alone(tiny):
+    class SecondIsBroken(RandomEdits):
+        def compute_update(self, requests):
+            updates, details = super().compute_update(requests)
+            if self.num_edits == 1:
+                next(iter(updates.values())).left[0] = float("inf")
+            return updates, details
+
+    module, seen = SecondIsBroken(tiny("llama"), [1]), []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(pl_module.language_model.rewrite_module(1).weight.detach().clone())
+
+    with pytest.warns(UserWarning, match="not finite"):
+        fit(module, edits(2), RECT(0.2), Look())
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.5, -0.1])

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import quiet_trainer
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_spectral import dense_law, dense_prune
 from torch import nn
@@ -207,11 +207,10 @@ def test_bad_arguments_and_strategies_are_refused():
     with pytest.raises(UserError, match="did you mean 'skip'"):
         PRUNE(non_finite="skp")
 
-    class Sharded:
-        strategy = FSDPStrategy()
-
-    with pytest.raises(MisconfigurationException, match=r"FSDPStrategy cannot give.*ModelParallelStrategy"):
-        PRUNE().setup(Sharded(), Regression(), "fit")
+    for strategy in (FSDPStrategy, DeepSpeedStrategy, XLAStrategy):
+        trainer = type("Sharded", (), {"strategy": object.__new__(strategy)})
+        with pytest.raises(MisconfigurationException, match=f"{strategy.__name__} cannot give.*ModelParallelStrategy"):
+            PRUNE().setup(trainer, Regression(), "fit")
 
 
 def test_state_keys_tell_restraints_apart():
@@ -221,7 +220,7 @@ def test_state_keys_tell_restraints_apart():
         SpectralRestraint(HardClip()).state_key,
         RECT().state_key,
     }
-    assert len(keys) == 4
+    assert len({*keys, PRUNE(2.0).state_key, PRUNE(every_n=2).state_key}) == 6
     assert SpectralRestraint(HardClip()).state_key == SpectralRestraint(HardClip()).state_key
 
 
@@ -236,6 +235,68 @@ def test_one_callback_serves_two_modules_in_turn():
     fit(second, regression_batches(3), callback)
     fit(alone, regression_batches(3), PRUNE(BASE))
     assert torch.equal(second.first.weight, alone.first.weight)
+
+
+def test_resuming_without_the_originals_is_refused(tmp_path, tiny):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "two.ckpt")
+
+    def resume(module, data, *callbacks):
+        loader = DataLoader(data, batch_size=None)
+        quiet_trainer(*callbacks).fit(module, loader, ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+
+    fit(Regression(), regression_batches(3), PRUNE(BASE), Save())
+    for other in (PRUNE(BASE + 1), PRUNE(BASE, accumulate="raw"), SpectralRestraint(HardClip())):
+        with pytest.raises(UserError, match=r"does not hold the original of first\.weight"):
+            resume(Regression(), regression_batches(3), other)
+    fit(RandomEdits(tiny("llama"), [1]), edits(3), Save())
+    with pytest.raises(MisconfigurationException, match="begin the stream anew"):
+        resume(RandomEdits(tiny("llama"), [1]), edits(3))
+
+
+@pytest.mark.parametrize("schedule", ["every_n", "end"])
+def test_a_look_at_the_restrained_weights_puts_back_every_bit(schedule):
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            callback, weights = trainer.callbacks[0], list(pl_module.parameters())
+            before = [w.detach().clone() for w in weights], {n: m.change for n, m in callback.matrices.items()}
+            with callback.restrained_snapshot():
+                seen.append(not torch.equal(weights[0], before[0][0]))
+            assert all(torch.equal(w, b) for w, b in zip(weights, before[0], strict=True))
+            assert all(torch.equal(m.change, before[1][n]) for n, m in callback.matrices.items())
+
+    callback = PRUNE(20.0, schedule=schedule, every_n=2, accumulate="raw")
+    fit(Regression().float(), [tuple(t.float() for t in b) for b in regression_batches(5)], callback, Look())
+    assert any(seen)
+
+
+@pytest.mark.parametrize("schedule", ["each", "every_n", "end"])
+def test_every_edit_from_the_base_is_restrained_before_it_is_scored(tiny, schedule):
+    module, seen = RandomEdits(tiny("llama"), [1]), []
+    weight = module.language_model.rewrite_module(1).weight
+    original = weight.detach().clone()
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            with pl_module.evaluation_view():
+                seen.append(sigma_max(weight.detach() - original))
+
+    fit(module, edits(3, from_base=True), SpectralRestraint(HardClip(), schedule=schedule, every_n=2), Look())
+    assert seen == pytest.approx([sigma_max(original)] * 3)
+
+
+def test_two_restraints_of_one_kind_may_differ_in_any_argument():
+    fit(Regression(), regression_batches(1), PRUNE(2.0, parameters=["first.*"]), PRUNE(3.0, parameters=["second.*"]))
+
+
+def test_a_law_that_returns_nonsense_is_refused():
+    for law in (lambda sigma, reference: sigma * float("nan"), lambda sigma, reference: sigma[:0]):
+        with pytest.raises(UserError, match="one finite value for each"):
+            fit(Regression(), regression_batches(2), SpectralRestraint(law))
 
 
 class Embedded(L.LightningModule):
@@ -304,12 +365,12 @@ def test_a_change_that_is_not_finite_is_refused_or_skipped():
         fit(Broken(), regression_batches(3), PRUNE(BASE, non_finite="skip"))
 
 
-def test_a_zero_matrix_gives_no_reference():
+def test_a_zero_matrix_gives_no_reference_and_that_is_told_before_training():
     module = Regression()
     with torch.no_grad():
         module.second.weight.zero_()
     with pytest.raises(UserError, match=r"second\.weight is zero or not finite before training"):
-        fit(module, regression_batches(1), PRUNE(BASE))
+        fit(module, regression_batches(1), PRUNE(BASE, schedule="end"))
 
 
 def test_reference_is_computed_once_per_original_and_travels_with_the_checkpoint(monkeypatch):
@@ -352,10 +413,14 @@ def test_figures_of_a_restraint_are_logged_on_the_right_axis(tiny):
     assert [step for step, _ in logger.rows] == [1, 2, 3]
     last = logger.rows[-1][1]
     assert last == callback.metrics
+    quiet = Remember()
+    fit(RandomEdits(tiny("llama"), [1]), edits(3), PRUNE(BASE), logger=quiet, log_every_n_steps=0)
+    fit(RandomEdits(tiny("llama"), [1]), edits(3), PRUNE(BASE, schedule="end"), logger=quiet)
+    assert [step for step, _ in quiet.rows] == [3]
     assert last["restraint/num_above"] == 3
     assert sum(value for name, value in last.items() if "/path_" in name) == 1
     (matrix,) = callback.matrices.values()
-    assert last["restraint/sigma_before"] == pytest.approx(sigma_max(matrix.change.master), rel=1e-9)
+    assert last["restraint/sigma_bound"] == pytest.approx(sigma_max(matrix.change.master), rel=1e-9)
 
 
 @pytest.mark.parametrize("accumulate", ["raw", "restrained"])

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from prune_lightning.errors import UserError
 from prune_lightning.methods.edited_matrix import EditedMatrix
@@ -42,6 +43,7 @@ class EditingModule(L.LightningModule, ABC):
     Attributes:
         non_finite: What to do with an update that holds NaN or infinity; it is never written. ``skip`` it and say so,
             or ``raise``. Set from the configuration.
+        facts: What a method found out while preparing, for the run's summary.
         num_edits: Requests handled since the unedited model.
         last_report: What the latest step did.
         track: Wraps long loops for a progress bar; set by whoever shows one.
@@ -58,6 +60,7 @@ class EditingModule(L.LightningModule, ABC):
         for layer in self.layers:
             language_model.rewrite_module(layer)
         self.non_finite = "skip"
+        self.facts: dict[str, float] = {}
         self.num_edits = 0
         self.last_report: EditReport | None = None
         self.track: Track = untracked
@@ -75,6 +78,18 @@ class EditingModule(L.LightningModule, ABC):
         The weights are bit-equal to what they were when this returns.
         """
 
+    def applied(self, requests: Sequence[EditRequest]) -> None:
+        """Take note of requests that have just been written; methods that protect earlier edits do."""
+
+    def forget(self) -> None:
+        """Forget everything that :meth:`applied` took note of."""
+
+    def write(self, requests: Sequence[EditRequest], updates: Mapping[str, WeightUpdate]) -> None:
+        """Write updates into the weights."""
+        for name, update in updates.items():
+            self.edited_matrices()[name].add(update)
+        self.applied(requests)
+
     # -- the matrices ---------------------------------------------------------------------------------------------
     def edited_matrices(self) -> Mapping[str, EditedMatrix]:
         """Return the matrices under edit, by the name of their weight."""
@@ -89,6 +104,7 @@ class EditingModule(L.LightningModule, ABC):
         """Put the original weights back, bit for bit."""
         for matrix in self.edited_matrices().values():
             matrix.restore()
+        self.forget()
 
     def restart(self) -> None:
         """Go back to before the first edit; what was prepared is kept."""
@@ -120,6 +136,10 @@ class EditingModule(L.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Take hold of the original weights and prepare; the Trainer has moved the model by now."""
+        if self.trainer.global_step and not self.num_edits:
+            raise MisconfigurationException(
+                "a Lightning checkpoint does not hold the edits of an editing module: begin the stream anew"
+            )
         self.edited_matrices()
         with self.language_model.frozen_mode():
             self.prepare()
@@ -127,13 +147,14 @@ class EditingModule(L.LightningModule, ABC):
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Write one batch of requests into the weights."""
         start = time.perf_counter()
+        for matrix in self.edited_matrices().values():
+            matrix.begin_step()
         with self.language_model.frozen_mode():
             updates, details = self.compute_update(batch.requests)
-        finite = all(update.is_finite() for update in updates.values())
-        if finite:
-            for name, update in updates.items():
-                self.edited_matrices()[name].add(update)
-        else:
+            finite = all(self.edited_matrices()[name].can_hold(update) for name, update in updates.items())
+            if finite:
+                self.write(batch.requests, updates)
+        if not finite:
             cases = ", ".join(str(request.case_id) for request in batch.requests)
             message = f"the update of case {cases} is not finite; the model was left as it was"
             if self.non_finite == "raise":

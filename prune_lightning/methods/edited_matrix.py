@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -52,9 +55,17 @@ class EditedMatrix:
         self.change.write(delta, correction=self.withheld)
         return delta
 
+    def begin_step(self) -> None:
+        """Forget the update of the step before."""
+        self._last = None
+
     def step(self) -> Tensor:
-        """Return the latest update as it was computed."""
+        """Return the update of this step as it was computed; zero if none was written."""
         return torch.zeros_like(self.change.master) if self._last is None else self._last.dense().to(self.change.master)
+
+    def can_hold(self, update: WeightUpdate) -> bool:
+        """Whether an update is finite, also in the weight's dtype."""
+        return update.is_finite() and update.norm() < torch.finfo(self.parameter.dtype).max
 
     def add(self, update: WeightUpdate) -> None:
         """Accumulate one update and write the weight."""
@@ -64,8 +75,19 @@ class EditedMatrix:
 
     def withhold(self, correction: WeightUpdate | None) -> None:
         """Write the weight without ``correction``; the sum of the updates stays as it is."""
-        self.withheld = correction
-        self._write()
+        if correction is not None or self.withheld is not None:
+            self.withheld = correction
+            self._write()
+
+    @contextmanager
+    def withholding(self, correction: WeightUpdate | None) -> Iterator[None]:
+        """Write the weight without ``correction`` inside the block; every bit is put back."""
+        before = self.withheld
+        self.withhold(correction)
+        try:
+            yield
+        finally:
+            self.withhold(before)
 
     def subtract(self, correction: WeightUpdate | Tensor) -> None:
         """Take ``correction`` away from the change for good and write the weight."""
@@ -90,8 +112,10 @@ class EditedMatrix:
     def rounding_loss(self) -> float:
         r"""Return what the cast to the weight's dtype lost, :math:`\|W - (W_0+\Delta)\|_F / \|\Delta\|_F`.
 
-        Zero for a change of zero. In 16-bit weights small updates drown in it.
+        Zero for a change of zero, and for weights in full precision. In 16-bit weights small updates drown in it.
         """
+        if self.parameter.dtype == self.change.master.dtype:
+            return 0.0
         delta = self.delta()
         lost = self.weight().to(delta) - self.original().to(delta) - delta
         norm = float(torch.linalg.matrix_norm(delta))

@@ -25,12 +25,10 @@ class SubjectStates:
 
     Args:
         keys: Per layer the input of the down-projection, shape ``(b, c, in_features)``.
-        outputs: Per layer its output, shape ``(b, c, out_features)``.
         hidden: Output of the last layer's block, shape ``(b, c, width)``.
     """
 
     keys: dict[int, Tensor]
-    outputs: dict[int, Tensor]
     hidden: Tensor
 
 
@@ -70,18 +68,18 @@ class LocateThenEdit(EditingModule):
     def subject_states(
         self, requests: Sequence[EditRequest], prefixes: Sequence[str], layers: Sequence[int] | None = None
     ) -> SubjectStates:
-        """Read keys, outputs and hidden states at the subject in one forward pass that stops above the last layer.
+        """Read keys and hidden states at the subject in one forward pass that stops above the last layer.
 
         Args:
             requests: ``b`` requests.
             prefixes: ``c`` context prefixes.
-            layers: Layers whose keys and outputs are wanted; all edited ones by default.
+            layers: Layers whose keys are wanted; all edited ones by default.
         """
         model, layers = self.language_model, self.layers if layers is None else layers
         rows = [key_row(model, request, prefix) for request in requests for prefix in prefixes]
         modules: list[nn.Module] = [model.rewrite_module(layer) for layer in layers]
         ids, mask = model.tokens.pad([row.ids for row in rows], model.device)
-        with record(inputs=modules, outputs=[*modules, model.block(self.layers[-1])]) as seen:
+        with record(inputs=modules, outputs=[model.block(self.layers[-1])]) as seen:
             model(ids, mask)
         at = torch.arange(len(rows), device=model.device)
         subject = torch.tensor([row.subject for row in rows], device=model.device)
@@ -92,8 +90,7 @@ class LocateThenEdit(EditingModule):
 
         return SubjectStates(
             {layer: pick(seen.inputs[i]) for i, layer in enumerate(layers)},
-            {layer: pick(seen.outputs[i]) for i, layer in enumerate(layers)},
-            pick(seen.outputs[len(layers)]),
+            pick(seen.outputs[0]),
         )
 
     def optimise(self, requests: Sequence[EditRequest], site: ShiftSite) -> Values:

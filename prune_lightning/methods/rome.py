@@ -38,19 +38,18 @@ class ROME(LocateThenEdit):
         return {name: WeightUpdate.sum(parts) for name, parts in updates.items()}, details
 
     def _rank_one(self, request: EditRequest, layer: int, target: Tensor) -> WeightUpdate:
-        states = self.subject_states([request], self.prefixes, [layer])
-        keys, outputs = states.keys[layer][0], states.outputs[layer][0]
-        direction = self.moments[layer].solve(keys.mean(0)[:, None])
+        keys = self.subject_states([request], self.prefixes, [layer]).keys[layer][0]
+        whitened, written = self.choose(keys)
+        direction = self.moments[layer].solve(whitened[:, None])
         direction = direction / direction.norm()
-        key, output = self.key_and_output(keys, outputs)
-        left = (target.double() - output)[:, None] / (key @ direction[:, 0])
+        output = self.language_model.rewrite_output(layer, written)
+        left = (target.double() - output.double())[:, None] / (written @ direction[:, 0])
         return WeightUpdate(left, direction)
 
-    def key_and_output(self, keys: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose the key that the update must map to the value, and its present output.
+    def choose(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Choose the key that gives the direction :math:`u`, and the one that shall be mapped to the value.
 
         Args:
-            keys: Keys under every prefix, the clean prompt first, shape ``(c, in_features)``.
-            outputs: Outputs of the edited module there, shape ``(c, out_features)``.
+            states: Keys under every prefix, the clean prompt first, shape ``(c, in_features)``.
         """
-        return keys[0], outputs[0]
+        return states.mean(0), states[0]

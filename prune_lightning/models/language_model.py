@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_lightning.errors import UserError
-from prune_lightning.models.family import ModelFamily
+from prune_lightning.models.family import ModelFamily, stores_transposed
 from prune_lightning.models.hooks import edit_input
 from prune_lightning.models.tokenization import Tokens
 
@@ -68,6 +68,16 @@ class LanguageModel(nn.Module):
     def rewrite_module(self, layer: int) -> Any:
         """Return a block's MLP down-projection, the module whose weight is edited."""
         return self._module(self.family.rewrite, layer)
+
+    def rewrite_output(self, layer: int, keys: Tensor) -> Tensor:
+        """Return the present output of the down-projection of ``layer`` for keys ``(..., in_features)``, fp32 at least.
+
+        Computed beside the model, from its weight in full precision.
+        """
+        module = self.rewrite_module(layer)
+        weight = module.weight.T if stores_transposed(module) else module.weight
+        output = keys @ weight.detach().to(keys).T
+        return output if module.bias is None else output + module.bias.detach().to(keys)
 
     def rewrite_name(self, layer: int) -> str:
         """Return the qualified name of the edited weight of ``layer`` in the ``transformers`` model."""

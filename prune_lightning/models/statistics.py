@@ -51,6 +51,14 @@ class SecondMoment:
             )
             self._eigen = values.clamp_min(floor), vectors
 
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues, ascending, and eigenvectors; computed anew at each call."""
+        return torch.linalg.eigh(self.matrix)
+
+    def inverse(self) -> Tensor:
+        r"""Return :math:`C^{-1}`."""
+        return self.solve(torch.eye(len(self.matrix)).to(self.matrix))
+
     def solve(self, keys: Tensor) -> Tensor:
         r"""Return :math:`C^{-1} K` for keys ``(in_features, n)``."""
         if self._eigen is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prune_lightning.spectral.diagnostics import singular_values
 from prune_lightning.spectral.factored import FactoredMatrix
-from prune_lightning.spectral.triplets import Triplets, triplets_above
+from prune_lightning.spectral.triplets import Triplets, fp64, triplets_above
 from prune_lightning.types import WeightUpdate
 
 _FACTORED_UP_TO = 0.75  # of the smaller side; beyond it the dense path is as good and needs no more memory
@@ -29,7 +29,7 @@ class AccumulatedChange:
 
     def __init__(self, like: Tensor) -> None:
         self.master = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-        self._factored: FactoredMatrix | None = FactoredMatrix(like.shape[0], like.shape[1], like.device)
+        self._factored: FactoredMatrix | None = FactoredMatrix(like.shape[0], like.shape[1], fp64(like[:0]).device)
         self._pending: list[WeightUpdate] = []
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class AccumulatedChange:
         if factored is None or correction.norm() < 0.9 * float(torch.linalg.matrix_norm(factored.core)):
             return None
         left, right = factored.left.vectors, factored.right.vectors
-        core = factored.core - (left.T @ correction.left.double()) @ (right.T @ correction.right.double()).T
+        core = factored.core - (left.T @ fp64(correction.left)) @ (right.T @ fp64(correction.right)).T
         eps = torch.finfo(self.master.dtype).eps
         whole, rest = float(torch.linalg.matrix_norm(factored.core)), float(torch.linalg.matrix_norm(core))
         if eps * whole <= eps**0.75 * rest:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from prune_lightning.spectral.laws import RestraintLaw
-from prune_lightning.spectral.triplets import bidiagonalise
+from prune_lightning.spectral.triplets import bidiagonalise, fp64
 
 _DENSE_UP_TO = 256
 
 
 def singular_values(matrix: Tensor) -> Tensor:
     """Return all singular values in descending order, fp64; NaN throughout if the matrix is not finite."""
-    matrix = matrix.double()
+    matrix = fp64(matrix)
     if not torch.isfinite(matrix).all():
         return torch.full((min(matrix.shape),), float("nan"), dtype=torch.float64, device=matrix.device)
     return torch.linalg.svdvals(matrix)
@@ -33,7 +33,7 @@ def sigma_max(matrix: Tensor, tolerance: float = 1e-6) -> float:
     3.0
     """
     if min(matrix.shape) > _DENSE_UP_TO and torch.isfinite(matrix).all():
-        tall = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
+        tall = fp64(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T)
         found = bidiagonalise(tall, lambda sigma, residual: bool(residual[0] <= tolerance * sigma[0]))
         if found is not None:
             return float(found[1][0])

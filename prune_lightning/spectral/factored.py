@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prune_lightning.spectral.triplets import Triplets, triplets_above
+from prune_lightning.spectral.triplets import Triplets, fp64, triplets_above
 from prune_lightning.types import WeightUpdate
 
 _NOTHING_NEW = 1e-14  # a direction whose share of a block is smaller than this lies in the basis already
@@ -103,7 +103,7 @@ class FactoredMatrix:
 
     def append(self, update: WeightUpdate) -> None:
         """Add an update; directions that are in the bases already do not make them grow."""
-        left, right = update.left.double(), update.right.double()
+        left, right = fp64(update.left), fp64(update.right)
         length = torch.linalg.vector_norm(left, dim=0)
         unit = left / torch.where(length > 0, length, 1.0)
         from_left, from_right = self.left.coordinates(unit), self.right.coordinates(right * length)

@@ -45,6 +45,10 @@ class RestrainedMatrix(Protocol):
         r"""Replace what is withheld and write the weight; :math:`\Delta` stays as it is."""
         ...
 
+    def withholding(self, correction: WeightUpdate | None) -> AbstractContextManager[None]:
+        """Withhold inside a block; every bit is put back."""
+        ...
+
     def subtract(self, correction: WeightUpdate | Tensor) -> None:
         r"""Take a correction away from :math:`\Delta` for good and write the weight."""
         ...

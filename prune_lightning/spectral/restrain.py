@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from prune_lightning.errors import UserError
 from prune_lightning.spectral.accumulated import AccumulatedChange
 from prune_lightning.spectral.diagnostics import sigma_max
 from prune_lightning.spectral.laws import RestraintLaw
-from prune_lightning.spectral.triplets import triplets_above
+from prune_lightning.spectral.triplets import fp64, triplets_above
 from prune_lightning.types import WeightUpdate
 
 
@@ -44,13 +46,17 @@ def excess(change: Tensor | AccumulatedChange, law: RestraintLaw, reference: flo
         reference: :math:`\bar s > 0`, the largest singular value of the original matrix.
 
     Raises:
-        UserError: The change holds NaN or infinity, or the reference is not positive.
+        NonFiniteChange: The change holds NaN or infinity.
+        UserError: The reference is not positive, or the law returns something else than one finite value for each.
     """
     above = change.triplets_above if isinstance(change, AccumulatedChange) else lambda t: triplets_above(change, t)
     triplets = above(reference)
     correction = None
     if len(triplets.sigma):
-        surplus = triplets.sigma - law(triplets.sigma, reference)
+        becomes = law(triplets.sigma, reference)
+        if becomes.shape != triplets.sigma.shape or not torch.isfinite(becomes).all():
+            raise UserError(f"the law {law!r} did not return one finite value for each singular value")
+        surplus = triplets.sigma - becomes
         moved = surplus != 0
         if moved.any():
             correction = WeightUpdate(triplets.left[:, moved] * surplus[moved], triplets.right[:, moved])
@@ -67,7 +73,7 @@ def restrained(delta: Tensor, law: RestraintLaw, reference: float) -> Tensor:
             [0., 1.]])
     """
     correction = excess(delta, law, reference).correction
-    return delta if correction is None else (delta.double() - correction.dense()).to(delta.dtype)
+    return delta if correction is None else (fp64(delta) - correction.dense()).to(delta)
 
 
 @torch.no_grad()
@@ -93,10 +99,11 @@ def restrain_(parameter: Tensor, original: Tensor, law: RestraintLaw, reference:
     tensor([[4., 0.],
             [0., 1.]])
     """
+    if isinstance(parameter.data, DTensor):
+        raise UserError("restrain_ needs a whole matrix; for sharded weights, `PRUNE(...).attach(module)` gathers them")
     precise = torch.promote_types(parameter.dtype, torch.float32)
     delta = parameter.detach().to(precise) - original.to(precise)
     found = excess(delta, law, sigma_max(original) if reference is None else reference)
     if found.correction is not None:
-        change = found.correction.dense()
-        parameter.copy_((parameter.double() - change).to(parameter.dtype))
+        parameter.copy_((fp64(parameter) - found.correction.dense()).to(parameter))
     return found

@@ -45,6 +45,11 @@ class Triplets:
         return Triplets(self.right, self.sigma, self.left, self.largest, self.path)
 
 
+def fp64(tensor: Tensor) -> Tensor:
+    """Return a tensor in fp64, on the CPU where its device has none (Apple's GPUs)."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
 def norm_bound(matrix: Tensor) -> float:
     """Return a rigorous upper bound of the Frobenius norm, at most 0.1 % above it, from one read of the matrix.
 
@@ -54,9 +59,9 @@ def norm_bound(matrix: Tensor) -> float:
     contiguous = matrix if matrix.stride(-1) == 1 else matrix.T
     rows = torch.linalg.vector_norm(contiguous, dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32))
     if not torch.isfinite(rows).all():
-        return float(torch.linalg.vector_norm(matrix.double())) if torch.isfinite(matrix).all() else float("nan")
+        return float(torch.linalg.vector_norm(fp64(matrix))) if torch.isfinite(matrix).all() else float("nan")
     rounding = min(1e-3, torch.finfo(rows.dtype).eps * contiguous.shape[1])
-    return float(torch.linalg.vector_norm(rows.double())) * (1 + rounding)
+    return float(torch.linalg.vector_norm(fp64(rows))) * (1 + rounding)
 
 
 def triplets_above(matrix: Tensor, threshold: float) -> Triplets:
@@ -80,7 +85,7 @@ def triplets_above(matrix: Tensor, threshold: float) -> Triplets:
     if not norm < float("inf"):
         raise NonFiniteChange("the change of the weights holds NaN or infinity; it cannot be restrained")
     if norm <= threshold:
-        none = torch.zeros(0, dtype=torch.float64, device=matrix.device)
+        none = fp64(matrix.new_zeros(0))
         rows, columns = matrix.shape
         return Triplets(none.new_zeros(rows, 0), none, none.new_zeros(columns, 0), norm, "certificate")
     if matrix.shape[0] < matrix.shape[1]:
@@ -91,7 +96,7 @@ def triplets_above(matrix: Tensor, threshold: float) -> Triplets:
 def _triplets_of_tall(matrix: Tensor, threshold: float, norm: float) -> Triplets:
     # The Gram matrix costs eps * (norm / threshold)^2 of the values near the threshold.
     gram_from = (torch.finfo(torch.float64).eps / (1e-11 if matrix.dtype == torch.float64 else 1e-6)) ** 0.5
-    matrix = matrix.double()
+    matrix = fp64(matrix)
     found: tuple[Tensor, Tensor, Tensor] | None = None
     path = "lanczos"
     if matrix.shape[1] > _SMALL and threshold >= _LANCZOS_FROM * norm:

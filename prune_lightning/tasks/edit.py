@@ -63,6 +63,7 @@ def run(config: DictConfig) -> None:
         "curve": evaluation.curve,
         "control": control and {"final": _scores(control[-1]), "curve": control},
         "rejected_records": len(stream.rejected),
+        "method_facts": module.facts,
         "context_prefixes": list(getattr(module, "prefixes", ())),
     }
     _report(config, folder, summary, looked_at, loggers, out)

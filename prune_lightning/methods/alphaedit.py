@@ -1,0 +1,72 @@
+"""AlphaEdit: null-space constrained editing (Fang et al., ICLR 2025, https://arxiv.org/abs/2410.02355)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_lightning.errors import UserError
+from prune_lightning.methods.layerwise import LayerwiseEdit
+from prune_lightning.methods.least_squares import RecursiveInverse, regression_update
+from prune_lightning.types import EditRequest, WeightUpdate
+
+
+class AlphaEdit(LayerwiseEdit):
+    r"""Write only into the null space of the preserved knowledge, and protect the edits before:
+
+    .. math:: \Delta = R K^\top P\,(K K^\top P + A P + \rho I)^{-1}, \qquad A = \sum \tilde K \tilde K^\top
+
+    with :math:`P` the projector onto the eigenvectors of :math:`C` whose eigenvalues are below :math:`\tau`, and
+    :math:`\tilde K` the keys of the earlier batches as they were after their batch. Computed recursively: from
+    :math:`Q = P/\rho`, :math:`\Delta = R\,(I + K^\top Q K)^{-1} K^\top Q`, then :math:`Q` takes up :math:`\tilde K`.
+
+    Args:
+        null_threshold: :math:`\tau`, in the units of :math:`C`; the projector's rank depends on it and on the
+            statistics, and is reported (``facts``).
+        ridge: :math:`\rho` (``L2``).
+        kwargs: See :class:`~.locate_then_edit.LocateThenEdit`.
+    """
+
+    def __init__(self, *, null_threshold: float = 0.02, ridge: float = 10.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not (null_threshold > 0 and ridge > 0):
+            raise UserError(
+                f"AlphaEdit expects a positive `null_threshold` and `ridge`, but got {null_threshold} and {ridge}"
+            )
+        self.null_threshold, self.ridge = null_threshold, ridge
+        self._null: dict[int, Tensor] = {}
+        self._protected: dict[int, RecursiveInverse] = {}
+
+    def prepare(self) -> None:
+        """Find the null space of each layer."""
+        super().prepare()
+        for layer in self.layers:
+            values, vectors = self.moments[layer].eigen()
+            self._null[layer] = vectors[:, values < self.null_threshold]
+            self.facts[f"projector_rank/{layer}"] = rank = self._null[layer].shape[1]
+            if not rank:
+                raise UserError(
+                    f"AlphaEdit finds no null space at layer {layer}: no eigenvalue of the second moment is below "
+                    f"method.null_threshold={self.null_threshold}; the smallest is {float(values.min()):.3g}"
+                )
+        self.forget()
+
+    def solve(self, layer: int, keys: Tensor, residual: Tensor) -> WeightUpdate:
+        """Solve the ``b x b`` system."""
+        return regression_update(residual, keys, self._protected[layer].solve(keys), damping=1.0)
+
+    def applied(self, requests: Sequence[EditRequest]) -> None:
+        """Protect the keys of the batch."""
+        for layer, keys in self.present_keys(requests).items():
+            self._protected[layer].add(keys)
+
+    def forget(self) -> None:
+        """Protect no edits."""
+        self._protected = {layer: RecursiveInverse(null @ null.T / self.ridge) for layer, null in self._null.items()}
+
+    def projector(self, layer: int) -> Tensor:
+        """Return :math:`P` of a layer, shape ``(in_features, in_features)``."""
+        return torch.mm(self._null[layer], self._null[layer].T)

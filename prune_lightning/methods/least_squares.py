@@ -1,0 +1,60 @@
+r"""The linear algebra of the batch methods: write keys and residuals at the least cost to all other keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prune_lightning.types import WeightUpdate
+
+
+def regression_update(residual: Tensor, keys: Tensor, solved: Tensor, damping: float) -> WeightUpdate:
+    r"""Return :math:`\Delta = R\,(\alpha I + K^\top M^{-1} K)^{-1} (M^{-1}K)^\top` in factors, fp64.
+
+    It minimises :math:`\|\Delta K - R\|^2 + \alpha \operatorname{tr}(\Delta M \Delta^\top)`; for :math:`\alpha = 0`
+    it is the cheapest :math:`\Delta` with :math:`\Delta K = R`. Only a ``b x b`` system is solved.
+
+    Args:
+        residual: :math:`R`, shape ``(out_features, b)``.
+        keys: :math:`K`, shape ``(in_features, b)``.
+        solved: :math:`M^{-1} K`, same shape; :math:`M` may be singular if this is in its range.
+        damping: :math:`\alpha \ge 0`.
+    """
+    system = keys.T @ solved
+    system = (system + system.T) / 2
+    system.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed.item():  # keys that coincide: the least-norm solution
+        right = solved @ torch.linalg.pinv(system, hermitian=True)
+    else:
+        right = torch.cholesky_solve(solved.T, factor).T
+    return WeightUpdate(residual, right)
+
+
+class RecursiveInverse:
+    r"""The inverse :math:`Q` of a matrix that grows by the keys written so far (recursive least squares), fp64.
+
+    .. math:: Q \leftarrow Q - QK\,(I + K^\top Q K)^{-1} K^\top Q = (Q^{-1} + KK^\top)^{-1}
+
+    Time and memory per update do not grow with the number of keys.
+
+    Args:
+        inverse: :math:`Q`, symmetric, shape ``(n, n)``; taken over.
+    """
+
+    def __init__(self, inverse: Tensor) -> None:
+        self.inverse = inverse
+
+    def solve(self, keys: Tensor) -> Tensor:
+        r"""Return :math:`QK` for keys ``(n, b)``."""
+        return self.inverse @ keys
+
+    def add(self, keys: Tensor) -> None:
+        """Take up keys ``(n, b)``."""
+        solved = self.solve(keys)
+        system = keys.T @ solved
+        system = (system + system.T) / 2
+        system.diagonal().add_(1.0)
+        # A product of a matrix with its own transpose: Q stays symmetric to the last bit but for rounding of the sum.
+        half = torch.linalg.solve_triangular(torch.linalg.cholesky(system), solved.T, upper=False)
+        self.inverse.addmm_(half.T, half, alpha=-1)

@@ -1,0 +1,18 @@
+"""p-ROME: ROME with the clean prompt's key throughout (Gupta et al., 2024, https://arxiv.org/abs/2403.07175)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from prune_lightning.methods.rome import ROME
+
+
+class PROME(ROME):
+    r"""ROME in which the clean prompt's key stands wherever a key does:
+
+    .. math:: \Delta = \frac{(v^* - W k)\, u^\top}{u^\top k}, \qquad u \propto C^{-1} k
+    """
+
+    def choose(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the clean prompt's key twice."""
+        return states[0], states[0]
