@@ -80,7 +80,7 @@ def test_update_moves_the_output_at_the_subject_as_the_method_says(method, famil
     language_model = tiny(family)
     module = build(method, language_model)
     name, request = language_model.rewrite_name(1), REQUESTS[1]
-    keys = module.subject_states([request], module.prefixes).keys[1][0]
+    keys = module.subject_keys([request])[1][0]
     before = language_model.rewrite_output(1, keys)
     update = module.compute_update([request])[0][name]
     by_hand = update.dense()

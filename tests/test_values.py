@@ -152,6 +152,6 @@ def test_what_is_not_finite_ends_the_request_and_is_told(tiny):
 
 def test_nothing_is_left_on_the_model():
     model = load_language_model("pkg://prune_lightning.bundled/model")
-    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    before = {name: dict(module.__dict__) for name, module in model.model.named_modules()}
     optimise_values(model, rows_of(model), ShiftSite(1, "block"), ValueOptions(steps=2))
-    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    assert {name: dict(module.__dict__) for name, module in model.model.named_modules()} == before

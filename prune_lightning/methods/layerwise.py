@@ -6,10 +6,9 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from prune_lightning.methods.locate_then_edit import LocateThenEdit, SubjectStates
+from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.types import EditRequest, WeightUpdate
 
@@ -38,24 +37,33 @@ class LayerwiseEdit(LocateThenEdit):
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
         """Return one update of rank ``b`` per layer."""
         values = self.optimise(requests, ShiftSite(self.layers[-1], "block"))
+        clean = self.walk(requests, self.prefixes[:1], until=self.layers[-1])
+        prefixed = self.walk(requests, self.prefixes[1:]) if len(self.prefixes) > 1 else None
         updates: dict[str, WeightUpdate] = {}
         with self.provisional():
             for position, (layer, (name, matrix)) in enumerate(
                 zip(self.layers, self.edited_matrices().items(), strict=True)
             ):
-                states = self.subject_states(requests, self.prefixes, [layer])
-                residual = (values.target.double() - states.hidden[:, 0]).T / (len(self.layers) - position)
-                updates[name] = self.solve(layer, self.keys(states, layer), residual)
+                keys = clean.keys(layer)
+                if prefixed is not None:
+                    keys = mixed(keys, prefixed.keys(layer).view(len(requests), -1, keys.shape[1]))
+                assert clean.hidden is not None
+                residual = (values.target.double() - clean.hidden).T / (len(self.layers) - position)
+                updates[name] = self.solve(layer, keys.T, residual)
                 matrix.add_provisionally(updates[name])
         return updates, values.details
 
-    def keys(self, states: SubjectStates, layer: int) -> Tensor:
-        """Return the keys, ``(in_features, b)``: half the clean prompt's, half the mean over the other prefixes."""
-        keys = states.keys[layer]
-        types = [keys[:, 0], keys[:, 1:].mean(1)] if keys.shape[1] > 1 else [keys[:, 0]]
-        return torch.stack(types).mean(0).T
-
     def present_keys(self, requests: Sequence[EditRequest]) -> dict[int, Tensor]:
-        """Return the keys of all layers under the present weights."""
-        states = self.subject_states(requests, self.prefixes)
-        return {layer: self.keys(states, layer) for layer in self.layers}
+        """Return the keys of all layers under the present weights, each ``(in_features, b)``."""
+        keys = self.subject_keys(requests)
+        return {layer: mixed(of[:, 0], of[:, 1:]).T for layer, of in keys.items()}
+
+
+def mixed(clean: Tensor, prefixed: Tensor) -> Tensor:
+    """Return half the clean prompt's key and half the mean over the prefixed ones, ``(b, in_features)``.
+
+    Args:
+        clean: Shape ``(b, in_features)``.
+        prefixed: Shape ``(b, prefixes, in_features)``; there may be none.
+    """
+    return (clean + prefixed.mean(1)) / 2 if prefixed.shape[1] else clean

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.prompts import key_row, kl_row, target_row
+from prune_lightning.methods.subject_walk import SubjectWalk
 from prune_lightning.methods.value import ValueOptions, Values, optimise_values
 from prune_lightning.methods.value_problem import RequestRows, ShiftSite
 from prune_lightning.models.contexts import ContextOptions, sample_prefixes
-from prune_lightning.models.hooks import record
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.statistics import SecondMoment, SecondMoments
 from prune_lightning.types import EditRequest
-
-
-@dataclass(frozen=True)
-class SubjectStates:
-    """Activations at the subject's last token, for ``b`` requests under ``c`` prefixes.
-
-    Args:
-        keys: Per layer the input of the down-projection, shape ``(b, c, in_features)``.
-        hidden: Output of the last layer's block, shape ``(b, c, width)``.
-    """
-
-    keys: dict[int, Tensor]
-    hidden: Tensor
 
 
 class LocateThenEdit(EditingModule):
@@ -64,40 +49,33 @@ class LocateThenEdit(EditingModule):
             self.prefixes = ("", *sample_prefixes(self.language_model, self.contexts))
             self.moments = self.second_moments.compute(self.language_model, self.layers, self.track)
 
-    @torch.no_grad()
-    def subject_states(
-        self, requests: Sequence[EditRequest], prefixes: Sequence[str], layers: Sequence[int] | None = None
-    ) -> SubjectStates:
-        """Read keys and hidden states at the subject in one forward pass that stops above the last layer.
+    def subject_keys(self, requests: Sequence[EditRequest], layers: Sequence[int] | None = None) -> dict[int, Tensor]:
+        """Return the keys at the subject's last token under the present weights, by layer.
 
         Args:
             requests: ``b`` requests.
-            prefixes: ``c`` context prefixes.
             layers: Layers whose keys are wanted; all edited ones by default.
+
+        Returns:
+            Per layer the input of the down-projection, shape ``(b, c, in_features)`` for ``c`` prefixes, fp64.
         """
-        model, layers = self.language_model, self.layers if layers is None else layers
-        rows = [key_row(model, request, prefix) for request in requests for prefix in prefixes]
-        modules: list[nn.Module] = [model.rewrite_module(layer) for layer in layers]
-        ids, mask = model.tokens.pad([row.ids for row in rows], model.device)
-        with record(inputs=modules, outputs=[model.block(self.layers[-1])]) as seen:
-            model(ids, mask)
-        at = torch.arange(len(rows), device=model.device)
-        subject = torch.tensor([row.subject for row in rows], device=model.device)
+        walk = self.walk(requests, self.prefixes)
+        shape = len(requests), len(self.prefixes), -1
+        return {layer: walk.keys(layer).view(shape) for layer in (self.layers if layers is None else layers)}
 
-        def pick(activation: Tensor) -> Tensor:
-            chosen = activation[at, subject].double()
-            return chosen.view(len(requests), len(prefixes), -1)
-
-        return SubjectStates(
-            {layer: pick(seen.inputs[i]) for i, layer in enumerate(layers)},
-            pick(seen.outputs[0]),
-        )
-
-    def optimise(self, requests: Sequence[EditRequest], site: ShiftSite) -> Values:
-        """Optimise the value of each request with the shift entering at ``site``."""
+    def walk(self, requests: Sequence[EditRequest], prefixes: Sequence[str], until: int | None = None) -> SubjectWalk:
+        """Return a walk over the rows of ``requests`` under ``prefixes``, a request's rows together."""
         model = self.language_model
-        rows = [
+        return SubjectWalk(model, [key_row(model, request, p) for request in requests for p in prefixes], until)
+
+    def rows(self, requests: Sequence[EditRequest]) -> list[RequestRows]:
+        """Return the token rows on which the values of the requests are optimised."""
+        model = self.language_model
+        return [
             RequestRows(tuple(target_row(model, request, prefix) for prefix in self.prefixes), kl_row(model, request))
             for request in requests
         ]
-        return optimise_values(model, rows, site, self.value)
+
+    def optimise(self, requests: Sequence[EditRequest], site: ShiftSite) -> Values:
+        """Optimise the value of each request with the shift entering at ``site``."""
+        return optimise_values(self.language_model, self.rows(requests), site, self.value)

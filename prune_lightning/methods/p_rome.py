@@ -13,6 +13,6 @@ class PROME(ROME):
     .. math:: \Delta = \frac{(v^* - W k)\, u^\top}{u^\top k}, \qquad u \propto C^{-1} k
     """
 
-    def choose(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return the clean prompt's key twice."""
-        return states[0], states[0]
+        return keys[0], keys[0]

@@ -15,6 +15,6 @@ class RROME(ROME):
     The denominator :math:`\propto \bar k^\top C^{-1} \bar k` is positive, so no update can explode.
     """
 
-    def choose(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean key twice."""
-        return states.mean(0), states.mean(0)
+        return keys.mean(0), keys.mean(0)

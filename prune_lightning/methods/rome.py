@@ -38,7 +38,7 @@ class ROME(LocateThenEdit):
         return {name: WeightUpdate.sum(parts) for name, parts in updates.items()}, details
 
     def _rank_one(self, request: EditRequest, layer: int, target: Tensor) -> WeightUpdate:
-        keys = self.subject_states([request], self.prefixes, [layer]).keys[layer][0]
+        keys = self.subject_keys([request], [layer])[layer][0]
         whitened, written = self.choose(keys)
         direction = self.moments[layer].solve(whitened[:, None])
         direction = direction / direction.norm()
@@ -46,10 +46,10 @@ class ROME(LocateThenEdit):
         left = (target.double() - output.double())[:, None] / (written @ direction[:, 0])
         return WeightUpdate(left, direction)
 
-    def choose(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         r"""Choose the key that gives the direction :math:`u`, and the one that shall be mapped to the value.
 
         Args:
-            states: Keys under every prefix, the clean prompt first, shape ``(c, in_features)``.
+            keys: Keys under every prefix, the clean prompt first, shape ``(c, in_features)``.
         """
-        return states.mean(0), states[0]
+        return keys.mean(0), keys[0]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
-from prune_lightning.models.hooks import record
+from prune_lightning.models.hooks import pass_through, record, replace_output
 from prune_lightning.models.language_model import LanguageModel
 
 
@@ -52,7 +50,6 @@ class CachedForward:
         cache: Any = DynamicCache()
         with record(outputs=[model.block(layer), model.mlp(layer)], stop=False) as seen:
             self.base_logits = model.logits_at(ids, mask, rows, positions, past_key_values=cache, use_cache=True)
-        self._in_tuple = seen.in_tuple[0]
         at_start = torch.arange(len(ids), device=ids.device)
         self.mlp_output = seen.outputs[1][at_start, start]
 
@@ -98,9 +95,10 @@ class CachedForward:
             Logits, shape ``(n, vocabulary)``.
         """
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        output = (hidden,) if self._in_tuple else hidden
+        in_tuple = self.model.block_returns_tuple
+        output = (hidden,) if in_tuple else hidden
         below = [self.model.block(index) for index in range(self.layer)]
-        with _passing_through(below, self._in_tuple), _returning(self.model.block(self.layer), output):
+        with pass_through(below, in_tuple), replace_output(self.model.block(self.layer), output):
             return self.model.logits_at(
                 ids,
                 self._mask,
@@ -121,29 +119,3 @@ class CachedForward:
             for index, (keys, values) in enumerate(self._past, start=self.layer + 1):
                 cache.update(keys, values, index)
         return cache
-
-
-@contextmanager
-def _passing_through(modules: Sequence[nn.Module], in_tuple: bool) -> Iterator[None]:
-    """Let modules hand on their input inside the block."""
-
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if in_tuple else hidden
-
-    for module in modules:
-        module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
-
-
-@contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """Let a module return ``output`` inside the block, whatever comes in."""
-    module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,13 +19,9 @@ def _tensor(value: Any) -> Tensor:
 
 
 class Recorder:
-    """Collects the activations of one forward pass; ``inputs[i]`` or ``outputs[i]`` belongs to the i-th module.
-
-    ``in_tuple[i]`` tells whether the i-th module returns its hidden states in a tuple.
-    """
+    """Collects the activations of one forward pass; ``inputs[i]`` or ``outputs[i]`` belongs to the i-th module."""
 
     def __init__(self) -> None:
-        self.in_tuple: dict[int, bool] = {}
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
 
@@ -59,7 +55,6 @@ def record(
     def on_output(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             recorder.outputs[index] = _tensor(output)
-            recorder.in_tuple[index] = isinstance(output, tuple)
             done()
 
         return hook
@@ -101,3 +96,29 @@ def edit_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def pass_through(modules: Sequence[nn.Module], in_tuple: bool) -> Iterator[None]:
+    """Let modules hand on their input inside the block."""
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if in_tuple else hidden
+
+    for module in modules:
+        module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+@contextmanager
+def replace_output(module: nn.Module, output: Any) -> Iterator[None]:
+    """Let a module return ``output`` inside the block, whatever comes in."""
+    module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,6 +57,23 @@ class LanguageModel(nn.Module):
     def block(self, layer: int) -> nn.Module:
         """Return a transformer block."""
         return self._module(self.family.block, layer)
+
+    @cached_property
+    def block_returns_tuple(self) -> bool:
+        """Whether the blocks return their hidden states in a tuple; found out by running one token."""
+        seen: list[bool] = []
+
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(isinstance(output, tuple))
+
+        handle = self.block(0).register_forward_hook(look)
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        try:
+            with torch.no_grad():
+                self(token, torch.ones_like(token))
+        finally:
+            handle.remove()
+        return seen[0]
 
     def mlp(self, layer: int) -> nn.Module:
         """Return a block's MLP."""

@@ -1,0 +1,170 @@
+"""Time edits by ROME and MEMIT: the plain path against the fast one, on a model with random weights.
+
+    python benchmarks/editing.py                          GPT-2's 124M shape on the CPU
+    python benchmarks/editing.py --shape llama-3-8b --dtype bfloat16 --device cuda
+    python benchmarks/editing.py --batch-sizes 1 --json FILE
+
+The plain path is the papers' and the public code's: the value of each request is optimised alone, every step runs the
+whole model and computes all logits (``tests/plain_values.py``), and keys and hidden states take two whole forward
+passes per edited layer. Nothing stops early: 20 steps each. The values of both paths are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prune_lightning.data.bundled import BundledWorld
+from prune_lightning.methods.locate_then_edit import LocateThenEdit
+from prune_lightning.methods.memit import MEMIT
+from prune_lightning.methods.prompts import key_row
+from prune_lightning.methods.rome import ROME
+from prune_lightning.methods.value import ValueOptions
+from prune_lightning.methods.value_problem import ShiftSite
+from prune_lightning.models.contexts import ContextOptions
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.loading import load_language_model
+from prune_lightning.models.statistics import SecondMoments
+from prune_lightning.types import EditRequest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from plain_values import plain_value
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257},
+    "llama-3-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
+}
+LAYERS = {"gpt2": {"rome": [5], "memit": [3, 4, 5, 6, 7]}, "llama-3-8b": {"rome": [5], "memit": [4, 5, 6, 7, 8]}}
+WORDS = ("The", "river", "runs", "slowly", "through", "an", "old", "town", "where", "nobody", "has", "lived", "for")
+
+
+def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """Return a model of a shape with random weights and the bundled model's tokenizer."""
+    settings = dict(SHAPES[shape])
+    config = AutoConfig.for_model(
+        settings.pop("model_type"), pad_token_id=0, bos_token_id=0, eos_token_id=0, **settings
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return LanguageModel(model, load_language_model("pkg://prune_lightning.bundled/model").tokens.tokenizer)
+
+
+def prefixes(count: int) -> list[str]:
+    """Return prefixes, half of them of five words and half of ten."""
+    words = itertools.cycle(WORDS)
+    return [" ".join(itertools.islice(words, 5 if i < count // 2 else 10)) + ". " for i in range(count)]
+
+
+def build(method: str, model: LanguageModel, shape: str) -> LocateThenEdit:
+    """Return a method with identity statistics: what they are does not change what an edit costs."""
+    shared: dict[str, Any] = {
+        "language_model": model,
+        "layers": LAYERS[shape][method],
+        "second_moments": SecondMoments(None),
+        "value": ValueOptions(stop_loss=0.0, clamp=4.0 if method == "rome" else 0.75),
+        "contexts": ContextOptions(fixed=prefixes(20 if method == "rome" else 5)),
+    }
+    module = ROME(**shared) if method == "rome" else MEMIT(**shared, ridge=15000)
+    module.prepare()
+    return module
+
+
+def plain_edit(module: LocateThenEdit, requests: list[EditRequest]) -> Tensor:
+    """Do what an edit of the public code does, but for writing the weights; return the values."""
+    model = module.language_model
+    site = ShiftSite(module.layers[-1], "block" if len(module.layers) > 1 else "mlp")
+    values = [plain_value(model, rows, site, module.value)[0] for rows in module.rows(requests)]
+    rows = [key_row(model, request, prefix) for request in requests for prefix in module.prefixes]
+    ids, mask = model.tokens.pad([row.ids for row in rows], model.device)
+    with torch.no_grad():
+        for _ in range(2 * len(module.layers)):
+            model(ids, mask)
+    return torch.stack(values)
+
+
+def clock(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Return the seconds that ``work`` takes, and its result."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def main() -> None:
+    """Run the cases and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--methods", nargs="+", default=["rome", "memit"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--plain-requests", type=int, default=2, help="how many the plain path is timed on")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    model = random_model(options.shape, getattr(torch, options.dtype), device)
+    stream = BundledWorld(num_edits=max(options.batch_sizes), protocol="sequential")
+    stream.setup()
+    requests = [request for batch in stream.batches() for request in batch.requests]
+    records = []
+    for method, size in itertools.product(options.methods, options.batch_sizes):
+        module, batch = build(method, model, options.shape), requests[:size]
+        clock(lambda m=module, b=batch: m.compute_update(b[:1]), device)  # warm up
+        whole, (_, _) = clock(lambda m=module, b=batch: m.compute_update(b), device)
+        site = ShiftSite(module.layers[-1], "block" if method == "memit" else "mlp")
+        in_values, values = clock(lambda m=module, b=batch, s=site: m.optimise(b, s), device)
+        timed = batch[: options.plain_requests]
+        plain, theirs = clock(lambda m=module, b=timed: plain_edit(m, b), device)
+        error = float((values.target[: len(timed)] - theirs).norm() / theirs.norm())
+        records.append(
+            {
+                "method": method,
+                "batch": size,
+                "contexts": len(module.prefixes),
+                "layers": list(module.layers),
+                "seconds_per_edit": whole / size,
+                "edits_per_second": size / whole,
+                "plain_seconds_per_edit": plain / len(timed),
+                "ratio": plain / len(timed) / (whole / size),
+                "share_of_values": min(1.0, in_values / whole),
+                "difference": error,
+                "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+            }
+        )
+    keys = ("method", "batch", "contexts", "seconds_per_edit", "plain_seconds_per_edit", "ratio", "share_of_values")
+    table = Table(*(key.replace("_", " ") for key in (*keys, "difference")), title=f"{options.shape}, {options.dtype}")
+    for record in records:
+        cells = [f"{record[key]:.3g}" if isinstance(record[key], float) else str(record[key]) for key in keys]
+        table.add_row(*cells, f"{record['difference']:.1e}")
+    Console(width=140).print(table)
+    if options.json:
+        options.json.write_text(json.dumps({**vars(options), "json": None, "records": records}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

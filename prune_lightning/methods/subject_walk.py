@@ -1,0 +1,60 @@
+"""Keys at the subject, layer by layer from below, while the layers are edited one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from prune_lightning.methods.prompts import EditRow
+from prune_lightning.models.hooks import edit_input, pass_through, record
+from prune_lightning.models.language_model import LanguageModel
+
+
+class SubjectWalk:
+    """Reads keys upwards; each pass begins at the layer of the one before, whose input no edit since can have changed.
+
+    Args:
+        model: The language model.
+        rows: Token rows that end at the subject's last token.
+        until: If given, every pass runs on to this block, and :attr:`hidden` is its output.
+
+    Attributes:
+        hidden: Output of block ``until`` at the subject in the latest pass, shape ``(rows, width)``, fp64.
+    """
+
+    def __init__(self, model: LanguageModel, rows: Sequence[EditRow], until: int | None = None) -> None:
+        self.model, self.until = model, until
+        self.ids, self.mask = model.tokens.pad([row.ids for row in rows], model.device)
+        self._at = torch.arange(len(rows), device=model.device)
+        self._subject = torch.tensor([row.subject for row in rows], device=model.device)
+        self._begin: tuple[int, Tensor] | None = None
+        self.hidden: Tensor | None = None
+
+    @torch.no_grad()
+    def keys(self, layer: int) -> Tensor:
+        """Return the input of the down-projection of ``layer`` at the subject, shape ``(rows, in_features)``, fp64.
+
+        Args:
+            layer: Above the layer of the call before.
+        """
+        model = self.model
+        outputs: list[nn.Module] = [] if self.until is None else [model.block(self.until)]
+        wanted: list[nn.Module] = [model.block(layer), model.rewrite_module(layer)]
+        with self._beginning(), record(inputs=wanted, outputs=outputs) as seen:
+            model(self.ids, self.mask)
+        self._begin = layer, seen.inputs[0]
+        self.hidden = seen.outputs[0][self._at, self._subject].double() if outputs else None
+        return seen.inputs[1][self._at, self._subject].double()
+
+    @contextmanager
+    def _beginning(self) -> Iterator[None]:
+        if self._begin is None:
+            yield
+            return
+        layer, hidden = self._begin
+        below = [self.model.block(index) for index in range(layer)]
+        with pass_through(below, self.model.block_returns_tuple), edit_input(self.model.block(layer), lambda _: hidden):
+            yield
