@@ -30,6 +30,9 @@ class SentenceCorpus:
     def __len__(self):
         return 8
 
+    def identity(self):
+        return "eight sentences"
+
 
 def build(name: str, language_model) -> EditingModule:
     base = OmegaConf.load(ROOT / "configs" / "method" / "base" / "locate_then_edit.yaml")

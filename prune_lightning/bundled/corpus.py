@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -74,6 +76,11 @@ class BundledCorpus:
 
     def __len__(self) -> int:
         return self.samples
+
+    def identity(self) -> str:
+        """Return a digest of the training text, and the settings."""
+        text = json.dumps(training_documents()).encode()
+        return f"{hashlib.blake2b(text, digest_size=16).hexdigest()} {self.samples} {self.shares} {self.seed}"
 
     def texts(self) -> Iterator[str]:
         """Yield the documents."""

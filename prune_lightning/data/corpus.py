@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from itertools import islice
@@ -29,11 +30,27 @@ class TextCorpus:
     def __len__(self) -> int:
         return self.samples
 
+    def _files(self) -> list[Path]:
+        local = Path(self.path).expanduser()
+        if local.is_dir():
+            return sorted(path for path in local.iterdir() if path.is_file())
+        return [local] if local.exists() else []
+
+    def identity(self) -> str:
+        """Return a text that differs wherever the texts do: a digest of local files, a data set's name otherwise."""
+        settings = f"field={self.field} samples={self.samples}"
+        if not (files := self._files()):
+            return f"{self.path} {self.name} {self.split} {settings}"
+        digest = hashlib.blake2b(digest_size=16)
+        for path in files:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return f"{digest.hexdigest()} {settings}"
+
     def texts(self) -> Iterator[str]:
         """Yield the texts."""
-        local = Path(self.path).expanduser()
-        if local.exists():
-            files = sorted(local.iterdir()) if local.is_dir() else [local]
+        if files := self._files():
             source: Iterator[str] = (text for file in files for text in self._file(file))
         elif self.path.startswith((".", "~", "/")) or self.path.count("/") > 1:
             raise UserError(f"the statistics corpus {self.path!r} does not exist")

@@ -87,6 +87,11 @@ class LanguageModel(nn.Module):
         """Return a block's MLP down-projection, the module whose weight is edited."""
         return self._module(self.family.rewrite, layer)
 
+    def key_size(self, layer: int) -> int:
+        """Return the width of the keys of ``layer``, the input of its down-projection."""
+        module = self.rewrite_module(layer)
+        return int(module.weight.shape[0 if stores_transposed(module) else 1])
+
     def rewrite_output(self, layer: int, keys: Tensor) -> Tensor:
         """Return the present output of the down-projection of ``layer`` for keys ``(..., in_features)``, fp32 at least.
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from prune_lightning.errors import UserError
+from prune_lightning.fingerprint import sampled_fingerprint
 from prune_lightning.models.hooks import record
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.statistics_store import StatisticsStore
 from prune_lightning.types import Track, untracked
 
 
@@ -24,6 +28,10 @@ class Corpus(Protocol):
         ...
 
     def __len__(self) -> int: ...
+
+    def identity(self) -> str:
+        """Return a text that differs wherever the texts do."""
+        ...
 
 
 class SecondMoment:
@@ -68,7 +76,10 @@ class SecondMoment:
 
 
 class SecondMoments:
-    """Takes the second moments of a model's keys over a corpus, all layers in one pass.
+    """Takes the second moments of a model's keys over a corpus, all layers in one pass that ends above the last one.
+
+    With a ``cache``, what was taken is kept there under the model's fingerprint, the corpus's, and these settings, and
+    a pass that was interrupted goes on where it was.
 
     Args:
         corpus: The texts; ``None`` for the identity (an uncalibrated choice that some published settings make).
@@ -76,6 +87,8 @@ class SecondMoments:
         max_length: Longest piece of a text, in tokens.
         ridge: Added to the diagonal, in units of its mean.
         token_budget: Padded tokens per forward pass.
+        cache: Folder for finished and interrupted statistics; ``None`` keeps nothing.
+        save_every: Texts between two savings of an interrupted pass.
     """
 
     def __init__(
@@ -85,36 +98,15 @@ class SecondMoments:
         max_length: int = 1024,
         ridge: float = 0.0,
         token_budget: int = 8192,
+        cache: str | Path | None = None,
+        save_every: int = 8192,
     ) -> None:
         self.corpus, self.max_tokens, self.max_length = corpus, max_tokens, max_length
         self.ridge, self.token_budget = ridge, token_budget
+        self.cache, self.save_every = Path(cache).expanduser() if cache else None, save_every
         self.num_tokens = 0
+        self.convergence = float("nan")
 
-    def _pieces(self, model: LanguageModel, corpus: Corpus) -> Iterator[list[int]]:
-        left = self.max_tokens if self.max_tokens is not None else float("inf")
-        longest = min(self.max_length, model.tokens.max_length)
-        for text in corpus.texts():
-            if left <= 0:
-                return
-            if text.strip():
-                piece = model.tokens.encode(text)[: int(min(longest, left))]
-                left -= len(piece)
-                yield piece
-
-    def _batches(self, pieces: Iterable[list[int]]) -> Iterator[list[list[int]]]:
-        """Group pieces of similar length, a few thousand at a time."""
-        stream = iter(pieces)
-        while window := list(itertools.islice(stream, 2048)):
-            batch: list[list[int]] = []
-            for piece in sorted(window, key=len):
-                if batch and (len(batch) + 1) * len(piece) > self.token_budget:
-                    yield batch
-                    batch = []
-                batch.append(piece)
-            if batch:
-                yield batch
-
-    @torch.no_grad()
     def compute(self, model: LanguageModel, layers: Sequence[int], track: Track = untracked) -> dict[int, SecondMoment]:
         """Return the second moment of the down-projection's input at each layer.
 
@@ -122,27 +114,116 @@ class SecondMoments:
             model: The unedited model.
             layers: Layers wanted.
             track: Watches the corpus go by.
+
+        Raises:
+            UserError: The corpus holds no text, or a file of the cache is damaged.
         """
-        modules = [model.rewrite_module(layer) for layer in layers]
-        sizes = [module.weight.shape[0] if hasattr(module, "nf") else module.in_features for module in modules]
-        sums = [torch.zeros(size, size, dtype=torch.float64, device=model.device) for size in sizes]
         if self.corpus is None:
-            return {layer: SecondMoment(torch.eye(len(s)).to(s)) for layer, s in zip(layers, sums, strict=True)}
-        self.num_tokens = 0
-        watched = track(self._pieces(model, self.corpus), "statistics", len(self.corpus))
-        for batch in self._batches(watched):
-            ids, mask = model.tokens.pad(batch, model.device)
-            with record(inputs=modules) as seen:
-                model(ids, mask)
-            for i, total in enumerate(sums):
-                keys = seen.inputs[i][mask.bool()].double()
-                total.addmm_(keys.T, keys)
-            self.num_tokens += int(mask.sum())
-        if not self.num_tokens:
+            return {layer: SecondMoment(torch.eye(model.key_size(layer), device=model.device)) for layer in layers}
+        store = StatisticsStore(self.cache, self.manifest(model)) if self.cache else None
+        moments = store.load(layers, model.device) if store else None
+        if moments is None:
+            moments = self._take(model, layers, self.corpus, store, track)
+        return {layer: SecondMoment(self._damped(moment)) for layer, moment in moments.items()}
+
+    def manifest(self, model: LanguageModel) -> dict[str, Any]:
+        """Return what the statistics depend on."""
+        assert self.corpus is not None
+        return {
+            "model": sampled_fingerprint(dict(model.model.named_parameters())),
+            "corpus": self.corpus.identity(),
+            "max_tokens": self.max_tokens,
+            "max_length": min(self.max_length, model.tokens.max_length),
+            "dtype": str(next(model.parameters()).dtype),
+        }
+
+    def _damped(self, moment: Tensor) -> Tensor:
+        moment.diagonal().add_(self.ridge * moment.diagonal().mean())
+        return moment
+
+    @torch.no_grad()
+    def _take(
+        self,
+        model: LanguageModel,
+        layers: Sequence[int],
+        corpus: Corpus,
+        store: StatisticsStore | None,
+        track: Track,
+    ) -> dict[int, Tensor]:
+        begun = store.load_partial(layers, model.device) if store else None
+        sizes = [model.key_size(layer) for layer in layers]
+        running = _Running(**begun) if begun else _Running.begin(sizes, model.device)
+        modules = [model.rewrite_module(layer) for layer in layers]
+        texts = iter(track(corpus.texts(), "statistics", len(corpus)))
+        for _ in itertools.islice(texts, running.texts):  # what an interrupted pass has seen
+            pass
+        while window := list(itertools.islice(texts, min(2048, self.save_every))):
+            for batch in self._batches(self._pieces(model, window, running.tokens)):
+                ids, mask = model.tokens.pad(batch, model.device)
+                with record(inputs=modules) as seen:
+                    model(ids, mask)
+                running.add([seen.inputs[i][mask.bool()].double() for i in range(len(modules))])
+            running.texts += len(window)
+            if store and running.texts % self.save_every < len(window):
+                store.save_partial(layers, vars(running))
+            if self.max_tokens is not None and running.tokens >= self.max_tokens:
+                break
+        if not running.tokens:
             raise UserError("the statistics corpus holds no text")
-        result = {}
-        for layer, total in zip(layers, sums, strict=True):
-            moment = total / self.num_tokens
-            moment.diagonal().add_(self.ridge * moment.diagonal().mean())
-            result[layer] = SecondMoment(moment)
-        return result
+        self.num_tokens, self.convergence = running.tokens, running.convergence()
+        moments = {layer: total / running.tokens for layer, total in zip(layers, running.sums, strict=True)}
+        if store:  # rounded as they are stored, so that a run from the cache is the same run
+            moments = {layer: moment.float().double() for layer, moment in moments.items()}
+            store.save(moments, {"tokens": running.tokens, "texts": running.texts, "convergence": self.convergence})
+        return moments
+
+    def _pieces(self, model: LanguageModel, texts: Sequence[str], seen: int) -> list[list[int]]:
+        left = float("inf") if self.max_tokens is None else self.max_tokens - seen
+        longest = min(self.max_length, model.tokens.max_length)
+        pieces = []
+        for text in texts:
+            if left > 0 and text.strip():
+                pieces.append(model.tokens.encode(text)[: int(min(longest, left))])
+                left -= len(pieces[-1])
+        return pieces
+
+    def _batches(self, pieces: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+        """Group pieces of similar length."""
+        batch: list[list[int]] = []
+        for piece in sorted(pieces, key=len):
+            if batch and (len(batch) + 1) * len(piece) > self.token_budget:
+                yield batch
+                batch = []
+            batch.append(piece)
+        if batch:
+            yield batch
+
+
+@dataclass
+class _Running:
+    """Sums so far, and what they were when half as many tokens or fewer had been seen."""
+
+    sums: list[Tensor]
+    half: list[Tensor]
+    tokens: int = 0
+    half_tokens: int = 0
+    texts: int = 0
+
+    @classmethod
+    def begin(cls, sizes: Sequence[int], device: torch.device) -> _Running:
+        first, second = ([torch.zeros(n, n, dtype=torch.float64, device=device) for n in sizes] for _ in range(2))
+        return cls(first, second)
+
+    def add(self, keys: Sequence[Tensor]) -> None:
+        if self.tokens >= 2 * max(self.half_tokens, 1):
+            self.half, self.half_tokens = [total.clone() for total in self.sums], self.tokens
+        for total, of_layer in zip(self.sums, keys, strict=True):
+            total.addmm_(of_layer.T, of_layer)
+        self.tokens += len(keys[0])
+
+    def convergence(self) -> float:
+        """Return the largest relative change of a layer's moment since then."""
+        if not self.half_tokens:
+            return float("nan")
+        pairs = [(now / self.tokens, then / self.half_tokens) for now, then in zip(self.sums, self.half, strict=True)]
+        return max(float((now - then).norm() / now.norm()) for now, then in pairs)

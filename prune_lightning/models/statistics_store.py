@@ -1,0 +1,90 @@
+"""Second moments on disk: safetensors with a manifest, under a name that says what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prune_lightning.errors import UserError
+
+
+class StatisticsStore:
+    """The statistics of one model over one corpus.
+
+    Every file holds one layer, ``second_moment`` in fp32, so that another run may want other layers. The manifest is
+    in the file's metadata and is compared on loading, whatever the file is called.
+
+    Args:
+        folder: Where the files lie; made if it is not there.
+        manifest: What the statistics depend on, JSON-able.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.manifest = json.dumps(dict(manifest), sort_keys=True)
+        self.folder = folder / hashlib.blake2b(self.manifest.encode(), digest_size=8).hexdigest()
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"layer_{layer}.safetensors"
+
+    def load(self, layers: Sequence[int], device: torch.device) -> dict[int, Tensor] | None:
+        """Return the second moments, fp64, or ``None`` if one of the layers is missing.
+
+        Raises:
+            UserError: A file is damaged, or belongs to another model or corpus.
+        """
+        if not all(self._path(layer).exists() for layer in layers):
+            return None
+        return {layer: self._read(self._path(layer))["second_moment"].to(device).double() for layer in layers}
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                manifest = (file.metadata() or {}).get("manifest")
+                if manifest != self.manifest:
+                    raise UserError(f"{path} was taken from another model or corpus: {manifest}; delete it")
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}); delete it, and it is taken anew") from error
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, aside, metadata={"manifest": self.manifest, "facts": json.dumps(dict(facts))})
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+
+    def save(self, moments: Mapping[int, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write finished statistics and delete what an interrupted pass left."""
+        for layer, moment in moments.items():
+            self._write(self._path(layer), {"second_moment": moment.float()}, facts)
+        self._partial(list(moments)).unlink(missing_ok=True)
+
+    def _partial(self, layers: Sequence[int]) -> Path:
+        return self.folder / f"unfinished_{'_'.join(map(str, layers))}.safetensors"
+
+    def save_partial(self, layers: Sequence[int], state: Mapping[str, Any]) -> None:
+        """Write the sums of a pass under way."""
+        tensors = {f"{kind}.{i}": t for kind in ("sums", "half") for i, t in enumerate(state[kind])}
+        counts = torch.tensor([state[key] for key in ("tokens", "half_tokens", "texts")])
+        self._write(self._partial(layers), {**tensors, "counts": counts}, {})
+
+    def load_partial(self, layers: Sequence[int], device: torch.device) -> dict[str, Any] | None:
+        """Return the sums of a pass under way, or ``None``."""
+        path = self._partial(layers)
+        if not path.exists():
+            return None
+        tensors = self._read(path)
+        tokens, half_tokens, texts = tensors["counts"].tolist()
+        sums, half = ([tensors[f"{kind}.{i}"].to(device) for i in range(len(layers))] for kind in ("sums", "half"))
+        return {"sums": sums, "half": half, "tokens": tokens, "half_tokens": half_tokens, "texts": texts}

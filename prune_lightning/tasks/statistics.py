@@ -1,0 +1,27 @@
+"""The job that takes a model's second moments alone, for runs to come."""
+
+from __future__ import annotations
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+
+from prune_lightning.callbacks import RunProgress
+from prune_lightning.errors import UserError
+from prune_lightning.models.loading import load_language_model
+from prune_lightning.models.statistics import SecondMoments
+from prune_lightning.tasks.setup import quieten
+
+
+def run(config: DictConfig) -> None:
+    """Take the statistics of the method's layers and leave them in the cache."""
+    quieten()
+    moments: SecondMoments = instantiate(config.model.second_moments, _convert_="all")
+    if moments.cache is None:
+        raise UserError("statistics that nobody keeps: give model.second_moments.cache=FOLDER")
+    with RunProgress(Console(stderr=True, quiet=not config.progress)) as progress:
+        with progress.phase("load"):
+            model = load_language_model(config.model.path, config.model.dtype, config.model.revision)
+        moments.compute(model, list(config.method.layers), progress.track)
+    known = f"{moments.num_tokens} tokens, last change {moments.convergence:.1%}" if moments.num_tokens else "as before"
+    Console().print(f"Second moments of layers {list(config.method.layers)}: {known}; in {moments.cache}")

@@ -1,0 +1,139 @@
+"""Second moments against a dense computation, and their life on disk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import BUNDLED
+from test_train import train
+
+from prune_lightning.bundled.corpus import BundledCorpus
+from prune_lightning.errors import UserError
+from prune_lightning.models.hooks import record
+from prune_lightning.models.loading import load_language_model
+from prune_lightning.models.statistics import SecondMoments
+
+SHARES = {"facts": 0.5, "text": 0.5}
+
+
+class Counted(BundledCorpus):
+    """Counts the texts that are read, and can be cut off like a killed process."""
+
+    def __init__(self, samples=120, stop_after=None):
+        super().__init__(samples, SHARES)
+        self.read, self.stop_after = 0, stop_after
+
+    def texts(self):
+        for text in super().texts():
+            if self.read == self.stop_after:
+                raise KeyboardInterrupt
+            self.read += 1
+            yield text
+
+
+def dense(model, layer, texts, max_length):
+    """One text at a time, no padding."""
+    total, count = 0, 0
+    for text in texts:
+        ids = torch.tensor([model.tokens.encode(text)[:max_length]])
+        with torch.no_grad(), record(inputs=[model.rewrite_module(layer)]) as seen:
+            model(ids, torch.ones_like(ids))
+        keys = seen.inputs[0][0].double()
+        total, count = total + keys.T @ keys, count + len(keys)
+    return total / count, count
+
+
+def test_against_one_text_at_a_time(bundled_shared):
+    moments = SecondMoments(Counted(60), max_length=24, token_budget=300)
+    found = moments.compute(bundled_shared, [0, 2])
+    for layer in (0, 2):
+        expected, count = dense(bundled_shared, layer, BundledCorpus(60, SHARES).texts(), 24)
+        assert torch.allclose(found[layer].matrix, expected, rtol=1e-4, atol=1e-6)
+        assert moments.num_tokens == count
+    ridge = SecondMoments(Counted(60), max_length=24, ridge=0.5).compute(bundled_shared, [0])[0].matrix
+    plain = found[0].matrix
+    assert torch.allclose(ridge, plain + 0.5 * plain.diagonal().mean() * torch.eye(len(plain)), rtol=1e-6, atol=1e-8)
+
+
+def test_max_tokens_is_met_exactly(bundled_shared):
+    moments = SecondMoments(Counted(120), max_tokens=500)
+    moments.compute(bundled_shared, [0])
+    assert moments.num_tokens == 500
+
+
+def test_convergence_falls_with_the_number_of_texts(bundled_shared):
+    changes = []
+    for samples in (40, 1500):
+        moments = SecondMoments(Counted(samples), token_budget=512)
+        moments.compute(bundled_shared, [0])
+        changes.append(moments.convergence)
+    assert 0 < changes[1] < changes[0] < 1
+
+
+def test_kept_on_disk_and_read_back_bit_for_bit(bundled_shared, tmp_path):
+    first = SecondMoments(Counted(), cache=tmp_path).compute(bundled_shared, [0, 1])
+    corpus = Counted()
+    again = SecondMoments(corpus, cache=tmp_path).compute(bundled_shared, [1])
+    assert corpus.read == 0
+    assert torch.equal(first[1].matrix, again[1].matrix)
+
+
+def test_other_settings_models_or_texts_are_taken_anew(bundled_shared, tmp_path):
+    SecondMoments(Counted(), cache=tmp_path).compute(bundled_shared, [0])
+    edited = load_language_model(BUNDLED)
+    with torch.no_grad():
+        edited.rewrite_module(0).weight.add_(1e-3)
+    for model, corpus, settings in (
+        (bundled_shared, Counted(121), {}),
+        (bundled_shared, Counted(), {"max_length": 9}),
+        (edited, Counted(), {}),
+    ):
+        SecondMoments(corpus, cache=tmp_path, **settings).compute(model, [0])
+        assert corpus.read > 0
+
+
+def test_an_interrupted_pass_goes_on_and_ends_bit_equal(bundled_shared, tmp_path):
+    settings = {"save_every": 32, "token_budget": 300}
+    whole = SecondMoments(Counted(), cache=tmp_path / "a", **settings).compute(bundled_shared, [0, 1])
+    with pytest.raises(KeyboardInterrupt):
+        SecondMoments(Counted(stop_after=100), cache=tmp_path / "b", **settings).compute(bundled_shared, [0, 1])
+    resumed = SecondMoments(Counted(), cache=tmp_path / "b", **settings)
+    forwards = []
+    handle = bundled_shared.model.register_forward_pre_hook(lambda *args: forwards.append(1))
+    found = resumed.compute(bundled_shared, [0, 1])
+    handle.remove()
+    assert all(torch.equal(whole[layer].matrix, found[layer].matrix) for layer in (0, 1))
+    assert len(forwards) < 12  # 24 of the 120 texts were left
+    assert not list((tmp_path / "b").rglob("unfinished*"))
+
+
+def test_damaged_and_foreign_files_are_named(bundled_shared, tmp_path):
+    SecondMoments(Counted(), cache=tmp_path).compute(bundled_shared, [0])
+    SecondMoments(Counted(90), cache=tmp_path).compute(bundled_shared, [0])
+    one, other = tmp_path.rglob("layer_0.safetensors")
+    for content, message in (
+        (other.read_bytes(), "another model or corpus"),
+        (other.read_bytes()[:1000], "is damaged"),
+    ):
+        one.write_bytes(content)
+        messages = []
+        for samples in (120, 90):
+            try:
+                SecondMoments(Counted(samples), cache=tmp_path).compute(bundled_shared, [0])
+            except UserError as error:
+                messages.append(str(error))
+        assert len(messages) == 1
+        assert message in messages[0]
+        assert str(one) in messages[0]
+
+
+def test_the_job_takes_them_alone(tmp_path):
+    arguments = ["experiment=statistics", "progress=false", f"+model.second_moments.cache={tmp_path}"]
+    arguments += ["model.second_moments.corpus.samples=50", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = train(*arguments, "method=memit")
+    assert done.returncode == 0, done.stderr
+    assert "layers [0, 1]" in done.stdout
+    assert len(list(tmp_path.rglob("layer_*.safetensors"))) == 2
+    done = train("experiment=statistics", "progress=false", f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "cache=FOLDER" in done.stderr
