@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 
+import distributed_edit
 import distributed_fit
 import pytest
 import torch
-from conftest import ROOT
+from conftest import BUNDLED, ROOT
+from test_train import train
+
+from prune_lightning.models.loading import load_language_model
+
+
+def in_two_processes(script, folder, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    arguments = [str(ROOT / "tests" / script), str(folder), *arguments]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "weights.pt")
+
+
+def test_edits_shared_out_over_two_processes_give_the_weights_of_one(tmp_path):
+    both, alone = in_two_processes("distributed_edit.py", tmp_path), distributed_edit.edit(distributed=False)
+    original = load_language_model(BUNDLED)
+    assert sorted(both) == sorted(alone)
+    for name, weight in alone.items():
+        change = weight - original.model.get_parameter(name.split()[1]).detach().T
+        assert float((both[name] - weight).norm()) < 1e-5 * float(change.norm()) + 1e-6 * float(weight.norm())
+
+
+@pytest.mark.parametrize("devices", [2])
+def test_main_job_under_ddp_leaves_one_run(devices, tmp_path):
+    small = ["evaluation.abilities.max_items=4", "data.num_edits=4", "method.value.steps=3", "progress=false"]
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={devices}"]
+    for folder, arguments in (("one", []), ("two", ddp)):
+        done = train(f"hydra.run.dir={tmp_path / folder}", "control=false", "method=memit", *small, *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("The run lies in") == 1
+    one, two = (json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("one", "two"))
+    assert two["final"] == pytest.approx(one["final"], rel=1e-3)
+    assert len((tmp_path / "two" / "edits.jsonl").read_text().splitlines()) == 4
 
 
 def test_the_restraints_have_work_to_do(tmp_path):
@@ -22,11 +57,7 @@ def test_the_restraints_have_work_to_do(tmp_path):
     ("strategy", "accumulate"), [("ddp", "raw"), ("ddp", "rect"), ("fsdp2", "raw"), ("fsdp2", "restrained")]
 )
 def test_two_processes_give_the_weights_of_one(strategy, accumulate, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    arguments = [str(ROOT / "tests" / "distributed_fit.py"), str(tmp_path), strategy, accumulate]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    both = torch.load(tmp_path / "weights.pt")
+    both = in_two_processes("distributed_fit.py", tmp_path, strategy, accumulate)
     alone = distributed_fit.fit("auto", accumulate, tmp_path)
     start = distributed_fit.Regression()
     for name, weight in alone.items():

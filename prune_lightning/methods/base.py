@@ -12,20 +12,29 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from prune_lightning.errors import UserError
+from prune_lightning.fingerprint import fingerprint
 from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.methods.sharing import agreed
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.spectral import NonFiniteChange
 from prune_lightning.types import EditBatch, EditReport, EditRequest, Track, WeightUpdate, untracked
 
+COMPARE_EVERY = 100  # edits between two comparisons of the processes' weights
+
 
 class EditClock(torch.optim.Optimizer):
-    """Steps without changing anything, so that Lightning counts edit batches as steps and saves by them."""
+    """Steps without changing anything, so that Lightning counts edit batches as steps and saves by them.
 
-    def __init__(self) -> None:
-        super().__init__([torch.zeros(1, requires_grad=True)], {})
+    Args:
+        parameter: Any parameter that requires a gradient.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        super().__init__([parameter], {})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Count."""
@@ -66,6 +75,7 @@ class EditingModule(L.LightningModule, ABC):
         self.track: Track = untracked
         self.evaluation_view: Callable[[], AbstractContextManager[None]] = nullcontext
         self._matrices: dict[str, EditedMatrix] | None = None
+        self._clock = nn.Parameter(torch.zeros(1))  # DDP wraps no module without a trainable parameter
 
     # -- what a method writes -------------------------------------------------------------------------------------
     def prepare(self) -> None:
@@ -128,7 +138,7 @@ class EditingModule(L.LightningModule, ABC):
     # -- Lightning ------------------------------------------------------------------------------------------------
     def configure_optimizers(self) -> EditClock:
         """Return the clock; editing methods keep their inner optimizers to themselves."""
-        return EditClock()
+        return EditClock(self._clock)
 
     def transfer_batch_to_device(self, batch: EditBatch, device: torch.device, dataloader_idx: int) -> EditBatch:
         """Requests are text: nothing to move."""
@@ -163,11 +173,22 @@ class EditingModule(L.LightningModule, ABC):
         self.num_edits += len(batch.requests)
         norm = sum(update.norm() ** 2 for update in updates.values()) ** 0.5 if finite else float("nan")
         seconds = time.perf_counter() - start
+        if finite and self.num_edits // COMPARE_EVERY != (self.num_edits - len(batch.requests)) // COMPARE_EVERY:
+            self._compare_processes()
         self.last_report = EditReport(batch.requests, norm, seconds, tuple(details), applied=finite)
         self.log_dict({"edit/update_norm": norm, "edit/seconds": seconds}, batch_size=len(batch.requests), logger=False)
         clock = self.optimizers()
         assert isinstance(clock, (torch.optim.Optimizer, L.pytorch.core.optimizer.LightningOptimizer))
         clock.step()
+
+    def _compare_processes(self) -> None:
+        """Raise if the processes' edited weights have drifted apart."""
+        prints = [fingerprint(matrix.weight()) for matrix in self.edited_matrices().values()]
+        if agreed(prints) != prints:
+            raise MisconfigurationException(
+                f"after {self.num_edits} edits this process's weights differ from the first one's; are the devices of "
+                "one kind?"
+            )
 
     def on_train_batch_end(self, outputs: Any, batch: EditBatch, batch_idx: int) -> None:
         """Put the unedited model back where the protocol says so; every callback has seen the edited one by now."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.prompts import key_row, kl_row, target_row
+from prune_lightning.methods.sharing import agreed, shared_out
 from prune_lightning.methods.subject_walk import SubjectWalk
 from prune_lightning.methods.value import ValueOptions, Values, optimise_values
 from prune_lightning.methods.value_problem import RequestRows, ShiftSite
@@ -46,7 +49,8 @@ class LocateThenEdit(EditingModule):
     def prepare(self) -> None:
         """Sample the prefixes and take the second moments on the unedited model."""
         if not self.moments:
-            self.prefixes = ("", *sample_prefixes(self.language_model, self.contexts))
+            # Sampled on each process from the same seed; the first one's are everybody's, whatever the devices round.
+            self.prefixes = ("", *agreed(sample_prefixes(self.language_model, self.contexts)))
             self.moments = self.second_moments.compute(self.language_model, self.layers, self.track)
 
     def subject_keys(self, requests: Sequence[EditRequest], layers: Sequence[int] | None = None) -> dict[int, Tensor]:
@@ -77,5 +81,12 @@ class LocateThenEdit(EditingModule):
         ]
 
     def optimise(self, requests: Sequence[EditRequest], site: ShiftSite) -> Values:
-        """Optimise the value of each request with the shift entering at ``site``."""
-        return optimise_values(self.language_model, self.rows(requests), site, self.value)
+        """Optimise the value of each request with the shift entering at ``site``, shared out over the processes."""
+
+        def work(part: Sequence[EditRequest]) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+            values = optimise_values(self.language_model, self.rows(part), site, self.value)
+            return list(zip(values.target.cpu(), values.reference.cpu(), values.details, strict=True))
+
+        target, reference, details = zip(*shared_out(requests, work), strict=True)
+        device = self.language_model.device
+        return Values(torch.stack(target).to(device), torch.stack(reference).to(device), list(details))

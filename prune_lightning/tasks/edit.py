@@ -21,7 +21,7 @@ from prune_lightning.models.loading import load_language_model
 from prune_lightning.report.page import write_page
 from prune_lightning.report.plots import Spectra, plot_abilities, plot_editing, plot_spectra, save_plots
 from prune_lightning.report.table import result_table
-from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, quieten, run_folder
+from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, first_process, quieten, run_folder
 
 
 def run(config: DictConfig) -> None:
@@ -31,7 +31,7 @@ def run(config: DictConfig) -> None:
     folder = run_folder()
     L.seed_everything(config.seed, verbose=False)
     out = Console()
-    progress = RunProgress(Console(stderr=True, quiet=not config.progress))
+    progress = RunProgress(Console(stderr=True, quiet=not (config.progress and first_process())))
     with progress:
         with progress.phase("load"):
             restraint = instantiate(config.restraint) if config.restraint else None
@@ -44,9 +44,12 @@ def run(config: DictConfig) -> None:
         log = EditLog(folder / "edits.jsonl")
         loggers = build_loggers(config, folder)
         callbacks = [*([restraint] if restraint else []), *further, progress, evaluation, log]
-        build_trainer(config, callbacks, loggers).fit(module, datamodule=stream)
+        trainer = build_trainer(config, callbacks, loggers)
+        trainer.fit(module, datamodule=stream)
         looked_at = spectra(module.edited_matrices().values())
         control = _control(config, module, stream, progress, evaluation) if restraint and config.control else None
+    if not trainer.is_global_zero:
+        return
     summary = {
         "num_edits": module.num_edits,
         "method": choice("method"),

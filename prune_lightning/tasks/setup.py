@@ -14,6 +14,7 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 RESULTS = ("summary.json", "metrics.csv", "edits.jsonl", "plots", "report.html", "error.txt")
@@ -30,11 +31,16 @@ _BESIDE_THE_POINT = (
 )
 
 
+def first_process() -> bool:
+    """Whether this is the process that speaks for a distributed run."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
 def run_folder() -> Path:
     """Return the run's folder; results of an earlier run in it are moved aside, not overwritten."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     earlier = [folder / name for name in RESULTS if (folder / name).exists()]
-    if earlier:
+    if earlier and first_process():
         aside = folder / f"earlier_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
         aside.mkdir(parents=True)
         for path in earlier:
