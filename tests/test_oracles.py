@@ -112,7 +112,8 @@ def test_batch_methods_match_reference(oracle, method):
     for layer in module.layers if method == "alphaedit" else ():
         assert module.facts[f"projector_rank/{layer}"] == int(tensors[f"alphaedit.projector_rank.{layer}"])
     originals = {name: matrix.parameter.clone() for name, matrix in module.edited_matrices().items()}
-    # AlphaEdit's first batch differs by 1.7e-6 of its change; the dense LU in fp64 agrees with ours to 1e-9.
+    # The oracle's second moment is rounded to fp32, and AlphaEdit's projector makes 2e-5 of the update out of noise of
+    # that size; a dense LU in fp64 on the same second moment agrees with ours to 1e-9.
     for batch, tolerance in ((0, 2e-6 if method == "alphaedit" else 1e-6), (1, 1e-4)):
         chunk = requests[4 * batch : 4 * batch + 4]
         values = module.optimise(chunk, ShiftSite(module.layers[-1], "block"))

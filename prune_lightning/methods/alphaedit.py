@@ -45,7 +45,10 @@ class AlphaEdit(LayerwiseEdit):
         super().prepare()
         for layer in self.layers:
             values, vectors = self.moments[layer].eigen()
-            self._null[layer] = vectors[:, values < self.null_threshold]
+            rounding = (
+                64 * torch.finfo(values.dtype).eps * values.max()
+            )  # of eigenvalues; one at the threshold is not below
+            self._null[layer] = vectors[:, values < self.null_threshold - rounding]
             self.facts[f"projector_rank/{layer}"] = rank = self._null[layer].shape[1]
             if not rank:
                 raise UserError(

@@ -88,12 +88,14 @@ def optimise_values(
         try:
             parts.append(_Optimisation(model, part, site, options).run())
             done += len(part)
+            continue
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise
-            budget = sum(len(row.ids) for request in part for row in request.all) // 2
-            rank_zero_info(f"out of memory with {len(part)} requests at once; going on with half as many tokens")
-            torch.cuda.empty_cache()
+        # Outside of the handler, where nothing of the attempt is alive any more.
+        torch.cuda.empty_cache()
+        budget = sum(len(row.ids) for request in part for row in request.all) // 2
+        rank_zero_info(f"out of memory with {len(part)} requests at once; going on with half as many tokens")
     return Values(
         torch.cat([part.target for part in parts]),
         torch.cat([part.reference for part in parts]),
