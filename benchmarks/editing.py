@@ -15,14 +15,13 @@ import argparse
 import itertools
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import clock
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -102,17 +101,6 @@ def plain_edit(module: LocateThenEdit, requests: list[EditRequest]) -> Tensor:
         for _ in range(2 * len(module.layers)):
             model(ids, mask)
     return torch.stack(values)
-
-
-def clock(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Return the seconds that ``work`` takes, and its result."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
 
 
 def main() -> None:

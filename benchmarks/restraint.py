@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import clock
 from torch import Tensor, nn
 
 from prune_lightning.methods.edited_matrix import EditedMatrix
@@ -32,17 +31,6 @@ from prune_lightning.types import WeightUpdate
 
 BASE, ROUNDS = 1.2, 3
 COMPARE_ALL_UP_TO = 20_000_000  # weights; beyond, the reference runs once per kind of change, to end the same day
-
-
-def clock(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Return the seconds that ``work`` takes, and its result."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
 
 
 def reference_step(original: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -37,15 +37,16 @@ class SpectrumMonitor(L.Callback):
     Args:
         every_n: Steps between two looks; each costs two decompositions per matrix.
         parameters: See :class:`Restraint`; matrices that a restraint in the same Trainer holds need not be named.
+        draw: Draw the spectra at the end.
 
     Raises:
         UserError: ``every_n`` is less than 1.
     """
 
-    def __init__(self, every_n: int = 10, parameters: Sequence[str] | None = None) -> None:
+    def __init__(self, every_n: int = 10, parameters: Sequence[str] | None = None, draw: bool = True) -> None:
         if every_n < 1:
             raise UserError(f"SpectrumMonitor.every_n is expected to be at least 1, but got {every_n}")
-        self.every_n, self.parameters = every_n, parameters
+        self.every_n, self.parameters, self.draw = every_n, parameters, draw
         self.matrices: dict[str, RestrainedMatrix] = {}
         self._original: dict[str, Tensor] = {}
         self._steps = -1
@@ -84,7 +85,7 @@ class SpectrumMonitor(L.Callback):
         """Look at the final weights and draw the spectra."""
         if trainer.global_step != self._steps:
             self._look(trainer, pl_module)
-        if self.matrices:
+        if self.matrices and self.draw:
             figure = plot_spectra(spectra(self.matrices.values()))
             for logger in trainer.loggers:
                 show_figure(logger, "spectra", figure, step=axis(trainer, pl_module))

@@ -69,7 +69,3 @@ class AlphaEdit(LayerwiseEdit):
     def forget(self) -> None:
         """Protect no edits."""
         self._protected = {layer: RecursiveInverse(null @ null.T / self.ridge) for layer, null in self._null.items()}
-
-    def projector(self, layer: int) -> Tensor:
-        """Return :math:`P` of a layer, shape ``(in_features, in_features)``."""
-        return torch.mm(self._null[layer], self._null[layer].T)

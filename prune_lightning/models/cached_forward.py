@@ -74,14 +74,13 @@ class CachedForward:
     def select(self, rows: Tensor) -> None:
         """Keep only some rows; what is no longer needed of the longest ones is cut off."""
         mask = self._mask[rows]
-        before, after = self._before, self.hidden.shape[1]
+        before = self._before
         drop = before - int(mask[:, :before].sum(1).max()) if before else 0
         rest = int(mask[:, before:].sum(1).max())
         self._mask = mask[:, drop : before + rest]
         self.hidden, self._positions = self.hidden[rows, :rest], self._positions[rows, :rest]
         self.mlp_output = self.mlp_output[rows]
         self._past = [tuple(t[rows, :, drop:] for t in pair) for pair in self._past]
-        assert after >= rest
 
     def logits_at(self, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run the upper blocks.

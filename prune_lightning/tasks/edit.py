@@ -19,7 +19,7 @@ from prune_lightning.jsonable import write_json
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.report.page import write_page
-from prune_lightning.report.plots import Spectra, plot_abilities, plot_editing, plot_spectra, save_plots
+from prune_lightning.report.plots import Spectra, plot_abilities, plot_editing, plot_spectra, save_plots, show_figure
 from prune_lightning.report.table import result_table
 from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, first_process, quieten, run_folder
 
@@ -43,7 +43,7 @@ def run(config: DictConfig) -> None:
             module = _method(config)
         log = EditLog(folder / "edits.jsonl")
         loggers = build_loggers(config, folder)
-        callbacks = [*([restraint] if restraint else []), *further, progress, evaluation, log]
+        callbacks = [*([restraint] if restraint else []), progress, *further, evaluation, log]
         trainer = build_trainer(config, callbacks, loggers)
         trainer.fit(module, datamodule=stream)
         looked_at = spectra(module.edited_matrices().values())
@@ -124,9 +124,9 @@ def _report(
     write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True))
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-        if hasattr(logger, "log_image") and hasattr(logger, "log_table"):
-            for plot in plots:
-                logger.log_image(key=f"plots/{plot.stem}", images=[str(plot)], step=summary["num_edits"])
+        for name, figure in figures.items():
+            show_figure(logger, name, figure, step=summary["num_edits"])
+        if hasattr(logger, "log_table"):
             names = sorted(set().union(*columns.values()))
             data = [[name, *(scores.get(name) for scores in columns.values())] for name in names]
             logger.log_table(key="result", columns=["metric", *columns], data=data, step=summary["num_edits"])
