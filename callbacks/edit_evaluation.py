@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+from torchmetrics import Metric
 from typing_extensions import override
 
+from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
-from prune_lightning.evaluation.abilities import AbilitySuite
-from prune_lightning.evaluation.editing import update_editing_score
+from prune_lightning.evaluation.measurement import Cases, EditingMeasurement, Measured, Measurement
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.metrics import EditingScore
 from prune_lightning.metrics.functional import retention
 from prune_lightning.spectral import condition_number, sigma_max
 from prune_lightning.types import EditBatch, EditRequest
@@ -23,7 +23,7 @@ Scores = dict[str, float]
 
 
 class EditEvaluation(L.Callback):
-    """Editing scores, abilities and spectra along the stream.
+    """Takes measurements along the stream, each at its own cadence, and the edited matrices' spectra.
 
     The baseline is taken on the unedited model over the requests of the whole stream; afterwards the scores are over
     all requests written so far. Under the protocols ``single`` and ``batch`` each step's requests are scored right
@@ -31,8 +31,8 @@ class EditEvaluation(L.Callback):
 
     Args:
         counts: Edit counts at which to evaluate; the last edit is always evaluated.
-        abilities: General abilities to measure; ``None`` for none.
-        baseline: Scores of the unedited model, if they were taken before.
+        measurements: What to measure; those not enabled are left out.
+        baseline: Scores of the unedited model, if they were taken before with the same measurements.
 
     Attributes:
         baseline: Scores of the unedited model.
@@ -41,39 +41,59 @@ class EditEvaluation(L.Callback):
     """
 
     def __init__(
-        self, counts: Sequence[int], abilities: AbilitySuite | None = None, baseline: Scores | None = None
+        self, counts: Sequence[int], measurements: Sequence[Measurement] = (), baseline: Scores | None = None
     ) -> None:
         if any(not isinstance(count, int) or count < 0 for count in counts):
             raise UserError(f"evaluation.counts is expected to be edit counts, but got {list(counts)}")
         self.counts = sorted(set(counts) - {0})
-        self.abilities = abilities
+        self.measurements = [measurement for measurement in measurements if measurement.enabled]
         self.baseline: Scores = baseline or {}
         self.curve: list[Scores] = []
         self.seconds = 0.0
-        self._written: list[EditRequest] = []
-        self._immediate: EditingScore | None = None
-        self._rounds = 0
+        self._written: dict[int, EditRequest] = {}
+        self._immediate: dict[str, Metric] = {}
+        self._evaluations = 0
 
     # -- what one evaluation is -----------------------------------------------------------------------------------
-    def _jobs(self, module: EditingModule, requests: Sequence[EditRequest]) -> dict[str, Callable[[], Scores]]:
-        model = module.language_model
-        jobs: dict[str, Callable[[], Scores]] = {}
-        for name, job in (self.abilities.jobs(model) if self.abilities else {}).items():
-            jobs[name] = partial(self._ability, name, job)
-        jobs["editing"] = partial(self._editing, module, requests)
-        jobs["spectrum"] = partial(self._spectrum, module)
-        return jobs
+    def evaluate(
+        self, module: EditingModule, cases: Cases, phase: str, measurements: Sequence[Measurement], rounds: int = 1
+    ) -> Scores:
+        """Run one evaluation.
+
+        Args:
+            module: The editing module.
+            cases: Requests to score.
+            phase: Name under which progress is shown.
+            measurements: What to take.
+            rounds: Evaluations of this phase that the whole run makes.
+        """
+        start = time.perf_counter()
+        jobs: dict[str, Callable[[], Scores]] = {"spectrum": partial(self._spectrum, module)}
+        for measurement in measurements:
+            if measurement.name in self._immediate:
+                jobs[measurement.name] = partial(self._immediately, measurement)
+            else:
+                for name, job in measurement.jobs(module.language_model, cases).items():
+                    jobs[name] = partial(self._part, measurement, job)
+        scores: Scores = {}
+        with module.evaluation_view():
+            for name in module.track(list(jobs), phase, len(jobs) * rounds):
+                scores |= jobs[name]()
+        for measurement in measurements:
+            if measurement.tasks:
+                keys = [f"{measurement.name}/{task}" for task in measurement.tasks]
+                before = self.baseline or scores
+                scores[f"{measurement.name}/retention"] = retention(scores, {key: before[key] for key in keys})
+        self.seconds += time.perf_counter() - start
+        return scores
 
     @staticmethod
-    def _ability(name: str, job: Callable[[], float]) -> Scores:
-        return {f"ability/{name}": job()}
+    def _part(measurement: Measurement, job: Callable[[], Measured]) -> Scores:
+        return {f"{measurement.name}/{name}": score for name, score in job().scores.items()}
 
-    def _editing(self, module: EditingModule, requests: Sequence[EditRequest]) -> Scores:
-        metric = self._immediate
-        if metric is None:
-            metric = EditingScore().to(module.device)
-            update_editing_score(metric, module.language_model, requests)
-        return {f"edit/{name}": float(value) for name, value in metric.compute().items()}
+    def _immediately(self, measurement: Measurement) -> Scores:
+        scores = self._immediate[measurement.name].compute()
+        return {f"{measurement.name}/{name}": float(score) for name, score in scores.items()}
 
     @staticmethod
     def _spectrum(module: EditingModule) -> Scores:
@@ -83,42 +103,23 @@ class EditEvaluation(L.Callback):
             "spectrum/condition_number": max(condition_number(matrix.weight()) for matrix in matrices),
         }
 
-    def evaluate(self, module: EditingModule, requests: Sequence[EditRequest], phase: str, rounds: int = 1) -> Scores:
-        """Run one evaluation.
-
-        Args:
-            module: The editing module.
-            requests: Requests to score.
-            phase: Name under which progress is shown.
-            rounds: Evaluations of this phase that the whole run makes.
-        """
-        start = time.perf_counter()
-        jobs = self._jobs(module, requests)
-        scores: Scores = {}
-        with module.evaluation_view():
-            for name in module.track(list(jobs), phase, len(jobs) * rounds):
-                scores |= jobs[name]()
-        if self.abilities:
-            before = self.baseline or scores
-            keys = [f"ability/{task}" for task in self.abilities.tasks]
-            scores["ability/retention"] = retention(scores, {key: before[key] for key in keys})
-        self.seconds += time.perf_counter() - start
-        return scores
-
     # -- when it happens ------------------------------------------------------------------------------------------
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the baseline."""
         module = _editing_module(pl_module)
-        batches = _stream(trainer).batches()
-        requests = [request for batch in batches for request in batch.requests]
-        total = len(requests)
-        self._rounds = len({count for count in self.counts if count < total} | {total})
+        stream = _stream(trainer)
+        cases = dict(enumerate(stream.requests))
+        counts = self.counts + [count for measurement in self.measurements for count in measurement.counts or ()]
+        self._evaluations = len({count for count in counts if count < len(cases)} | {len(cases)})
         if not self.baseline:
-            self.baseline = self.evaluate(module, requests, "baseline")
+            for measurement in self.measurements:
+                measurement.take_reference(module.language_model, cases)
+            self.baseline = self.evaluate(module, cases, "baseline", self.measurements)
         self._record(trainer, 0, self.baseline)
-        if batches[0].from_base:
-            self._immediate = EditingScore().to(module.device)
+        if stream.protocol.from_base:
+            editing = [m for m in self.measurements if isinstance(m, EditingMeasurement)]
+            self._immediate = {m.name: m.metric().to(module.device) for m in editing}
 
     @override
     def on_train_batch_end(
@@ -126,20 +127,34 @@ class EditEvaluation(L.Callback):
     ) -> None:
         """Evaluate if this batch reached one of the counts, or is the last one."""
         module = _editing_module(pl_module)
-        self._written += batch.requests
-        if self._immediate is not None:
-            with module.evaluation_view():
-                update_editing_score(self._immediate, module.language_model, batch.requests)
         before = module.num_edits - len(batch.requests)
-        if trainer.is_last_batch or any(before < count <= module.num_edits for count in self.counts):
-            self._record(trainer, module.num_edits, self.evaluate(module, self._written, "evaluate", self._rounds))
+        cases = dict(enumerate(batch.requests, start=before))
+        self._written |= cases
+        if self._immediate:
+            with module.evaluation_view():
+                for measurement in self.measurements:
+                    if isinstance(measurement, EditingMeasurement):
+                        measurement.update(self._immediate[measurement.name], module.language_model, cases)
+        if due := self._due(before, module.num_edits, trainer.is_last_batch):
+            self._record(
+                trainer, module.num_edits, self.evaluate(module, self._written, "evaluate", due, self._evaluations)
+            )
+
+    def _due(self, before: int, now: int, last: bool) -> list[Measurement]:
+        """Return the measurements to take once ``now`` edits are done, ``before`` of them before the latest step."""
+
+        def reached(counts: Sequence[int]) -> bool:
+            return last or any(before < count <= now for count in counts)
+
+        return [m for m in self.measurements if reached(self.counts if m.counts is None else m.counts)]
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate the final model if the stream was ended early."""
         module = _editing_module(pl_module)
-        if self._written and self._immediate is None and self.curve[-1]["num_edits"] != module.num_edits:
-            self._record(trainer, module.num_edits, self.evaluate(module, self._written, "evaluate", self._rounds))
+        if self._written and not self._immediate and self.curve[-1]["num_edits"] != module.num_edits:
+            scores = self.evaluate(module, self._written, "evaluate", self.measurements, self._evaluations)
+            self._record(trainer, module.num_edits, scores)
 
     def _record(self, trainer: L.Trainer, num_edits: int, scores: Scores) -> None:
         self.curve.append({"num_edits": num_edits, **scores})
@@ -153,5 +168,5 @@ def _editing_module(module: L.LightningModule) -> EditingModule:
     return module
 
 
-def _stream(trainer: L.Trainer) -> Any:
+def _stream(trainer: L.Trainer) -> EditStream:
     return trainer.datamodule  # type: ignore[attr-defined]

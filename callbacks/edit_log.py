@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from prune_lightning.evaluation.editing import prompts_by_kind
+from prune_lightning.evaluation.counterfact import prompts_by_kind
 from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.jsonable import jsonable
 from prune_lightning.methods.base import EditingModule

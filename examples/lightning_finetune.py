@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prune_lightning.callbacks import PRUNE
-from prune_lightning.evaluation.abilities import MiniatureAbilities
+from prune_lightning.evaluation.miniature import MiniatureAbilities
 from prune_lightning.evaluation.scoring import token_nll
 from prune_lightning.metrics.functional import retention
 from prune_lightning.models.language_model import LanguageModel
@@ -66,7 +66,7 @@ class Look(L.Callback):
     def _look(self, trainer: L.Trainer, module: Any) -> None:
         model = module.language_model
         nll, count = token_nll(model, TEXT)
-        scores = {name: job() for name, job in self.abilities.jobs(model).items()}
+        scores = self.abilities.measure(model).scores
         before = self.curve[0] if self.curve else scores
         scores["abilities kept"] = retention(scores, {task: before[task] for task in self.abilities.tasks})
         scores["loss on the text"] = float(nll.sum() / count.sum())

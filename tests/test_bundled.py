@@ -11,7 +11,7 @@ from prune_lightning.bundled.abilities import abilities, plain_text
 from prune_lightning.bundled.corpus import training_documents
 from prune_lightning.bundled.world import HELD_OUT, load_world
 from prune_lightning.data.bundled import BundledWorld
-from prune_lightning.evaluation.abilities import MiniatureAbilities
+from prune_lightning.evaluation.miniature import MiniatureAbilities
 from prune_lightning.tasks.pretrain import recall
 
 WORLD = load_world()
@@ -73,5 +73,5 @@ def test_model_is_small_and_scores_what_its_card_promises(bundled_shared):
     files = list((ROOT / "prune_lightning" / "bundled" / "model").iterdir())
     assert sum(file.stat().st_size for file in files) < 12e6
     assert all(score > 0.95 for score in recall(bundled_shared).values())
-    for name, job in MiniatureAbilities().jobs(bundled_shared).items():
-        assert job() < 4 if name == "perplexity" else job() >= 0.85, name
+    for name, score in MiniatureAbilities().measure(bundled_shared).scores.items():
+        assert score < 4 if name == "perplexity" else score >= 0.85, name

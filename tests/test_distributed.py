@@ -36,7 +36,7 @@ def test_edits_shared_out_over_two_processes_give_the_weights_of_one(tmp_path):
 
 @pytest.mark.parametrize("devices", [2])
 def test_main_job_under_ddp_leaves_one_run(devices, tmp_path):
-    small = ["evaluation.abilities.max_items=4", "data.num_edits=4", "method.value.steps=3", "progress=false"]
+    small = ["evaluation.miniature.max_items=4", "data.num_edits=4", "method.value.steps=3", "progress=false"]
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={devices}"]
     for folder, arguments in (("one", []), ("two", ddp)):
         done = train(f"hydra.run.dir={tmp_path / folder}", "control=false", "method=memit", *small, *arguments)

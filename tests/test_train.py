@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHARED
 
-SMALL = ["evaluation.abilities.max_items=8", "data.num_edits=3", "method.value.steps=4", "progress=false"]
+SMALL = ["evaluation.miniature.max_items=8", "data.num_edits=3", "method.value.steps=4", "progress=false"]
 SCORES = {
-    *(f"edit/{kind}_{form}" for kind in ("efficacy", "generalization", "locality") for form in ("score", "accuracy")),
-    *(f"ability/{name}" for name in ("reasoning", "nli", "qa", "summarization", "perplexity", "retention")),
+    *(
+        f"edit/counterfact/{kind}_{form}"
+        for kind in ("efficacy", "generalization", "locality")
+        for form in ("score", "accuracy")
+    ),
+    *(f"ability/miniature/{name}" for name in ("reasoning", "nli", "qa", "summarization", "perplexity", "retention")),
     "spectrum/sigma_max_delta",
     "spectrum/condition_number",
 }
@@ -52,7 +56,7 @@ def test_run_leaves_what_other_programs_rely_on(default_run):
     assert [entry["num_edits"] for entry in summary["curve"]] == [0, 1, 2, 3]
     for scores in (summary["baseline"], summary["final"], *summary["curve"], summary["control"]["final"]):
         assert set(scores) >= SCORES
-    assert summary["baseline"]["ability/retention"] == 1.0
+    assert summary["baseline"]["ability/miniature/retention"] == 1.0
     assert summary["baseline"]["spectrum/sigma_max_delta"] == 0.0
     assert summary["final"]["spectrum/sigma_max_delta"] > 0.0
 

@@ -18,6 +18,8 @@ from prune_lightning.errors import UserError
 from prune_lightning.report.table import figure
 
 HALF = 0.5
+KEPT = "ability/miniature/retention"
+WRITTEN = "edit/counterfact/efficacy_score"
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,17 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
 def half_life(group: Group) -> int | None:
     """Return the first evaluated edit count at which half of the abilities are lost; ``None`` if they never are."""
     for count in group.counts:
-        if group.at("ability/retention", count) <= HALF:
+        if group.at(KEPT, count) <= HALF:
             return count
     return None
 
 
 _COLUMNS = {
-    "abilities kept": "ability/retention",
-    "efficacy, preferred": "edit/efficacy_score",
-    "efficacy, said": "edit/efficacy_accuracy",
-    "generalization, preferred": "edit/generalization_score",
-    "locality, said": "edit/locality_accuracy",
+    "abilities kept": "ability/miniature/retention",
+    "efficacy, preferred": "edit/counterfact/efficacy_score",
+    "efficacy, said": "edit/counterfact/efficacy_accuracy",
+    "generalization, preferred": "edit/counterfact/generalization_score",
+    "locality, said": "edit/counterfact/locality_accuracy",
 }
 
 
@@ -87,7 +89,7 @@ def markdown_table(groups: Sequence[Group]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
     for group in groups:
         half = halves.get(group.method)
-        at_half = [group.at(key, half) if half else None for key in ("ability/retention", "edit/efficacy_score")]
+        at_half = [group.at(key, half) if half else None for key in (KEPT, WRITTEN)]
         cells = [group.method, group.restraint, str(half or "–"), *map(figure, at_half)]
         cells += [figure(group.at(key, last)) for key in _COLUMNS.values()]
         lines.append("| " + " | ".join(cells) + " |")
@@ -98,7 +100,7 @@ def plot(groups: Sequence[Group]) -> Figure:
     """Draw what is kept and what is written against the number of edits, one column per method."""
     methods = list(dict.fromkeys(group.method for group in groups))
     restraints = list(dict.fromkeys(group.restraint for group in groups))
-    rows = {"abilities kept": "ability/retention", "efficacy (new answer preferred)": "edit/efficacy_score"}
+    rows = {"abilities kept": KEPT, "efficacy (new answer preferred)": WRITTEN}
     drawing = Figure(figsize=(4.2 * len(methods), 3.2 * len(rows)), layout="constrained")
     grid = np.atleast_2d(drawing.subplots(len(rows), len(methods), sharex=True, sharey=True, squeeze=False))
     for group in groups:

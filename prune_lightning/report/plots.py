@@ -72,7 +72,7 @@ def _two_panels(curves: Mapping[str, Curve], panels: Mapping[str, tuple[Mapping[
 
 def plot_abilities(curves: Mapping[str, Curve]) -> Figure:
     """Draw the abilities against the number of edits, solid for the first curve and dashed for the second."""
-    return _two_panels(curves, {"General abilities": (_ABILITIES, "ability/{}")})
+    return _two_panels(curves, {"General abilities": (_ABILITIES, "ability/miniature/{}")})
 
 
 def plot_editing(curves: Mapping[str, Curve]) -> Figure:
@@ -80,8 +80,8 @@ def plot_editing(curves: Mapping[str, Curve]) -> Figure:
     return _two_panels(
         curves,
         {
-            "Preferred to the old answer (SCORE)": (_EDITING, "edit/{}_score"),
-            "Said outright (ACCURACY)": (_EDITING, "edit/{}_accuracy"),
+            "Preferred to the old answer (SCORE)": (_EDITING, "edit/counterfact/{}_score"),
+            "Said outright (ACCURACY)": (_EDITING, "edit/counterfact/{}_accuracy"),
         },
     )
 

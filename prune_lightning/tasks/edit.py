@@ -36,8 +36,7 @@ def run(config: DictConfig) -> None:
         with progress.phase("load"):
             restraint = instantiate(config.restraint) if config.restraint else None
             further = [instantiate(callback) for callback in (config.callbacks or {}).values()]
-            abilities = instantiate(config.evaluation.abilities) if config.evaluation.abilities else None
-            evaluation = EditEvaluation(list(config.evaluation.counts), abilities)
+            evaluation = _evaluation(config)
             stream: EditStream = instantiate(config.data)
             stream.setup()
             module = _method(config)
@@ -85,13 +84,19 @@ def _method(config: DictConfig) -> EditingModule:
     return module
 
 
+def _evaluation(config: DictConfig) -> EditEvaluation:
+    """Return the evaluation; every entry of its configuration that has a target is a measurement."""
+    entries = [entry for entry in config.evaluation.values() if isinstance(entry, DictConfig) and "_target_" in entry]
+    return EditEvaluation(list(config.evaluation.counts), [instantiate(e, _convert_="all") for e in entries])
+
+
 def _control(
     config: DictConfig, module: EditingModule, stream: EditStream, progress: RunProgress, main: EditEvaluation
 ) -> list[dict[str, float]]:
     """Edit the same stream again without the restraint; return the curve."""
     module.restart()
     progress.prefix = "without restraint: "
-    evaluation = EditEvaluation(main.counts, main.abilities, main.baseline)
+    evaluation = EditEvaluation(main.counts, main.measurements, main.baseline)
     build_trainer(config, [progress, evaluation], []).fit(module, datamodule=stream)
     return evaluation.curve
 

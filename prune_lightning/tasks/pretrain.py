@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from prune_lightning.bundled.pretraining import Pretraining, PretrainingData
 from prune_lightning.bundled.world import EDIT_PHRASING, HELD_OUT, load_world
-from prune_lightning.evaluation.abilities import MiniatureAbilities
+from prune_lightning.evaluation.miniature import MiniatureAbilities
 from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.jsonable import write_json
 from prune_lightning.models.language_model import LanguageModel
@@ -38,7 +38,7 @@ def run(config: DictConfig) -> None:
         build_trainer(config, [], build_loggers(config, folder / f"stage_{number}")).fit(module, datamodule=data)
     seconds = time.perf_counter() - started
     language_model = LanguageModel(module.model, data.tokenizer)
-    scores = recall(language_model) | {name: job() for name, job in MiniatureAbilities().jobs(language_model).items()}
+    scores = recall(language_model) | dict(MiniatureAbilities().measure(language_model).scores)
     _save(module, data, folder / "model", config, scores, seconds)
     write_json(folder / "summary.json", {"seed": config.seed, "wall_s": seconds, "scores": scores})
     Console().print({name: round(score, 3) for name, score in scores.items()}, f"saved in {folder / 'model'}")

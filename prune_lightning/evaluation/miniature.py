@@ -1,15 +1,15 @@
-"""General abilities that an edited model should keep."""
+"""The bundled abilities in miniature."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
 
 from torchmetrics.text import ROUGEScore
 
 from prune_lightning.bundled.abilities import AbilityItem, abilities, plain_text
 from prune_lightning.bundled.world import load_world
+from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.evaluation.scoring import greedy_continuations, score_pairs, token_nll
 from prune_lightning.metrics import CorpusPerplexity, ExactMatch
 from prune_lightning.models.language_model import LanguageModel
@@ -17,20 +17,7 @@ from prune_lightning.models.language_model import LanguageModel
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-class AbilitySuite(Protocol):
-    """Named measurements of a model; those named in ``tasks`` enter the retention, higher being better."""
-
-    @property
-    def tasks(self) -> Sequence[str]:
-        """Names of the scored tasks."""
-        ...
-
-    def jobs(self, model: LanguageModel) -> Mapping[str, Callable[[], float]]:
-        """Return what to run, by the name of the result."""
-        ...
-
-
-class MiniatureAbilities:
+class MiniatureAbilities(Measurement):
     """The bundled miniature: reasoning, inference, open-domain questions, summarisation, and perplexity.
 
     Reasoning, inference and questions are exact match of the whole answer, the full stop included: that all of the
@@ -39,25 +26,27 @@ class MiniatureAbilities:
 
     Args:
         max_items: Use only the first items of each task; ``None`` for all.
+        enabled: See :class:`Measurement`.
+        counts: See :class:`Measurement`.
     """
 
-    def __init__(self, max_items: int | None = None) -> None:
+    name = "ability/miniature"
+
+    def __init__(self, max_items: int | None = None, enabled: bool = True, counts: Sequence[int] | None = None) -> None:
+        super().__init__(enabled, counts)
         self.items = {name: task.test[:max_items] for name, task in abilities(load_world()).items()}
+        self.tasks = tuple(self.items)
         self.texts = [item.text() for item in plain_text().test[:max_items]]
 
-    @property
-    def tasks(self) -> Sequence[str]:
-        """Names of the four scored tasks."""
-        return tuple(self.items)
+    def jobs(self, model: LanguageModel, cases: Cases) -> Mapping[str, Callable[[], Measured]]:
+        """Return one job per task, and the perplexity's."""
+        return {name: partial(self._measure, model, name) for name in (*self.items, "perplexity")}
 
-    def jobs(self, model: LanguageModel) -> Mapping[str, Callable[[], float]]:
-        """Return what to run, by the name of the result."""
-        jobs: dict[str, Callable[[], float]] = {}
-        for name, items in self.items.items():
-            score = self._rouge if name == "summarization" else self._exact_match
-            jobs[name] = partial(score, model, items)
-        jobs["perplexity"] = partial(self._perplexity, model)
-        return jobs
+    def _measure(self, model: LanguageModel, name: str) -> Measured:
+        if name == "perplexity":
+            return Measured({name: self._perplexity(model)})
+        score = self._rouge if name == "summarization" else self._exact_match
+        return Measured({name: score(model, self.items[name])})
 
     def _exact_match(self, model: LanguageModel, items: Sequence[AbilityItem]) -> float:
         metric = ExactMatch().to(model.device)
