@@ -22,8 +22,12 @@ from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
 
 
-def edit(distributed: bool) -> dict[str, torch.Tensor]:
-    """Write nine facts in three batches by two methods and return the weights."""
+def edit(distributed: bool, cache: Path) -> dict[str, torch.Tensor]:
+    """Write nine facts in three batches by two methods and return the weights.
+
+    The first method takes the statistics, saving them on the way; the second finds them.
+    """
+    corpus = BundledCorpus(300, {"facts": 0.5, "text": 0.5})
     base.COMPARE_EVERY = 3
     result = {}
     for name, build, option in (("memit", MEMIT, {"ridge": 50.0}), ("alphaedit", AlphaEdit, {})):
@@ -31,7 +35,7 @@ def edit(distributed: bool) -> dict[str, torch.Tensor]:
         module = build(
             language_model=load_language_model("pkg://prune_lightning.bundled/model"),
             layers=[0, 1],
-            second_moments=SecondMoments(BundledCorpus(300, {"facts": 0.5, "text": 0.5}), ridge=1e-3),
+            second_moments=SecondMoments(corpus, ridge=1e-3, token_budget=512, cache=cache, save_every=100),
             value=ValueOptions(steps=8),
             contexts=ContextOptions(lengths=[[10, 2]]),
             **option,
@@ -54,7 +58,7 @@ def edit(distributed: bool) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    weights = edit(distributed=True)
+    weights = edit(True, Path(sys.argv[1]) / "both")
     if torch.distributed.get_rank() == 0:
         torch.save(weights, Path(sys.argv[1]) / "weights.pt")
     torch.distributed.barrier()

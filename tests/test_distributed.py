@@ -26,7 +26,7 @@ def in_two_processes(script, folder, *arguments):
 
 
 def test_edits_shared_out_over_two_processes_give_the_weights_of_one(tmp_path):
-    both, alone = in_two_processes("distributed_edit.py", tmp_path), distributed_edit.edit(distributed=False)
+    both, alone = in_two_processes("distributed_edit.py", tmp_path), distributed_edit.edit(False, tmp_path / "alone")
     original = load_language_model(BUNDLED)
     assert sorted(both) == sorted(alone)
     for name, weight in alone.items():

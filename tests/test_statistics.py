@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BUNDLED
+from conftest import BUNDLED, ROOT
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from test_train import train
 
 from prune_lightning.bundled.corpus import BundledCorpus
@@ -50,7 +52,9 @@ def test_against_one_text_at_a_time(bundled_shared):
         expected, count = dense(bundled_shared, layer, BundledCorpus(60, SHARES).texts(), 24)
         assert torch.allclose(found[layer].matrix, expected, rtol=1e-4, atol=1e-6)
         assert moments.num_tokens == count
-    ridge = SecondMoments(Counted(60), max_length=24, ridge=0.5).compute(bundled_shared, [0])[0].matrix
+    ridge = (
+        SecondMoments(Counted(60), max_length=24, ridge=0.5, token_budget=300).compute(bundled_shared, [0])[0].matrix
+    )
     plain = found[0].matrix
     assert torch.allclose(ridge, plain + 0.5 * plain.diagonal().mean() * torch.eye(len(plain)), rtol=1e-6, atol=1e-8)
 
@@ -68,6 +72,19 @@ def test_convergence_falls_with_the_number_of_texts(bundled_shared):
         moments.compute(bundled_shared, [0])
         changes.append(moments.convergence)
     assert 0 < changes[1] < changes[0] < 1
+
+
+def test_the_bundled_models_are_shipped_with_it(bundled_shared, monkeypatch):
+    """What the default run reads is what it would have taken; a damaged model or another corpus is not served."""
+    config = OmegaConf.load(ROOT / "configs" / "model" / "bundled.yaml").second_moments
+    shipped = instantiate(config, _convert_="all")
+    taken = instantiate(config, shipped=None, _convert_="all").compute(bundled_shared, [1])[1].matrix
+    with monkeypatch.context() as patched:
+        patched.setattr(SecondMoments, "_take", None)
+        read = shipped.compute(bundled_shared, [0, 1])[1].matrix
+    assert torch.allclose(read, taken, rtol=1e-5, atol=1e-6 * float(taken.abs().max()))
+    shipped.max_length = 20
+    assert not torch.allclose(shipped.compute(bundled_shared, [1])[1].matrix, taken, rtol=1e-3)
 
 
 def test_kept_on_disk_and_read_back_bit_for_bit(bundled_shared, tmp_path):

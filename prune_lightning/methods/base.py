@@ -17,9 +17,9 @@ from torch import nn
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.methods.edited_matrix import EditedMatrix
-from prune_lightning.methods.sharing import agreed
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.sharing import agreed
 from prune_lightning.spectral import NonFiniteChange
 from prune_lightning.types import EditBatch, EditReport, EditRequest, Track, WeightUpdate, untracked
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.prompts import key_row, kl_row, target_row
-from prune_lightning.methods.sharing import agreed, shared_out
 from prune_lightning.methods.subject_walk import SubjectWalk
 from prune_lightning.methods.value import ValueOptions, Values, optimise_values
 from prune_lightning.methods.value_problem import RequestRows, ShiftSite
 from prune_lightning.models.contexts import ContextOptions, sample_prefixes
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.statistics import SecondMoment, SecondMoments
+from prune_lightning.sharing import agreed, shared_out
 from prune_lightning.types import EditRequest
 
 

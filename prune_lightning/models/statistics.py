@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +15,10 @@ from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import sampled_fingerprint
 from prune_lightning.models.hooks import record
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.loading import local_path
+from prune_lightning.models.running_moments import RunningMoments
 from prune_lightning.models.statistics_store import StatisticsStore
+from prune_lightning.sharing import everywhere, rank, world_size
 from prune_lightning.types import Track, untracked
 
 
@@ -79,7 +81,7 @@ class SecondMoments:
     """Takes the second moments of a model's keys over a corpus, all layers in one pass that ends above the last one.
 
     With a ``cache``, what was taken is kept there under the model's fingerprint, the corpus's, and these settings, and
-    a pass that was interrupted goes on where it was.
+    a pass that was interrupted goes on where it was. In a distributed run the batches are shared out.
 
     Args:
         corpus: The texts; ``None`` for the identity (an uncalibrated choice that some published settings make).
@@ -89,6 +91,8 @@ class SecondMoments:
         token_budget: Padded tokens per forward pass.
         cache: Folder for finished and interrupted statistics; ``None`` keeps nothing.
         save_every: Texts between two savings of an interrupted pass.
+        shipped: Folder of finished statistics that came with the model, looked into first and never written to;
+            ``pkg://package/folder`` for one in a package.
     """
 
     def __init__(
@@ -100,10 +104,12 @@ class SecondMoments:
         token_budget: int = 8192,
         cache: str | Path | None = None,
         save_every: int = 8192,
+        shipped: str | None = None,
     ) -> None:
         self.corpus, self.max_tokens, self.max_length = corpus, max_tokens, max_length
         self.ridge, self.token_budget = ridge, token_budget
         self.cache, self.save_every = Path(cache).expanduser() if cache else None, save_every
+        self.shipped = local_path(shipped) if shipped else None
         self.num_tokens = 0
         self.convergence = float("nan")
 
@@ -120,9 +126,14 @@ class SecondMoments:
         """
         if self.corpus is None:
             return {layer: SecondMoment(torch.eye(model.key_size(layer), device=model.device)) for layer in layers}
-        store = StatisticsStore(self.cache, self.manifest(model)) if self.cache else None
-        moments = store.load(layers, model.device) if store else None
-        if moments is None:
+        manifest = self.manifest(model)
+        for folder in (self.shipped, self.cache):
+            moments = StatisticsStore(folder, manifest).load(layers, model.device) if folder else None
+            if everywhere(moments is not None):
+                assert moments is not None
+                break
+        else:
+            store = StatisticsStore(self.cache, manifest) if self.cache else None
             moments = self._take(model, layers, self.corpus, store, track)
         return {layer: SecondMoment(self._damped(moment)) for layer, moment in moments.items()}
 
@@ -150,28 +161,30 @@ class SecondMoments:
         store: StatisticsStore | None,
         track: Track,
     ) -> dict[int, Tensor]:
-        begun = store.load_partial(layers, model.device) if store else None
-        sizes = [model.key_size(layer) for layer in layers]
-        running = _Running(**begun) if begun else _Running.begin(sizes, model.device)
+        running = RunningMoments([model.key_size(layer) for layer in layers], model.device)
+        if store:
+            store.load_partial(layers, running)
         modules = [model.rewrite_module(layer) for layer in layers]
         texts = iter(track(corpus.texts(), "statistics", len(corpus)))
         for _ in itertools.islice(texts, running.texts):  # what an interrupted pass has seen
             pass
         while window := list(itertools.islice(texts, min(2048, self.save_every))):
-            for batch in self._batches(self._pieces(model, window, running.tokens)):
-                ids, mask = model.tokens.pad(batch, model.device)
-                with record(inputs=modules) as seen:
-                    model(ids, mask)
-                running.add([seen.inputs[i][mask.bool()].double() for i in range(len(modules))])
+            for number, batch in enumerate(self._batches(self._pieces(model, window, running.tokens))):
+                running.count(sum(map(len, batch)))
+                if number % world_size() == rank():
+                    ids, mask = model.tokens.pad(batch, model.device)
+                    with record(inputs=modules) as seen:
+                        model(ids, mask)
+                    running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
             running.texts += len(window)
             if store and running.texts % self.save_every < len(window):
-                store.save_partial(layers, vars(running))
+                store.save_partial(layers, running)
             if self.max_tokens is not None and running.tokens >= self.max_tokens:
                 break
         if not running.tokens:
             raise UserError("the statistics corpus holds no text")
+        moments = dict(zip(layers, running.moments(), strict=True))
         self.num_tokens, self.convergence = running.tokens, running.convergence()
-        moments = {layer: total / running.tokens for layer, total in zip(layers, running.sums, strict=True)}
         if store:  # rounded as they are stored, so that a run from the cache is the same run
             moments = {layer: moment.float().double() for layer, moment in moments.items()}
             store.save(moments, {"tokens": running.tokens, "texts": running.texts, "convergence": self.convergence})
@@ -197,33 +210,3 @@ class SecondMoments:
             batch.append(piece)
         if batch:
             yield batch
-
-
-@dataclass
-class _Running:
-    """Sums so far, and what they were when half as many tokens or fewer had been seen."""
-
-    sums: list[Tensor]
-    half: list[Tensor]
-    tokens: int = 0
-    half_tokens: int = 0
-    texts: int = 0
-
-    @classmethod
-    def begin(cls, sizes: Sequence[int], device: torch.device) -> _Running:
-        first, second = ([torch.zeros(n, n, dtype=torch.float64, device=device) for n in sizes] for _ in range(2))
-        return cls(first, second)
-
-    def add(self, keys: Sequence[Tensor]) -> None:
-        if self.tokens >= 2 * max(self.half_tokens, 1):
-            self.half, self.half_tokens = [total.clone() for total in self.sums], self.tokens
-        for total, of_layer in zip(self.sums, keys, strict=True):
-            total.addmm_(of_layer.T, of_layer)
-        self.tokens += len(keys[0])
-
-    def convergence(self) -> float:
-        """Return the largest relative change of a layer's moment since then."""
-        if not self.half_tokens:
-            return float("nan")
-        pairs = [(now / self.tokens, then / self.half_tokens) for now, then in zip(self.sums, self.half, strict=True)]
-        return max(float((now - then).norm() / now.norm()) for now, then in pairs)

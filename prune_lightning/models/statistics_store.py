@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_lightning.errors import UserError
+from prune_lightning.models.running_moments import RunningMoments
+from prune_lightning.sharing import agreed, rank
 
 
 class StatisticsStore:
@@ -65,7 +67,9 @@ class StatisticsStore:
         aside.replace(path)
 
     def save(self, moments: Mapping[int, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write finished statistics and delete what an interrupted pass left."""
+        """Write finished statistics and delete what an interrupted pass left; the first process does."""
+        if rank():
+            return
         for layer, moment in moments.items():
             self._write(self._path(layer), {"second_moment": moment.float()}, facts)
         self._partial(list(moments)).unlink(missing_ok=True)
@@ -73,18 +77,22 @@ class StatisticsStore:
     def _partial(self, layers: Sequence[int]) -> Path:
         return self.folder / f"unfinished_{'_'.join(map(str, layers))}.safetensors"
 
-    def save_partial(self, layers: Sequence[int], state: Mapping[str, Any]) -> None:
-        """Write the sums of a pass under way."""
-        tensors = {f"{kind}.{i}": t for kind in ("sums", "half") for i, t in enumerate(state[kind])}
-        counts = torch.tensor([state[key] for key in ("tokens", "half_tokens", "texts")])
-        self._write(self._partial(layers), {**tensors, "counts": counts}, {})
+    def save_partial(self, layers: Sequence[int], running: RunningMoments) -> None:
+        """Bring the sums of a pass under way together and write them."""
+        running.gather()
+        if not rank():
+            tensors = {f"{kind}.{i}": t for kind in ("sums", "half") for i, t in enumerate(getattr(running, kind))}
+            counts = torch.tensor([running.tokens, running.half_tokens, running.texts])
+            self._write(self._partial(layers), {**tensors, "counts": counts}, {})
 
-    def load_partial(self, layers: Sequence[int], device: torch.device) -> dict[str, Any] | None:
-        """Return the sums of a pass under way, or ``None``."""
-        path = self._partial(layers)
-        if not path.exists():
-            return None
-        tensors = self._read(path)
-        tokens, half_tokens, texts = tensors["counts"].tolist()
-        sums, half = ([tensors[f"{kind}.{i}"].to(device) for i in range(len(layers))] for kind in ("sums", "half"))
-        return {"sums": sums, "half": half, "tokens": tokens, "half_tokens": half_tokens, "texts": texts}
+    def load_partial(self, layers: Sequence[int], running: RunningMoments) -> None:
+        """Go on from the sums of a pass that was interrupted, if there was one: the first process takes them."""
+        path, counts = self._partial(layers), None
+        if not rank() and path.exists():
+            tensors = self._read(path)
+            counts = tensors["counts"].tolist()
+            for kind in ("sums", "half"):
+                for i, total in enumerate(getattr(running, kind)):
+                    total.copy_(tensors[f"{kind}.{i}"])
+        if counts := agreed(counts):
+            running.tokens, running.half_tokens, running.texts = counts

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -14,6 +15,27 @@ Result = TypeVar("Result")
 def world_size() -> int:
     """Return the number of processes, one outside of a distributed run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number, zero outside of a distributed run."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over the processes."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def everywhere(answer: bool) -> bool:
+    """Whether the answer is yes on every process."""
+    if world_size() == 1:
+        return answer
+    answers: list[bool] = [False] * world_size()
+    dist.all_gather_object(answers, answer)
+    return all(answers)
 
 
 def agreed(value: Item) -> Item:
@@ -36,8 +58,7 @@ def shared_out(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Resu
     size = world_size()
     if size == 1:
         return work(items)
-    rank = dist.get_rank()
-    mine = items[rank::size]
+    mine = items[rank() :: size]
     gathered: list[list[Result]] = [[] for _ in range(size)]
     dist.all_gather_object(gathered, work(mine) if mine else [])
     return [gathered[i % size][i // size] for i in range(len(items))]

@@ -1,0 +1,80 @@
+"""Sums of key products under way: blockwise, in fp64, shared out over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prune_lightning.sharing import add_up, rank
+
+_BLOCK = 512
+
+
+class RunningMoments:
+    r"""Upper triangles of :math:`\sum_i k_i k_i^\top`, one per layer, and what they were with half as many tokens.
+
+    The products of a batch are taken in the keys' precision, fp32 at least, and added up in fp64. In a distributed run
+    every process adds its share of the batches and counts all of them.
+
+    Args:
+        sizes: Width of the keys of each layer.
+        device: Where the sums lie.
+
+    Attributes:
+        tokens: Tokens counted.
+        texts: Texts that they came from; kept for whoever goes on after an interruption.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        self.sums, self.half = (
+            [torch.zeros(n, n, dtype=torch.float64, device=device) for n in sizes] for _ in range(2)
+        )
+        self.tokens, self.half_tokens, self.texts = 0, 0, 0
+
+    def count(self, tokens: int) -> None:
+        """Count a batch, whoever adds it; call before :meth:`add`."""
+        if self.tokens >= 2 * max(self.half_tokens, 1):
+            self.half, self.half_tokens = [total.clone() for total in self.sums], self.tokens
+        self.tokens += tokens
+
+    def add(self, keys: Sequence[Tensor]) -> None:
+        """Add a batch.
+
+        Args:
+            keys: Per layer, shape ``(tokens, in_features)``.
+        """
+        for total, of_layer in zip(self.sums, keys, strict=True):
+            exact = of_layer if of_layer.dtype == torch.float64 else of_layer.float()
+            for start in range(0, len(total), _BLOCK):  # the other triangle is its mirror image
+                total[start : start + _BLOCK, start:] += exact[:, start : start + _BLOCK].T @ exact[:, start:]
+
+    def gather(self) -> None:
+        """Bring all sums to the first process; the others go on from zero."""
+        tensors = [*self.sums, *self.half]
+        add_up(tensors)
+        if rank():
+            for tensor in tensors:
+                tensor.zero_()
+
+    def moments(self) -> list[Tensor]:
+        """Return the second moments, on every process."""
+        add_up(self.sums)
+        add_up(self.half)
+        return [_mirrored(total) / self.tokens for total in self.sums]
+
+    def convergence(self) -> float:
+        """Return the largest relative change of a layer's moment since half as many tokens; after :meth:`moments`."""
+        if not self.half_tokens:
+            return float("nan")
+        changes = [
+            float((_mirrored(now) / self.tokens - _mirrored(then) / self.half_tokens).norm() / _mirrored(now).norm())
+            for now, then in zip(self.sums, self.half, strict=True)
+        ]
+        return max(changes) * self.tokens
+
+
+def _mirrored(triangle: Tensor) -> Tensor:
+    upper = triangle.triu()
+    return upper + upper.triu(1).T
