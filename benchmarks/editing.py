@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from shapes import SHAPES, random_model
 from timing import clock
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
@@ -34,40 +34,14 @@ from prune_lightning.methods.value import ValueOptions
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.types import EditRequest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from plain_values import plain_value
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257},
-    "llama-3-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-    },
-}
 LAYERS = {"gpt2": {"rome": [5], "memit": [3, 4, 5, 6, 7]}, "llama-3-8b": {"rome": [5], "memit": [4, 5, 6, 7, 8]}}
 WORDS = ("The", "river", "runs", "slowly", "through", "an", "old", "town", "where", "nobody", "has", "lived", "for")
-
-
-def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    """Return a model of a shape with random weights and the bundled model's tokenizer."""
-    settings = dict(SHAPES[shape])
-    config = AutoConfig.for_model(
-        settings.pop("model_type"), pad_token_id=0, bos_token_id=0, eos_token_id=0, **settings
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return LanguageModel(model, load_language_model("pkg://prune_lightning.bundled/model").tokens.tokenizer)
 
 
 def prefixes(count: int) -> list[str]:

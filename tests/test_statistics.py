@@ -80,7 +80,7 @@ def test_the_bundled_models_are_shipped_with_it(bundled_shared, monkeypatch):
     shipped = instantiate(config, _convert_="all")
     taken = instantiate(config, shipped=None, _convert_="all").compute(bundled_shared, [1])[1].matrix
     with monkeypatch.context() as patched:
-        patched.setattr(SecondMoments, "_take", None)
+        patched.setattr(SecondMoments, "take", None)
         read = shipped.compute(bundled_shared, [0, 1])[1].matrix
     assert torch.allclose(read, taken, rtol=1e-5, atol=1e-6 * float(taken.abs().max()))
     shipped.max_length = 20

@@ -94,6 +94,12 @@ class EditingModule(L.LightningModule, ABC):
     def forget(self) -> None:
         """Forget everything that :meth:`applied` took note of."""
 
+    def upcoming(self, count: int) -> list[EditRequest]:
+        """Return the next requests of the stream, ``count`` at most; none outside of a Trainer with an edit stream."""
+        trainer = self._trainer
+        requests = getattr(getattr(trainer, "datamodule", None), "requests", ())
+        return list(requests[self.num_edits : self.num_edits + count])
+
     def write(self, requests: Sequence[EditRequest], updates: Mapping[str, WeightUpdate]) -> None:
         """Write updates into the weights."""
         for name, update in updates.items():

@@ -11,6 +11,8 @@ from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.types import EditRequest, WeightUpdate
 
+LOOK_AHEAD = 16  # requests whose keys are computed in one pass
+
 
 class ROME(LocateThenEdit):
     r"""Insert one key-value pair at the cost of least change to all others (eq. 2):
@@ -20,8 +22,13 @@ class ROME(LocateThenEdit):
 
     with :math:`\bar k` the mean key over all prefixes and :math:`k` the key of the clean prompt, as published. The
     denominator can come close to zero, or be negative, which blows the update up; :class:`~.r_rome.RROME` mends that.
-    Several requests of a batch, and several layers, are written one after another.
+    Several requests of a batch, and several layers, are written one after another. Edits do not reach the keys of the
+    first edited layer, so these are computed for many requests of the stream in one pass.
     """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._chosen: dict[EditRequest, tuple[Tensor, Tensor]] = {}
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
         """Return one rank-one update per request and layer, side by side."""
@@ -38,13 +45,22 @@ class ROME(LocateThenEdit):
         return {name: WeightUpdate.sum(parts) for name, parts in updates.items()}, details
 
     def _rank_one(self, request: EditRequest, layer: int, target: Tensor) -> WeightUpdate:
-        keys = self.subject_keys([request], [layer])[layer][0]
-        whitened, written = self.choose(keys)
+        whitened, written = self._keys(request, layer)
         direction = self.moments[layer].solve(whitened[:, None])
         direction = direction / direction.norm()
         output = self.language_model.rewrite_output(layer, written)
         left = (target.double() - output.double())[:, None] / (written @ direction[:, 0])
         return WeightUpdate(left, direction)
+
+    def _keys(self, request: EditRequest, layer: int) -> tuple[Tensor, Tensor]:
+        if layer != self.layers[0]:
+            return self.choose(self.subject_keys([request], [layer])[layer][0])
+        if request not in self._chosen:
+            ahead = self.upcoming(LOOK_AHEAD)
+            requests = ahead if request in ahead else [request]
+            keys = self.subject_keys(requests, [layer])[layer]
+            self._chosen = {one: self.choose(of_one) for one, of_one in zip(requests, keys, strict=True)}
+        return self._chosen[request]
 
     def choose(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         r"""Choose the key that gives the direction :math:`u`, and the one that shall be mapped to the value.

@@ -134,7 +134,7 @@ class SecondMoments:
                 break
         else:
             store = StatisticsStore(self.cache, manifest) if self.cache else None
-            moments = self._take(model, layers, self.corpus, store, track)
+            moments = self.take(model, layers, store, track)
         return {layer: SecondMoment(self._damped(moment)) for layer, moment in moments.items()}
 
     def manifest(self, model: LanguageModel) -> dict[str, Any]:
@@ -153,14 +153,23 @@ class SecondMoments:
         return moment
 
     @torch.no_grad()
-    def _take(
+    def take(
         self,
         model: LanguageModel,
         layers: Sequence[int],
-        corpus: Corpus,
-        store: StatisticsStore | None,
-        track: Track,
+        store: StatisticsStore | None = None,
+        track: Track = untracked,
     ) -> dict[int, Tensor]:
+        """Run the corpus through the model and return the bare second moments, fp64; see :meth:`compute`.
+
+        Args:
+            model: The unedited model.
+            layers: Layers wanted.
+            store: Where to go on from and to leave the result, if anywhere.
+            track: Watches the corpus go by.
+        """
+        corpus = self.corpus
+        assert corpus is not None
         running = RunningMoments([model.key_size(layer) for layer in layers], model.device)
         if store:
             store.load_partial(layers, running)
@@ -169,7 +178,7 @@ class SecondMoments:
         for _ in itertools.islice(texts, running.texts):  # what an interrupted pass has seen
             pass
         while window := list(itertools.islice(texts, min(2048, self.save_every))):
-            for number, batch in enumerate(self._batches(self._pieces(model, window, running.tokens))):
+            for number, batch in enumerate(self.batches(self._pieces(model, window, running.tokens))):
                 running.count(sum(map(len, batch)))
                 if number % world_size() == rank():
                     ids, mask = model.tokens.pad(batch, model.device)
@@ -200,8 +209,8 @@ class SecondMoments:
                 left -= len(pieces[-1])
         return pieces
 
-    def _batches(self, pieces: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-        """Group pieces of similar length."""
+    def batches(self, pieces: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+        """Yield groups of pieces of similar length, each within the token budget once padded."""
         batch: list[list[int]] = []
         for piece in sorted(pieces, key=len):
             if batch and (len(batch) + 1) * len(piece) > self.token_budget:
