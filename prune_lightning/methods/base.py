@@ -21,7 +21,7 @@ from prune_lightning.methods.sharing import agreed
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.spectral import NonFiniteChange
-from prune_lightning.types import EditBatch, EditReport, EditRequest, Track, WeightUpdate, untracked
+from prune_lightning.types import EditBatch, EditReport, EditRequest, MatrixUpdate, Track, untracked
 
 COMPARE_EVERY = 100  # edits between two comparisons of the processes' weights
 
@@ -83,10 +83,13 @@ class EditingModule(L.LightningModule, ABC):
         """Compute, on the unedited model, what all edits need; a restart of the stream does not need it again."""
 
     @abstractmethod
-    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
+    def compute_update(
+        self, requests: Sequence[EditRequest]
+    ) -> tuple[Mapping[str, MatrixUpdate], list[dict[str, Any]]]:
         """Return the update of each edited weight, by name, and per request what there is to tell.
 
-        The weights are bit-equal to what they were when this returns.
+        An update is factored where the method knows factors, dense otherwise. The weights are bit-equal to what they
+        were when this returns.
         """
 
     def applied(self, requests: Sequence[EditRequest]) -> None:
@@ -95,7 +98,7 @@ class EditingModule(L.LightningModule, ABC):
     def forget(self) -> None:
         """Forget everything that :meth:`applied` took note of."""
 
-    def write(self, requests: Sequence[EditRequest], updates: Mapping[str, WeightUpdate]) -> None:
+    def write(self, requests: Sequence[EditRequest], updates: Mapping[str, MatrixUpdate]) -> None:
         """Write updates into the weights."""
         for name, update in updates.items():
             self.edited_matrices()[name].add(update)
