@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -116,6 +116,32 @@ class WeightUpdate:
     def is_finite(self) -> bool:
         """Whether no entry of the factors is NaN or infinite."""
         return bool(torch.isfinite(self.left).all() and torch.isfinite(self.right).all())
+
+
+@dataclass(frozen=True)
+class DenseUpdate:
+    r"""A change of one weight matrix that has no factors worth keeping, such as that of fine-tuning.
+
+    Args:
+        matrix: :math:`\Delta`, shape ``(out_features, in_features)`` however the layer stores its weight.
+    """
+
+    matrix: Tensor
+
+    def dense(self) -> Tensor:
+        """Return the update as a matrix ``(out_features, in_features)``."""
+        return self.matrix
+
+    def norm(self) -> float:
+        """Return the Frobenius norm."""
+        return float(self.matrix.double().norm())
+
+    def is_finite(self) -> bool:
+        """Whether no entry is NaN or infinite."""
+        return bool(torch.isfinite(self.matrix).all())
+
+
+MatrixUpdate: TypeAlias = WeightUpdate | DenseUpdate
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def targets(node) -> list[str]:
 @pytest.mark.parametrize("method", options("method"))
 def test_method_has_settings_for_model(model, method):
     config = compose(f"model={model}", f"method={method}")
-    assert list(config.method.layers) == sorted(config.method.layers)
+    layers = config.method.layers or []  # none named: all
+    assert list(layers) == sorted(layers)
     assert not OmegaConf.missing_keys(config)
 
 
@@ -62,6 +63,10 @@ def test_published_settings_reach_the_method():
     )
     assert list(compose("model=gpt2-xl", "method=r_rome").method.layers) == [17]
     assert compose("model=gpt2-xl", "method=memit", "method.ridge=7").method.ridge == 7
+    constrained = compose("model=gpt-j-6b", "method=ft_l").method
+    assert (list(constrained.layers), constrained.epsilon, constrained.loss) == ([0], 5e-5, "prompt_last")
+    adapters = compose("model=llama-2-7b", "method=adalora").method
+    assert (list(adapters.target_modules), adapters.steps, adapters.rank) == (["q_proj", "v_proj"], 70, 8)
 
 
 @pytest.mark.parametrize("option", options("restraint"))

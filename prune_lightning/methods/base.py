@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -21,7 +21,7 @@ from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.sharing import agreed
 from prune_lightning.spectral import NonFiniteChange
-from prune_lightning.types import EditBatch, EditReport, EditRequest, Track, WeightUpdate, untracked
+from prune_lightning.types import EditBatch, EditReport, EditRequest, MatrixUpdate, Track, untracked
 
 COMPARE_EVERY = 100  # edits between two comparisons of the processes' weights
 
@@ -47,7 +47,8 @@ class EditingModule(L.LightningModule, ABC):
 
     Args:
         language_model: The model to edit.
-        layers: Indices of the blocks whose MLP down-projection is edited, ascending.
+        layers: Indices of the blocks that are edited, ascending; their MLP down-projection unless the method says
+            otherwise (:meth:`edited_modules`).
 
     Attributes:
         non_finite: What to do with an update that holds NaN or infinity; it is never written. ``skip`` it and say so,
@@ -82,10 +83,13 @@ class EditingModule(L.LightningModule, ABC):
         """Compute, on the unedited model, what all edits need; a restart of the stream does not need it again."""
 
     @abstractmethod
-    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
+    def compute_update(
+        self, requests: Sequence[EditRequest]
+    ) -> tuple[Mapping[str, MatrixUpdate], list[dict[str, Any]]]:
         """Return the update of each edited weight, by name, and per request what there is to tell.
 
-        The weights are bit-equal to what they were when this returns.
+        An update is factored where the method knows factors, dense otherwise. The weights are bit-equal to what they
+        were when this returns.
         """
 
     def applied(self, requests: Sequence[EditRequest]) -> None:
@@ -100,20 +104,28 @@ class EditingModule(L.LightningModule, ABC):
         requests = getattr(getattr(trainer, "datamodule", None), "requests", ())
         return list(requests[self.num_edits : self.num_edits + count])
 
-    def write(self, requests: Sequence[EditRequest], updates: Mapping[str, WeightUpdate]) -> None:
+    def write(self, requests: Sequence[EditRequest], updates: Mapping[str, MatrixUpdate]) -> None:
         """Write updates into the weights."""
         for name, update in updates.items():
             self.edited_matrices()[name].add(update)
         self.applied(requests)
 
     # -- the matrices ---------------------------------------------------------------------------------------------
+    def edited_modules(self) -> Mapping[str, nn.Module]:
+        """Return the modules whose weight is edited, by the weight's qualified name in the ``transformers`` model.
+
+        The MLP down-projections of :attr:`layers`; a method that edits others names them here.
+        """
+        model = self.language_model
+        return {model.rewrite_name(layer): model.rewrite_module(layer) for layer in self.layers}
+
     def edited_matrices(self) -> Mapping[str, EditedMatrix]:
         """Return the matrices under edit, by the name of their weight."""
         if self._matrices is None:
-            self._matrices = {}
-            for layer in self.layers:
-                module, name = self.language_model.rewrite_module(layer), self.language_model.rewrite_name(layer)
-                self._matrices[name] = EditedMatrix(name, module.weight, stores_transposed(module))
+            self._matrices = {
+                name: EditedMatrix(name, cast(nn.Parameter, module.weight), stores_transposed(module))
+                for name, module in self.edited_modules().items()
+            }
         return self._matrices
 
     def restore(self) -> None:

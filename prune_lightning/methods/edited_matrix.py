@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lightning.spectral import AccumulatedChange
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import MatrixUpdate, WeightUpdate
 
 
 class EditedMatrix:
@@ -36,7 +36,7 @@ class EditedMatrix:
     def _start(self) -> None:
         self.change = AccumulatedChange(self.original())
         self.withheld: WeightUpdate | None = None
-        self._last: WeightUpdate | None = None
+        self._last: MatrixUpdate | None = None
 
     def _turned(self, stored: Tensor) -> Tensor:
         return stored.T if self.transposed else stored
@@ -63,11 +63,11 @@ class EditedMatrix:
         """Return the update of this step as it was computed; zero if none was written."""
         return torch.zeros_like(self.change.master) if self._last is None else self._last.dense().to(self.change.master)
 
-    def can_hold(self, update: WeightUpdate) -> bool:
+    def can_hold(self, update: MatrixUpdate) -> bool:
         """Whether an update is finite, also in the weight's dtype."""
         return update.is_finite() and update.norm() < torch.finfo(self.parameter.dtype).max
 
-    def add(self, update: WeightUpdate) -> None:
+    def add(self, update: MatrixUpdate) -> None:
         """Accumulate one update and write the weight."""
         self.change.add(update)
         self._last = update
@@ -98,7 +98,7 @@ class EditedMatrix:
         self.change.write(self.weight(), self.original(), self.withheld)
 
     @torch.no_grad()
-    def add_provisionally(self, update: WeightUpdate) -> None:
+    def add_provisionally(self, update: MatrixUpdate) -> None:
         """Change the live weight only; whoever does so puts it back (see ``EditingModule.provisional``)."""
         weight = self.weight()
         weight.copy_(self.original().to(self.change.master) + self.delta() + update.dense().to(self.change.master))

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class _Reached(Exception):
@@ -118,6 +119,21 @@ def pass_through(modules: Sequence[nn.Module], in_tuple: bool) -> Iterator[None]
 def replace_output(module: nn.Module, output: Any) -> Iterator[None]:
     """Let a module return ``output`` inside the block, whatever comes in."""
     module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def replace_weight(module: nn.Module, weight: Tensor) -> Iterator[None]:
+    """Let a ``Linear`` or ``Conv1D`` compute with another weight inside the block; gradients flow to it.
+
+    Args:
+        module: The module; its bias stays.
+        weight: ``(out_features, in_features)`` whatever the module stores, cast to the dtype of what comes in.
+    """
+    module.forward = lambda hidden: functional.linear(hidden, weight.to(hidden.dtype), module.bias)  # type: ignore[method-assign,arg-type]
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_lightning.errors import UserError
+from prune_lightning.errors import UserError, near
 from prune_lightning.models.family import ModelFamily, stores_transposed
 from prune_lightning.models.hooks import edit_input
 from prune_lightning.models.tokenization import Tokens
@@ -105,6 +105,20 @@ class LanguageModel(nn.Module):
     def rewrite_name(self, layer: int) -> str:
         """Return the qualified name of the edited weight of ``layer`` in the ``transformers`` model."""
         return self.family.rewrite.format(layer) + ".weight"
+
+    def modules_named(self, layer: int, names: Sequence[str]) -> dict[str, nn.Module]:
+        """Return the modules of block ``layer`` whose own name is one of ``names``, by their path in the model.
+
+        Raises:
+            UserError: No module of the block has one of the names.
+        """
+        prefix = self.family.block.format(layer)
+        inside = {path: module for path, module in self.block(layer).named_modules() if path}
+        own = {path: path.rpartition(".")[2] for path in inside}
+        for name in names:
+            if name not in own.values():
+                raise UserError(f"no module {name!r} in {prefix}: {near(name, sorted(set(own.values())))}")
+        return {f"{prefix}.{path}": inside[path] for path in inside if own[path] in names}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
         """Return logits, shape ``(rows, length, vocabulary)``; inputs are right-padded, ``kwargs`` are the model's."""

@@ -8,13 +8,13 @@ from torch import Tensor
 from prune_lightning.spectral.diagnostics import singular_values
 from prune_lightning.spectral.factored import FactoredMatrix
 from prune_lightning.spectral.triplets import Triplets, fp64, triplets_above
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import DenseUpdate, MatrixUpdate, WeightUpdate
 
 _FACTORED_UP_TO = 0.75  # of the smaller side; beyond it the dense path is as good and needs no more memory
 
 
 class AccumulatedChange:
-    r"""A sum of low-rank updates, :math:`\Delta = \sum_i A_i B_i^\top`.
+    r"""A sum of updates, :math:`\Delta = \sum_i A_i B_i^\top`, as long as all of them are of low rank.
 
     The dense master has the weight's precision, fp32 at least. The factors, fp64, follow lazily: they are brought up to
     date when a spectrum is asked for, and given up once the rank reaches three quarters of the smaller side or a dense
@@ -33,8 +33,12 @@ class AccumulatedChange:
         self._pending: list[WeightUpdate] = []
 
     @torch.no_grad()
-    def add(self, update: WeightUpdate) -> None:
-        """Add an update."""
+    def add(self, update: MatrixUpdate) -> None:
+        """Add an update; a dense one ends the factored form."""
+        if isinstance(update, DenseUpdate):
+            self.master.add_(update.matrix.to(self.master))
+            self._make_dense()
+            return
         self.master.addmm_(update.left.to(self.master), update.right.to(self.master).T)
         if self._factored is not None:
             self._pending.append(update)

@@ -1,0 +1,154 @@
+"""Fine-tuning of down-projections: FT, FT-L and FT-M, as ROME's and EasyEdit's comparisons run them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from prune_lightning.errors import UserError, one_of
+from prune_lightning.methods.base import EditingModule
+from prune_lightning.methods.target_batch import LOSSES, TargetBatch
+from prune_lightning.methods.tuning_problem import UpperWeights, WeightProblem, WholeWeights
+from prune_lightning.models.cached_forward import reproduces
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.types import DenseUpdate, EditRequest
+
+
+class FineTuning(EditingModule):
+    r"""Train the down-projections of some layers by Adam until the model says the targets.
+
+    Two things vary, and two papers' names for them clash:
+
+    ========================  ===================  ==========================
+    constraint \ loss         ``target``           ``prompt_last``
+    ========================  ===================  ==========================
+    none                      EasyEdit's FT-M      ROME's FT, EasyEdit's FT-L
+    :math:`L_\infty`                               ROME's FT+L
+    ========================  ===================  ==========================
+
+    See :class:`~.target_batch.TargetBatch` for the losses. The constraint (Zhu et al. 2020,
+    https://arxiv.org/abs/2012.00363) keeps :math:`\lVert W - \bar W \rVert_\infty \le \epsilon`, enforced after each
+    step. The published code takes for :math:`\bar W` the weight as it is when an edit begins, so that a stream of N
+    edits can drift by :math:`N\epsilon`; ``anchor=original`` holds the whole stream within :math:`\epsilon`.
+
+    An edit makes at most ``steps`` passes over its requests, ``batch_size`` at a time. What is trained is the change,
+    in fp32 at least; a 16-bit model runs with the sum rounded once. Biases stay (the published code trains the
+    down-projection's bias along where there is one). Every process of a distributed run computes the same update.
+
+    Args:
+        language_model: The model to edit.
+        layers: Layers whose down-projection is trained.
+        loss: ``target`` or ``prompt_last``.
+        epsilon: :math:`\epsilon`; ``None`` for no constraint.
+        anchor: :math:`\bar W`: ``current`` or ``original`` weights.
+        steps: Passes over the requests.
+        learning_rate: Adam's learning rate.
+        batch_size: Requests per step of Adam.
+        skip_loss: No step is made where the loss of a batch is below this.
+        stop_loss: Stop after a pass with a mean loss below this.
+        fast: Run only what depends on the trained weights. The plain path computes the same from the whole model.
+
+    Raises:
+        UserError: An unknown loss or anchor, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        language_model: LanguageModel,
+        layers: Sequence[int],
+        loss: str,
+        epsilon: float | None = None,
+        anchor: str = "current",
+        steps: int = 25,
+        learning_rate: float = 5e-4,
+        batch_size: int = 1,
+        skip_loss: float = 1e-2,
+        stop_loss: float = 1e-2,
+        fast: bool = True,
+    ) -> None:
+        super().__init__(language_model, layers)
+        one_of("method.loss", loss, LOSSES)
+        one_of("method.anchor", anchor, ("current", "original"))
+        if epsilon is not None and not epsilon > 0:
+            raise UserError(f"method.epsilon is expected to be positive, or null for no constraint, but got {epsilon}")
+        if steps < 1 or batch_size < 1 or not learning_rate > 0:
+            raise UserError(
+                "method.steps and method.batch_size are expected to be at least 1 and method.learning_rate to be "
+                f"positive, but got {steps}, {batch_size} and {learning_rate}"
+            )
+        self.loss, self.epsilon, self.anchor = loss, epsilon, anchor
+        self.steps, self.learning_rate, self.batch_size = steps, learning_rate, batch_size
+        self.skip_loss, self.stop_loss, self.fast = skip_loss, stop_loss, fast
+        self._checked = False
+
+    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, DenseUpdate], list[dict[str, Any]]]:
+        """Return what the training moved each weight by, dense."""
+        matrices = dict(zip(self.layers, self.edited_matrices().values(), strict=True))
+        carried = {layer: matrix.delta() for layer, matrix in matrices.items()}
+        base = {layer: carried[layer] + matrix.original() for layer, matrix in matrices.items()}
+        changes = {layer: torch.zeros_like(delta, requires_grad=True) for layer, delta in carried.items()}
+        bounds = {layer: self._bounds(delta) for layer, delta in carried.items()} if self.epsilon else {}
+        chunks = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
+        batches = [TargetBatch(self.language_model, chunk, self.loss) for chunk in chunks]
+        problems = [self._problem(batch, base) for batch in batches]
+        optimizer = torch.optim.Adam(changes.values(), lr=self.learning_rate)
+        history: list[Tensor] = []  # per pass, the loss of each request before the step of its batch
+        made = [0] * len(chunks)
+        for _ in range(self.steps):
+            losses = []
+            for index, (batch, problem) in enumerate(zip(batches, problems, strict=True)):
+                with torch.enable_grad():
+                    each = batch.losses(problem.logits({layer: base[layer] + changes[layer] for layer in changes}))
+                losses.append(each.detach())
+                if float(each.detach().mean()) >= self.skip_loss:
+                    optimizer.zero_grad()
+                    each.mean().backward()
+                    optimizer.step()
+                    made[index] += 1
+                    self._constrain(changes, bounds)
+            history.append(torch.cat(losses))
+            if float(history[-1].mean()) < self.stop_loss:
+                break
+        steps = [count for count, chunk in zip(made, chunks, strict=True) for _ in chunk]
+        details = [
+            {"steps": count, "losses": of_request}
+            for count, of_request in zip(steps, torch.stack(history, dim=1).tolist(), strict=True)
+        ]
+        return {matrices[layer].name: DenseUpdate(change.detach()) for layer, change in changes.items()}, details
+
+    def _bounds(self, carried: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return between which matrices the change may lie, given the one that the weight carries already."""
+        assert self.epsilon is not None
+        centre = -carried if self.anchor == "original" else torch.zeros_like(carried)
+        return centre - self.epsilon, centre + self.epsilon
+
+    @staticmethod
+    @torch.no_grad()
+    def _constrain(changes: dict[int, Tensor], bounds: dict[int, tuple[Tensor, Tensor]]) -> None:
+        for layer, (lowest, highest) in bounds.items():
+            changes[layer].clamp_(lowest, highest)
+
+    def _problem(self, batch: TargetBatch, base: dict[int, Tensor]) -> WeightProblem:
+        """Return the fast path unless it has been found not to say what the whole model says."""
+        if self.fast:
+            problem = UpperWeights(self.language_model, self.layers[0], batch)
+            if self._checked or self._fits(problem, batch, base):
+                self._checked = True
+                return problem
+            self.fast = False
+            rank_zero_warn(
+                f"the fast path does not fit {type(self.language_model.model).__name__}; the whole model runs at every "
+                "step"
+            )
+        return WholeWeights(self.language_model, batch)
+
+    @torch.no_grad()
+    def _fits(self, problem: WeightProblem, batch: TargetBatch, base: dict[int, Tensor]) -> bool:
+        """Whether both paths answer alike to other weights than the present ones."""
+        others = {layer: 1.1 * weight for layer, weight in base.items()}
+        return reproduces(problem.logits(others), WholeWeights(self.language_model, batch).logits(others))

@@ -1,0 +1,227 @@
+"""LoRA: low-rank adaptation (Hu et al., ICLR 2022, https://arxiv.org/abs/2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from peft import LoraConfig, LoraModel
+from peft.tuners.tuners_utils import cast_adapter_dtype
+from torch import Tensor, nn
+
+from prune_lightning.errors import UserError
+from prune_lightning.methods.base import EditingModule
+from prune_lightning.methods.target_batch import TargetBatch
+from prune_lightning.methods.tuning_problem import AboveBlock
+from prune_lightning.models.cached_forward import reproduces
+from prune_lightning.models.family import stores_transposed
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.types import EditRequest, WeightUpdate
+
+ADAPTER = "edit"
+
+
+class LoRA(EditingModule):
+    r"""Train :math:`\Delta = \frac{\alpha}{r} B A` on the cross-entropy of the targets and merge it into the weights.
+
+    Adapters are ``peft``'s and sit in the model only while an edit is computed: their factors become the update, and
+    the model's own modules are put back. They are trained in fp32 at least, with their dropout on and the model's off.
+    By default each edit has adapters of its own; ``keep=true`` trains the same ones on, as EasyEdit's do, and writes
+    the difference. There is no early stop, as published. Every process of a distributed run computes the same update.
+
+    Args:
+        language_model: The model to edit.
+        layers: Blocks that get adapters; ``None`` for all.
+        target_modules: Names of the modules in these blocks that get one, e.g. ``q_proj``; ``None`` for the MLP's
+            down-projection.
+        rank: :math:`r`.
+        alpha: :math:`\alpha`.
+        dropout: Dropout of what enters :math:`A` in training.
+        steps: Passes over the requests of an edit.
+        learning_rate: Adam's learning rate.
+        batch_size: Requests per step of Adam.
+        keep: Train one set of adapters throughout the stream.
+        seed: Seed of the initial :math:`A` and of the dropout, together with the number of edits before.
+        fast: Run only the blocks with adapters, and those above. The plain path computes the same from the whole model.
+
+    Raises:
+        UserError: A number out of range, or a name that no module of an edited block has.
+    """
+
+    def __init__(
+        self,
+        *,
+        language_model: LanguageModel,
+        layers: Sequence[int] | None = None,
+        target_modules: Sequence[str] | None = None,
+        rank: int = 8,
+        alpha: float = 32,
+        dropout: float = 0.1,
+        steps: int = 70,
+        learning_rate: float = 5e-3,
+        batch_size: int = 1,
+        keep: bool = False,
+        seed: int = 0,
+        fast: bool = True,
+    ) -> None:
+        super().__init__(language_model, range(language_model.num_layers) if layers is None else layers)
+        if min(rank, steps, batch_size) < 1 or not learning_rate > 0 or not alpha > 0 or not 0 <= dropout < 1:
+            raise UserError(
+                "method.rank, method.steps and method.batch_size are expected to be at least 1, method.learning_rate "
+                "and method.alpha to be positive, and method.dropout to be in [0, 1), but got "
+                f"{rank}, {steps}, {batch_size}, {learning_rate}, {alpha} and {dropout}"
+            )
+        self.target_modules = tuple(target_modules or ())
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.steps, self.learning_rate, self.batch_size = steps, learning_rate, batch_size
+        self.keep, self.seed, self.fast = keep, seed, fast
+        self._modules_by_name = self._find_modules()
+        self._kept: dict[str, Tensor] = {}  # parameters of the adapters that are trained on
+        self._candidate: dict[str, Tensor] = {}
+        self._merged: dict[str, WeightUpdate] = {}  # what these have come to
+        self._new: dict[str, WeightUpdate] = {}
+
+    # -- what is edited -------------------------------------------------------------------------------------------
+    def edited_modules(self) -> Mapping[str, nn.Module]:
+        """Return the modules that get an adapter, by the name of their weight."""
+        return self._modules_by_name
+
+    def _find_modules(self) -> Mapping[str, nn.Module]:
+        if not self.target_modules:
+            return super().edited_modules()
+        found: dict[str, nn.Module] = {}
+        for layer in self.layers:
+            inside = self.language_model.modules_named(layer, self.target_modules)
+            found |= {f"{path}.weight": module for path, module in inside.items()}
+        return found
+
+    # -- one edit -------------------------------------------------------------------------------------------------
+    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
+        """Return the merged adapters; kept ones as the difference to what has been written of them before."""
+        chunks = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
+        with self._own_randomness(), self.provisional():
+            for name, update in self._merged.items():
+                self.edited_matrices()[name].add_provisionally(negative(update))
+            with self._adapters(self.steps * len(chunks)) as tuner:
+                self._take_up(self._kept)
+                losses = self._train(tuner, chunks)
+                self._new = {name: self.merged(self.adapted(name)) for name in self.edited_matrices()}
+                self._candidate = {name: p.detach().clone() for name, p in self._trained()}
+        updates = {
+            name: WeightUpdate.sum([update, negative(self._merged[name])]) if self._merged else update
+            for name, update in self._new.items()
+        }
+        return updates, [{"steps": self.steps, "losses": of_request} for of_request in losses.T.tolist()]
+
+    def applied(self, requests: Sequence[EditRequest]) -> None:
+        """Go on with the adapters that have just been written, if they are kept."""
+        if self.keep:
+            self._kept, self._merged = self._candidate, self._new
+
+    def forget(self) -> None:
+        """Begin with new adapters."""
+        self._kept, self._merged = {}, {}
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Draw the same numbers for the same edit on every process, and leave the others' as they were."""
+        device = self.language_model.device
+        with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
+            torch.manual_seed(self.seed + self.num_edits)
+            yield
+
+    @contextmanager
+    def _adapters(self, total_steps: int) -> Iterator[LoraModel]:
+        """Wrap the edited modules inside the block; afterwards the model's own are back in their places."""
+        self.edited_matrices()
+        tuner = self.inject(self.language_model.model, total_steps)
+        try:
+            cast_adapter_dtype(self.language_model.model, ADAPTER)
+            self.language_model.model.eval()  # new layers begin with their dropout on
+            yield tuner
+        finally:
+            tuner.unload()
+
+    def adapted(self, name: str) -> Any:
+        """Return ``peft``'s layer in the place of an edited module, while there is one."""
+        return self.language_model.model.get_submodule(name.removesuffix(".weight"))
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        # By name: AdaLoRA's divisor, a constant, comes to require a gradient when peft casts it from single precision.
+        return [(n, p) for n, p in self.language_model.model.named_parameters() if LoraModel.prefix in n]
+
+    @torch.no_grad()
+    def _take_up(self, kept: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._trained() if kept else ():
+            parameter.copy_(kept[name])
+
+    def _train(self, tuner: LoraModel, chunks: Sequence[Sequence[EditRequest]]) -> Tensor:
+        """Return the losses before each step, one row per pass, one column per request."""
+        batches = [TargetBatch(self.language_model, chunk, "target") for chunk in chunks]
+        forwards = [self._forward(batch) for batch in batches]
+        for name in self.edited_matrices():
+            self.adapted(name).lora_dropout.train()  # of this edit's adapters; the model stays in evaluation mode
+        optimizer = torch.optim.Adam([parameter for _, parameter in self._trained()], lr=self.learning_rate)
+        history, step = [], 0
+        for _ in range(self.steps):
+            losses = []
+            for batch, forward in zip(batches, forwards, strict=True):
+                with torch.enable_grad():
+                    each = batch.losses(forward())
+                    optimizer.zero_grad()
+                    (each.mean() + self.penalty()).backward()
+                optimizer.step()
+                step += 1
+                self.stepped(tuner, step)
+                losses.append(each.detach())
+            history.append(torch.cat(losses))
+        return torch.stack(history)
+
+    def _forward(self, batch: TargetBatch) -> Callable[[], Tensor]:
+        """Return what gives the logits: from the first block with adapters on, if there are blocks below it."""
+        if self.fast and self.layers[0]:
+            above = AboveBlock(self.language_model, self.layers[0] - 1, batch)
+            with torch.no_grad():
+                if reproduces(above.logits(), above.forward.base_logits):
+                    return above.logits
+            self.fast = False
+            rank_zero_warn(
+                f"the fast path does not fit {type(self.language_model.model).__name__}; the whole model runs at every "
+                "step"
+            )
+        return lambda: self.language_model.logits_at(batch.ids, batch.mask, batch.rows, batch.positions)
+
+    # -- what other kinds of adapters do otherwise ----------------------------------------------------------------
+    def settings(self) -> dict[str, Any]:
+        """Return what all kinds of adapters are configured with."""
+        transposed = any(stores_transposed(module) for module in self.edited_modules().values())
+        return {
+            "target_modules": [name.removesuffix(".weight") for name in self.edited_modules()],
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "fan_in_fan_out": transposed,
+        }
+
+    def inject(self, model: nn.Module, total_steps: int) -> LoraModel:
+        """Put adapters into ``model``, which will be trained for ``total_steps``."""
+        return LoraModel(model, {ADAPTER: LoraConfig(r=self.rank, **self.settings())}, ADAPTER)
+
+    def merged(self, module: Any) -> WeightUpdate:
+        r"""Return :math:`\frac{\alpha}{r} B A` of one of ``peft``'s layers."""
+        left, right = module.lora_B[ADAPTER].weight, module.lora_A[ADAPTER].weight.T
+        return WeightUpdate(left.detach() * module.scaling[ADAPTER], right.detach().clone())
+
+    def penalty(self) -> Tensor | float:
+        """Return what is added to the loss."""
+        return 0.0
+
+    def stepped(self, tuner: LoraModel, step: int) -> None:
+        """Take note of a step of Adam; gradients are still there."""
+
+
+def negative(update: WeightUpdate) -> WeightUpdate:
+    r"""Return :math:`-A B^\top`."""
+    return WeightUpdate(-update.left, update.right)

@@ -1,0 +1,66 @@
+"""Requests as one padded batch with the places where a fine-tuning loss is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prune_lightning.methods.prompts import target_row
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.types import EditRequest
+
+LOSSES = ("target", "prompt_last")
+
+
+class TargetBatch:
+    r"""Prompts and targets of ``b`` requests, and the loss of each,
+
+    .. math:: \mathcal L_i = -\frac1{T_i} \sum_{j=1}^{T_i} \log p(t_{ij} \mid c_{ij})
+
+    With ``target`` the context :math:`c_{ij}` is the prompt and the target's tokens before the j-th: the ordinary
+    cross-entropy of the target. With ``prompt_last`` it is the prompt alone, for every j: the distribution at the
+    prompt's last token shall hold all of the target's tokens at once.
+
+    Args:
+        model: The language model.
+        requests: The requests.
+        loss: ``target`` or ``prompt_last``.
+
+    Attributes:
+        ids: Right-padded ids, shape ``(b, length)``; nothing that no loss depends on.
+        mask: One where ``ids`` is not padding.
+        rows: Row of each place whose logits are wanted, shape ``(n,)``.
+        positions: Its position.
+    """
+
+    def __init__(self, model: LanguageModel, requests: Sequence[EditRequest], loss: str) -> None:
+        encoded = [target_row(model, request, "") for request in requests]
+        if loss == "prompt_last":
+            kept = [row.ids[: row.label_positions[0] + 1] for row in encoded]
+            places = [[row.label_positions[0]] for row in encoded]
+        else:
+            kept, places = [row.ids for row in encoded], [row.label_positions for row in encoded]
+        self.ids, self.mask = model.tokens.pad(kept, model.device)
+
+        def long(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=model.device)
+
+        self.rows = long([i for i, of_row in enumerate(places) for _ in of_row])
+        self.positions = long([position for of_row in places for position in of_row])
+        self._owner = long([i for i, row in enumerate(encoded) for _ in row.target])
+        self._label = long([token for row in encoded for token in row.target])
+        self._place = self._owner if loss == "prompt_last" else torch.arange(len(self._owner), device=model.device)
+        self._share = 1 / long([len(row.target) for row in encoded])[self._owner]
+        self._count = len(requests)
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """Return the loss of each request, shape ``(b,)``, fp32 at least.
+
+        Args:
+            logits: At the places, shape ``(n, vocabulary)``.
+        """
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        labelled = -log_p[self._place, self._label]
+        return labelled.new_zeros(self._count).index_add(0, self._owner, labelled * self._share.to(labelled))
