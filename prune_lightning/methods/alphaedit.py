@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,22 @@ class AlphaEdit(LayerwiseEdit):
         """Solve the ``b x b`` system."""
         return regression_update(residual, keys, self._protected[layer].solve(keys), damping=1.0)
 
-    def applied(self, requests: Sequence[EditRequest]) -> None:
-        """Protect the keys of the batch."""
-        for layer, keys in self.present_keys(requests).items():
-            self._protected[layer].add(keys)
+    def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
+        """Return the keys of the batch."""
+        return self.present_keys(requests)
+
+    def remember(self, observed: Mapping[str, Tensor]) -> None:
+        """Protect the keys of a batch."""
+        for layer, keys in observed.items():
+            self._protected[int(layer)].add(keys)
+
+    def memory(self) -> Mapping[str, Tensor]:
+        """Return the inverses, by layer."""
+        return {str(layer): protected.inverse for layer, protected in self._protected.items()}
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Take up the inverses."""
+        self._protected = {int(layer): RecursiveInverse(inverse.clone()) for layer, inverse in memory.items()}
 
     def forget(self) -> None:
         """Protect no edits."""

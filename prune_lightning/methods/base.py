@@ -6,13 +6,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import fingerprint
@@ -55,6 +56,9 @@ class EditingModule(L.LightningModule, ABC):
             or ``raise``. Set from the configuration.
         facts: What a method found out while preparing, for the run's summary.
         num_edits: Requests handled since the unedited model.
+        num_steps: Steps made since the unedited model.
+        observed: What the latest step gave to remember.
+        go_on: Puts earlier edits back, once, when everything is prepared; set by whoever resumes a run.
         last_report: What the latest step did.
         track: Wraps long loops for a progress bar; set by whoever shows one.
         evaluation_view: Entered around every evaluation; set by a restraint that restrains snapshots only.
@@ -71,11 +75,14 @@ class EditingModule(L.LightningModule, ABC):
             language_model.rewrite_module(layer)
         self.non_finite = "skip"
         self.facts: dict[str, float] = {}
-        self.num_edits = 0
+        self.num_edits, self.num_steps = 0, 0
         self.last_report: EditReport | None = None
         self.track: Track = untracked
         self.evaluation_view: Callable[[], AbstractContextManager[None]] = nullcontext
         self._matrices: dict[str, EditedMatrix] | None = None
+        self.observed: dict[str, Tensor] = {}
+        self.go_on: Callable[[], None] | None = None
+        self.strict_loading = False  # a checkpoint holds what the edits did, not the model
         self._clock = nn.Parameter(torch.zeros(1))  # DDP wraps no module without a trainable parameter
 
     # -- what a method writes -------------------------------------------------------------------------------------
@@ -92,11 +99,22 @@ class EditingModule(L.LightningModule, ABC):
         were when this returns.
         """
 
-    def applied(self, requests: Sequence[EditRequest]) -> None:
-        """Take note of requests that have just been written; methods that protect earlier edits do."""
+    def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
+        """Return, by name, what must be remembered of requests that have just been written, such as their keys."""
+        return {}
+
+    def remember(self, observed: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`observe` returned, now or in the run that is gone on with."""
+
+    def memory(self) -> Mapping[str, Tensor]:
+        """Return everything that has been remembered, for a checkpoint."""
+        return {}
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`memory` returned."""
 
     def forget(self) -> None:
-        """Forget everything that :meth:`applied` took note of."""
+        """Forget everything that has been remembered."""
 
     def upcoming(self, count: int) -> list[EditRequest]:
         """Return the next requests of the stream, ``count`` at most; none outside of a Trainer with an edit stream."""
@@ -108,7 +126,8 @@ class EditingModule(L.LightningModule, ABC):
         """Write updates into the weights."""
         for name, update in updates.items():
             self.edited_matrices()[name].add(update)
-        self.applied(requests)
+        self.observed = dict(self.observe(requests))
+        self.remember(self.observed)
 
     # -- the matrices ---------------------------------------------------------------------------------------------
     def edited_modules(self) -> Mapping[str, nn.Module]:
@@ -137,7 +156,7 @@ class EditingModule(L.LightningModule, ABC):
     def restart(self) -> None:
         """Go back to before the first edit; what was prepared is kept."""
         self.restore()
-        self.num_edits = 0
+        self.num_edits, self.num_steps = 0, 0
         self.last_report = None
         self.evaluation_view = nullcontext
 
@@ -164,17 +183,17 @@ class EditingModule(L.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Take hold of the original weights and prepare; the Trainer has moved the model by now."""
-        if self.trainer.global_step and not self.num_edits:
-            raise MisconfigurationException(
-                "a Lightning checkpoint does not hold the edits of an editing module: begin the stream anew"
-            )
         self.edited_matrices()
         with self.language_model.frozen_mode():
             self.prepare()
+        if self.go_on:
+            self.go_on()
+            self.go_on = None
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Write one batch of requests into the weights."""
         start = time.perf_counter()
+        self.observed = {}
         for matrix in self.edited_matrices().values():
             matrix.begin_step()
         with self.language_model.frozen_mode():
@@ -189,6 +208,7 @@ class EditingModule(L.LightningModule, ABC):
                 raise NonFiniteChange(f"{message}. `non_finite=skip` goes on with the next edit")
             rank_zero_warn(f"{message} and the edit skipped")
         self.num_edits += len(batch.requests)
+        self.num_steps += 1
         norm = sum(update.norm() ** 2 for update in updates.values()) ** 0.5 if finite else float("nan")
         seconds = time.perf_counter() - start
         if finite and self.num_edits // COMPARE_EVERY != (self.num_edits - len(batch.requests)) // COMPARE_EVERY:
@@ -198,6 +218,30 @@ class EditingModule(L.LightningModule, ABC):
         clock = self.optimizers()
         assert isinstance(clock, (torch.optim.Optimizer, L.pytorch.core.optimizer.LightningOptimizer))
         clock.step()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what the edits did to the weights and what the method remembers; never the model."""
+        checkpoint["state_dict"] = {}
+        checkpoint["edits"] = {
+            "num_edits": self.num_edits,
+            "num_steps": self.num_steps,
+            "originals": {name: fingerprint(m.original()) for name, m in self.edited_matrices().items()},
+            "matrices": {name: matrix.state_dict() for name, matrix in self.edited_matrices().items()},
+            "memory": dict(self.memory()),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember what a checkpoint held until everything is prepared."""
+        self.go_on = partial(self._load, checkpoint["edits"])
+
+    def _load(self, edits: Mapping[str, Any]) -> None:
+        matrices = self.edited_matrices()
+        if edits["originals"] != {name: fingerprint(matrix.original()) for name, matrix in matrices.items()}:
+            raise UserError("the checkpoint was written for another model, or for other layers of this one")
+        for name, matrix in matrices.items():
+            matrix.load_state_dict(edits["matrices"][name])
+        self.load_memory({name: tensor.to(self.device) for name, tensor in edits["memory"].items()})
+        self.num_edits, self.num_steps = edits["num_edits"], edits["num_steps"]
 
     def _compare_processes(self) -> None:
         """Raise if the processes' edited weights have drifted apart."""

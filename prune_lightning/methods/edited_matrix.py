@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from prune_lightning.spectral import AccumulatedChange
-from prune_lightning.types import MatrixUpdate, WeightUpdate
+from prune_lightning.spectral.triplets import fp64
+from prune_lightning.types import DenseUpdate, MatrixUpdate, WeightUpdate
+
+
+@dataclass(frozen=True)
+class MatrixEvent:
+    """One thing that happened to a matrix under edit.
+
+    Args:
+        kind: ``add`` an update, ``subtract`` a correction for good, ``withhold`` one from the weight (in place of what
+            was withheld before).
+        change: The update or correction; ``None`` to withhold nothing any more.
+    """
+
+    kind: str
+    change: MatrixUpdate | None
 
 
 class EditedMatrix:
@@ -26,6 +42,7 @@ class EditedMatrix:
     Attributes:
         change: :math:`\Delta`, the sum of the updates; a restraint that carries its result on changes it.
         withheld: :math:`A B^\top`, or ``None``.
+        journal: What this step did to the matrix, in order.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, transposed: bool) -> None:
@@ -34,6 +51,7 @@ class EditedMatrix:
         self._start()
 
     def _start(self) -> None:
+        self.journal: list[MatrixEvent] = []
         self.change = AccumulatedChange(self.original())
         self.withheld: WeightUpdate | None = None
         self._last: MatrixUpdate | None = None
@@ -56,8 +74,8 @@ class EditedMatrix:
         return delta
 
     def begin_step(self) -> None:
-        """Forget the update of the step before."""
-        self._last = None
+        """Forget what the step before did."""
+        self._last, self.journal = None, []
 
     def step(self) -> Tensor:
         """Return the update of this step as it was computed; zero if none was written."""
@@ -69,29 +87,50 @@ class EditedMatrix:
 
     def add(self, update: MatrixUpdate) -> None:
         """Accumulate one update and write the weight."""
-        self.change.add(update)
         self._last = update
-        self._write()
+        self._do(MatrixEvent("add", update))
 
     def withhold(self, correction: WeightUpdate | None) -> None:
         """Write the weight without ``correction``; the sum of the updates stays as it is."""
         if correction is not None or self.withheld is not None:
-            self.withheld = correction
-            self._write()
+            self._do(MatrixEvent("withhold", correction))
 
     @contextmanager
     def withholding(self, correction: WeightUpdate | None) -> Iterator[None]:
         """Write the weight without ``correction`` inside the block; every bit is put back."""
         before = self.withheld
-        self.withhold(correction)
+        self.withheld = correction
+        self._write()
         try:
             yield
         finally:
-            self.withhold(before)
+            self.withheld = before
+            self._write()
 
     def subtract(self, correction: WeightUpdate | Tensor) -> None:
         """Take ``correction`` away from the change for good and write the weight."""
-        self.change.subtract(correction)
+        self._do(MatrixEvent("subtract", DenseUpdate(correction) if isinstance(correction, Tensor) else correction))
+
+    def _do(self, event: MatrixEvent) -> None:
+        self._apply(event)
+        self.journal.append(event)
+        self._write()
+
+    def _apply(self, event: MatrixEvent) -> None:
+        if event.kind == "withhold":
+            assert not isinstance(event.change, DenseUpdate)
+            self.withheld = event.change
+        elif event.kind == "add":
+            assert event.change is not None
+            self.change.add(event.change)
+        else:
+            assert event.change is not None
+            self.change.subtract(event.change.matrix if isinstance(event.change, DenseUpdate) else event.change)
+
+    def replay(self, events: Iterable[MatrixEvent]) -> None:
+        """Do again, bit for bit, what earlier steps did, and write the weight once."""
+        for event in events:
+            self._apply(event)
         self._write()
 
     def _write(self) -> None:
@@ -108,6 +147,23 @@ class EditedMatrix:
         """Go back to the original weight, bit for bit."""
         self._start()
         self.parameter.copy_(self._original)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the change and what is withheld of it; the original is not part of it."""
+        state = {f"change.{name}": tensor for name, tensor in self.change.state_dict().items()}
+        if self.withheld is not None:
+            state |= {"withheld.left": self.withheld.left, "withheld.right": self.withheld.right}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` returned and write the weight, bit for bit."""
+        self._start()
+        part = "change."
+        self.change.load_state_dict({n.removeprefix(part): t for n, t in state.items() if n.startswith(part)})
+        if "withheld.left" in state:
+            device = fp64(self.change.master[:0]).device
+            self.withheld = WeightUpdate(state["withheld.left"].to(device), state["withheld.right"].to(device))
+        self._write()
 
     def rounding_loss(self) -> float:
         r"""Return what the cast to the weight's dtype lost, :math:`\|W - (W_0+\Delta)\|_F / \|\Delta\|_F`.

@@ -53,10 +53,10 @@ class LayerwiseEdit(LocateThenEdit):
                 matrix.add_provisionally(updates[name])
         return updates, values.details
 
-    def present_keys(self, requests: Sequence[EditRequest]) -> dict[int, Tensor]:
-        """Return the keys of all layers under the present weights, each ``(in_features, b)``."""
+    def present_keys(self, requests: Sequence[EditRequest]) -> dict[str, Tensor]:
+        """Return, by the layer's number, the keys under the present weights, each ``(in_features, b)``."""
         keys = self.subject_keys(requests)
-        return {layer: mixed(of[:, 0], of[:, 1:]).T for layer, of in keys.items()}
+        return {str(layer): mixed(of[:, 0], of[:, 1:]).T for layer, of in keys.items()}
 
 
 def mixed(clean: Tensor, prefixed: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ class LoRA(EditingModule):
         self._candidate: dict[str, Tensor] = {}
         self._merged: dict[str, WeightUpdate] = {}  # what these have come to
         self._new: dict[str, WeightUpdate] = {}
+        self._remembered: dict[str, Tensor] = {}
 
     # -- what is edited -------------------------------------------------------------------------------------------
     def edited_modules(self) -> Mapping[str, nn.Module]:
@@ -116,14 +117,34 @@ class LoRA(EditingModule):
         }
         return updates, [{"steps": self.steps, "losses": of_request} for of_request in losses.T.tolist()]
 
-    def applied(self, requests: Sequence[EditRequest]) -> None:
-        """Go on with the adapters that have just been written, if they are kept."""
-        if self.keep:
-            self._kept, self._merged = self._candidate, self._new
+    def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
+        """Return the adapters that have just been written, and what they come to, if they are kept."""
+        if not self.keep:
+            return {}
+        written = {f"{side} {name}": getattr(u, side) for name, u in self._new.items() for side in ("left", "right")}
+        return {f"adapter {name}": tensor for name, tensor in self._candidate.items()} | written
+
+    def remember(self, observed: Mapping[str, Tensor]) -> None:
+        """Go on with these adapters."""
+        kinds: dict[str, dict[str, Tensor]] = {"adapter": {}, "left": {}, "right": {}}
+        for name, tensor in observed.items():
+            kind, _, rest = name.partition(" ")
+            kinds[kind][rest] = tensor
+        self._kept = kinds["adapter"]
+        self._merged = {name: WeightUpdate(left, kinds["right"][name]) for name, left in kinds["left"].items()}
+        self._remembered = dict(observed)
+
+    def memory(self) -> Mapping[str, Tensor]:
+        """Return the kept adapters."""
+        return self._remembered
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Go on with kept adapters."""
+        self.remember(memory)
 
     def forget(self) -> None:
         """Begin with new adapters."""
-        self._kept, self._merged = {}, {}
+        self._kept, self._merged, self._remembered = {}, {}, {}
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,13 +38,25 @@ class MEMIT(LayerwiseEdit):
             return regression_update(residual, keys, self._past[layer].solve(keys), damping=1.0)
         return regression_update(residual, keys, self.moments[layer].solve(keys), damping=self.ridge)
 
-    def applied(self, requests: Sequence[EditRequest]) -> None:
-        """Take up the keys of the batch, if past keys are to be protected."""
-        if self.accumulate_past_keys:
-            for layer, keys in self.present_keys(requests).items():
-                if layer not in self._past:
-                    self._past[layer] = RecursiveInverse(self.moments[layer].inverse() / self.ridge)
-                self._past[layer].add(keys)
+    def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
+        """Return the keys of the batch, if past keys are to be protected."""
+        return self.present_keys(requests) if self.accumulate_past_keys else {}
+
+    def remember(self, observed: Mapping[str, Tensor]) -> None:
+        """Take up the keys of a batch."""
+        for name, keys in observed.items():
+            layer = int(name)
+            if layer not in self._past:
+                self._past[layer] = RecursiveInverse(self.moments[layer].inverse() / self.ridge)
+            self._past[layer].add(keys)
+
+    def memory(self) -> Mapping[str, Tensor]:
+        """Return the inverses, by layer."""
+        return {str(layer): past.inverse for layer, past in self._past.items()}
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Take up the inverses."""
+        self._past = {int(layer): RecursiveInverse(inverse.clone()) for layer, inverse in memory.items()}
 
     def forget(self) -> None:
         """Forget the keys of earlier batches."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class AccumulatedChange:
 
     The dense master has the weight's precision, fp32 at least. The factors, fp64, follow lazily: they are brought up to
     date when a spectrum is asked for, and given up once the rank reaches three quarters of the smaller side or a dense
-    change comes in.
+    change comes in. When they are asked for does not show in them: equal updates give equal bits.
 
     Args:
         like: A matrix of the shape, device and memory layout wanted, ``out_features x in_features``.
@@ -43,7 +45,8 @@ class AccumulatedChange:
         if self._factored is not None:
             self._pending.append(update)
             rank = self._factored.rank + sum(pending.left.shape[1] for pending in self._pending)
-            if rank > _FACTORED_UP_TO * min(self.master.shape):
+            limit = _FACTORED_UP_TO * min(self.master.shape)
+            if rank > limit and (known := self.factored()) is not None and known.rank > limit:
                 self._make_dense()
 
     @torch.no_grad()
@@ -62,10 +65,27 @@ class AccumulatedChange:
 
     def factored(self) -> FactoredMatrix | None:
         """Return the factors, up to date, or ``None`` beyond the rank up to which they are kept."""
-        if self._factored is not None and self._pending:
-            self._factored.append(WeightUpdate.sum(self._pending))
+        if self._factored is not None:
+            for update in self._pending:
+                self._factored.append(update)
             self._pending = []
         return self._factored
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything that the sum consists of."""
+        state = {"master": self.master}
+        if (factored := self.factored()) is not None:
+            state |= {f"factored.{name}": tensor for name, tensor in factored.state_dict().items()}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` returned, bit for bit."""
+        self.master.copy_(state["master"])
+        self._make_dense()
+        if "factored.core" in state:
+            self._factored = FactoredMatrix(self.master.shape[0], self.master.shape[1], fp64(self.master[:0]).device)
+            self._factored.load_state_dict({name.removeprefix("factored."): t for name, t in state.items()})
 
     @torch.no_grad()
     def triplets_above(self, threshold: float) -> Triplets:

@@ -2,6 +2,8 @@ r"""A sum of low-rank updates in factored form, :math:`\Delta = Q_A C Q_B^\top`,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,11 @@ class Basis:
         new = torch.linalg.vector_norm(beyond, dim=1) > _NOTHING_NEW * torch.linalg.matrix_norm(block)
         self._append(fresh[:, new])
         return torch.cat([within, beyond[new]])
+
+    def load(self, vectors: Tensor) -> None:
+        """Replace the basis by known vectors ``(size, rank)``."""
+        self._rank = 0
+        self._append(vectors.to(self._store))
 
     def _append(self, vectors: Tensor) -> None:
         rank = self._rank + vectors.shape[1]
@@ -128,6 +135,17 @@ class FactoredMatrix:
     def singular_values(self) -> Tensor:
         """Return the singular values of the core, descending; the others are zero."""
         return torch.linalg.svdvals(self.core)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the three factors, and the rank at which the bases are looked at next."""
+        checked_at = torch.tensor(self._checked_at)
+        return {"left": self.left.vectors, "core": self.core, "right": self.right.vectors, "checked_at": checked_at}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` returned, bit for bit."""
+        self.left.load(state["left"])
+        self.right.load(state["right"])
+        self.core, self._checked_at = state["core"].to(self.core, copy=True), int(state["checked_at"])
 
     def dense(self) -> Tensor:
         """Return the matrix, fp64."""
