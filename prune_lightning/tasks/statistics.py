@@ -10,12 +10,14 @@ from prune_lightning.callbacks import RunProgress
 from prune_lightning.errors import UserError
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
-from prune_lightning.tasks.setup import quieten
+from prune_lightning.tasks.setup import choice, quieten
 
 
 def run(config: DictConfig) -> None:
     """Take the statistics of the method's layers and leave them in the cache."""
     quieten()
+    if "second_moments" not in config.method:
+        raise UserError(f"method={choice('method')} needs no statistics")
     moments: SecondMoments = instantiate(config.model.second_moments, _convert_="all")
     if moments.cache is None:
         raise UserError("statistics that nobody keeps: give model.second_moments.cache=FOLDER")
