@@ -24,11 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.methods.neuron_attribution import (
-    AttributionOptions,
     NextToken,
     answer_tokens,
     integrated_gradients,
 )
+from prune_lightning.methods.patched_neurons import AttributionOptions
 from prune_lightning.models.hooks import edit_input, record
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_language_model

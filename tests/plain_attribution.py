@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from prune_lightning.methods.neuron_attribution import AttributionOptions, NextToken
+from prune_lightning.methods.neuron_attribution import NextToken
+from prune_lightning.methods.patched_neurons import AttributionOptions
 from prune_lightning.models.hooks import edit_input
 from prune_lightning.models.language_model import LanguageModel
 

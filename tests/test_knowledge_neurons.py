@@ -16,12 +16,12 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods import neuron_attribution
 from prune_lightning.methods.knowledge_neurons import KnowledgeNeurons, SelectionOptions, coarse_set, refined_set
 from prune_lightning.methods.neuron_attribution import (
-    AttributionOptions,
     NextToken,
     answer_tokens,
     greedy_tokens,
     integrated_gradients,
 )
+from prune_lightning.methods.patched_neurons import AttributionOptions
 from prune_lightning.models.family import family_names, stores_transposed
 from prune_lightning.models.hooks import edit_input, record
 from prune_lightning.models.language_model import LanguageModel
@@ -125,12 +125,12 @@ def test_a_single_point_is_the_gradient_at_zero(tiny):
     assert close(integrated_gradients(model, [1], [question], AttributionOptions(steps=1))[1], activation * gradient)
 
 
-@pytest.mark.parametrize("budget", [1, 150])
-def test_batches_do_not_change_the_attributions(budget, tiny):
-    model = tiny("mistral")
-    whole = integrated_gradients(model, [0, 2], questions_of(model), FEW)
-    parts = integrated_gradients(model, [0, 2], questions_of(model), AttributionOptions(steps=4, token_budget=budget))
-    assert all(close(parts[layer], whole[layer]) for layer in (0, 2))
+@pytest.mark.parametrize("batches", [{"token_budget": 1}, {"token_budget": 150}, {"layers_together": 1}])
+def test_batches_do_not_change_the_attributions(batches, tiny):
+    model = tiny("gpt2")
+    whole = integrated_gradients(model, [0, 1, 2], questions_of(model), FEW)
+    parts = integrated_gradients(model, [0, 1, 2], questions_of(model), AttributionOptions(steps=4, **batches))
+    assert all(close(parts[layer], whole[layer]) for layer in range(3))
 
 
 def test_a_model_that_the_fast_path_does_not_fit_takes_the_plain_one_and_says_so(tiny, monkeypatch):

@@ -14,11 +14,11 @@ from torch import Tensor
 from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.neuron_attribution import (
-    AttributionOptions,
     answer_tokens,
     greedy_tokens,
     integrated_gradients,
 )
+from prune_lightning.methods.patched_neurons import AttributionOptions
 from prune_lightning.methods.sharing import shared_out
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditRequest, WeightUpdate

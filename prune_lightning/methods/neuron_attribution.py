@@ -4,44 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from prune_lightning.errors import UserError, one_of
+from prune_lightning.methods.patched_neurons import AttributionOptions, PatchedNeurons, UpperPatched, WholePatched
 from prune_lightning.models.cached_forward import CachedForward, agrees
-from prune_lightning.models.hooks import edit_input, record
+from prune_lightning.models.hooks import record
 from prune_lightning.models.language_model import LanguageModel
-
-
-@dataclass(frozen=True)
-class AttributionOptions:
-    """How neurons are attributed; the defaults are the paper's.
-
-    Args:
-        steps: Points of the Riemann sum, :math:`m`.
-        site: ``key``, the input of the down-projection, which is the neurons' activation; or ``pre_activation``, the
-            input of the activation function (of the gate, where there is one), as the public code for GPT and Llama
-            has it.
-        token_budget: Padded tokens, over all points, of the prompts that are attributed together.
-        fast: Run only what depends on the patched neurons. The plain path computes the same from the whole model.
-    """
-
-    steps: int = 20
-    site: str = "key"
-    token_budget: int = 16_384
-    fast: bool = True
-
-    def __post_init__(self) -> None:
-        one_of("site", self.site, ("key", "pre_activation"))
-        if self.steps < 1:
-            raise UserError(f"attribution: `steps` is expected to be at least 1, but got {self.steps}")
-
-    def module(self, model: LanguageModel, layer: int) -> nn.Module:
-        """Return the module whose input is attributed."""
-        return model.rewrite_module(layer) if self.site == "key" else model.activation(layer)
 
 
 @dataclass(frozen=True)
@@ -126,6 +97,8 @@ class _Attribution:
         self.layers, self.options = layers, options
         ids, mask = model.tokens.pad([question.ids for question in questions], model.device)
         self.token = torch.tensor([question.token for question in questions], device=model.device)
+        fitting = options.token_budget // (options.steps * ids.numel())
+        self.together = max(1, min(options.layers_together, fitting))
         self.activation: dict[int, Tensor] = {}
         self.problem = self._problem(model, ids, mask)
 
@@ -154,73 +127,27 @@ class _Attribution:
 
     def run(self) -> dict[int, Tensor]:
         """Return the attributions by layer."""
-        return {layer: self._layer(layer, activation) for layer, activation in self.activation.items()}
+        found: dict[int, Tensor] = {}
+        for first in range(0, len(self.layers), self.together):
+            found |= self._several(self.layers[first : first + self.together])
+        return found
 
-    def _layer(self, layer: int, activation: Tensor) -> Tensor:
+    def _several(self, layers: Sequence[int]) -> dict[int, Tensor]:
         steps = self.options.steps
-        points = torch.linspace(0, 1, steps, dtype=activation.dtype, device=activation.device)
-        patched = (points[:, None] * activation[:, None]).flatten(0, 1).requires_grad_()
+        patched = {}
+        for layer in layers:
+            activation = self.activation[layer]
+            points = torch.linspace(0, 1, steps, dtype=activation.dtype, device=activation.device)
+            patched[layer] = (points[:, None] * activation[:, None]).flatten(0, 1).requires_grad_()
         with torch.enable_grad():
-            logits = self.problem.logits(layer, patched)
+            logits = self.problem.logits(patched)
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            log_p = log_p.gather(1, self.token.repeat_interleave(steps)[:, None])[:, 0]
+            token = self.token.repeat_interleave(steps).repeat(len(layers))
+            log_p = log_p.gather(1, token[:, None])[:, 0]
+        gradients = torch.autograd.grad(log_p.sum(), list(patched.values()))
         # dP = P dlog P, so that in 16 bits the gradient of a small probability does not vanish on its way down.
-        (gradient,) = torch.autograd.grad(log_p.sum(), [patched])
-        gradient = gradient * log_p.detach().exp()[:, None]
-        return activation * gradient.unflatten(0, (-1, steps)).mean(1)
-
-
-class PatchedNeurons(Protocol):
-    """Logits at the last positions as a function of the neurons there."""
-
-    def logits(self, layer: int, neurons: Tensor) -> Tensor:
-        """Return the logits ``(rows, vocabulary)`` for neurons ``(rows, width)`` in place of those of ``layer``."""
-        ...
-
-
-class WholePatched:
-    """The plain path: the whole model runs, over the whole prompt."""
-
-    def __init__(self, model: LanguageModel, options: AttributionOptions, ids: Tensor, mask: Tensor) -> None:
-        self.model, self.options, self.ids, self.mask = model, options, ids, mask
-
-    def logits(self, layer: int, neurons: Tensor) -> Tensor:
-        """Return the logits."""
-        rows, last = torch.arange(len(self.ids), device=self.ids.device), self.mask.sum(1) - 1
-
-        def patch(value: Tensor) -> Tensor:
-            value = value.clone()
-            value[rows, last] = neurons.to(value)
-            return value
-
-        with edit_input(self.options.module(self.model, layer), patch):
-            return self.model.logits_at(self.ids, self.mask, rows, last)
-
-
-class UpperPatched:
-    """The fast path: one token per row, from the patched block on.
-
-    Attention is causal and only the last position is patched: everything before it, and the block's input at it, come
-    from one pass over the prompts for all layers and points.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        options: AttributionOptions,
-        forward: CachedForward,
-        mlp_input: dict[int, Tensor],
-        rows: Tensor,
-    ) -> None:
-        self.model, self.options = model, options
-        self.forward, self.mlp_input, self.rows = forward, mlp_input, rows
-        forward.select(rows)
-
-    def logits(self, layer: int, neurons: Tensor) -> Tensor:
-        """Return the logits."""
-        forward, after_mlp = self.forward.behind(layer), self.model.after_mlp(layer)
-        with edit_input(self.options.module(self.model, layer), lambda value: neurons[:, None].to(value)):
-            output = self.model.mlp(layer)(self.mlp_input[layer][self.rows, None])
-        shift = after_mlp(output) - after_mlp(forward.mlp_output[:, None])
-        rows = torch.arange(len(self.rows), device=self.rows.device)
-        return forward.logits_at(forward.hidden + shift, rows, torch.zeros_like(rows))
+        probabilities = log_p.detach().exp().unflatten(0, (len(layers), -1, steps))
+        return {
+            layer: self.activation[layer] * (gradient.unflatten(0, (-1, steps)) * p[..., None]).mean(1)
+            for layer, gradient, p in zip(layers, gradients, probabilities, strict=True)
+        }
