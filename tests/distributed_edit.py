@@ -15,6 +15,7 @@ from prune_lightning.callbacks import PRUNE
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.methods import base
 from prune_lightning.methods.alphaedit import AlphaEdit
+from prune_lightning.methods.knowledge_neurons import KnowledgeNeurons, SelectionOptions
 from prune_lightning.methods.memit import MEMIT
 from prune_lightning.methods.value import ValueOptions
 from prune_lightning.models.contexts import ContextOptions
@@ -23,23 +24,26 @@ from prune_lightning.models.statistics import SecondMoments
 
 
 def edit(distributed: bool, cache: Path) -> dict[str, torch.Tensor]:
-    """Write nine facts in three batches by two methods and return the weights.
+    """Write nine facts in three batches by three methods and return the weights.
 
     The first method takes the statistics, saving them on the way; the second finds them.
     """
     corpus = BundledCorpus(300, {"facts": 0.5, "text": 0.5})
     base.COMPARE_EVERY = 3
     result = {}
-    for name, build, option in (("memit", MEMIT, {"ridge": 50.0}), ("alphaedit", AlphaEdit, {})):
+    shared = {
+        "layers": [0, 1],
+        "second_moments": SecondMoments(corpus, ridge=1e-3, token_budget=512, cache=cache, save_every=100),
+        "value": ValueOptions(steps=8),
+        "contexts": ContextOptions(lengths=[[10, 2]]),
+    }
+    for name, build, options in (
+        ("memit", MEMIT, {"ridge": 50.0, **shared}),
+        ("alphaedit", AlphaEdit, shared),
+        ("kn", KnowledgeNeurons, {"selection": SelectionOptions(threshold=0.5)}),
+    ):
         L.seed_everything(0, verbose=False)
-        module = build(
-            language_model=load_language_model("pkg://prune_lightning.bundled/model"),
-            layers=[0, 1],
-            second_moments=SecondMoments(corpus, ridge=1e-3, token_budget=512, cache=cache, save_every=100),
-            value=ValueOptions(steps=8),
-            contexts=ContextOptions(lengths=[[10, 2]]),
-            **option,
-        )
+        module = build(language_model=load_language_model("pkg://prune_lightning.bundled/model"), **options)
         trainer = L.Trainer(
             accelerator="cpu",
             devices=2 if distributed else 1,

@@ -34,8 +34,8 @@ def targets(node) -> list[str]:
 @pytest.mark.parametrize("method", options("method"))
 def test_method_has_settings_for_model(model, method):
     config = compose(f"model={model}", f"method={method}")
-    layers = config.method.layers or []  # none named: all
-    assert list(layers) == sorted(layers)
+    layers = config.method.layers
+    assert layers is None or list(layers) == sorted(layers)
     assert not OmegaConf.missing_keys(config)
 
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.family import family_names, stores_transposed
+from prune_lightning.models.hooks import record
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.types import DenseUpdate, EditBatch, EditRequest
 
@@ -35,23 +36,28 @@ class SentenceCorpus:
 
 
 def build(name: str, language_model) -> EditingModule:
-    own = OmegaConf.load(ROOT / "configs" / "method" / f"{name}.yaml")
-    base = own.pop("defaults")[0].removesuffix("@_here_")
-    config = OmegaConf.merge(OmegaConf.load(ROOT / "configs" / "method" / f"{base}.yaml"), own)
-    config.layers = [1]
-    given = {}
-    if "contexts" in config:
-        config.contexts = {"_target_": config.contexts._target_, "fixed": PREFIXES}
-        config.value.steps = 5
-    if "second_moments" in config:
+    folder = ROOT / "configs" / "method"
+    config = OmegaConf.load(folder / f"{name}.yaml")
+    for entry in config.pop("defaults", ["_self_"]):
+        if entry != "_self_":
+            config = OmegaConf.merge(OmegaConf.load(folder / f"{entry.split('@')[0]}.yaml"), config)
+    settings = OmegaConf.to_container(config, resolve=False) | {"layers": [1]}
+    if "contexts" in settings:
+        settings["contexts"] = {"_target_": settings["contexts"]["_target_"], "fixed": PREFIXES}
+    if "value" in settings:
+        settings["value"]["steps"] = 5
+    if "null_threshold" in settings:  # the statistics of eight sentences leave no small eigenvalues
+        settings["null_threshold"] = 1e3
+    if "seed" in settings:
+        settings["seed"] = 0
+    if "steps" in settings:
+        settings["steps"] = 5
+    if settings.get("hypernetwork") == "???":  # there is no trained one for a random model
+        settings["hypernetwork"] = None
+    given = {"language_model": language_model}
+    if settings.pop("second_moments", None):
         given["second_moments"] = SecondMoments(SentenceCorpus(), ridge=1.0)
-    if "null_threshold" in config:  # the statistics of eight sentences leave no small eigenvalues
-        config.null_threshold = 1e3
-    if "seed" in config:
-        config.seed = 0
-    if "steps" in config:
-        config.steps = 5
-    module = instantiate(config, language_model=language_model, **given, _convert_="all")
+    module = instantiate(settings, _convert_="all", **given)
     module.prepare()
     return module
 
@@ -85,12 +91,16 @@ def test_method_on_family(method, family, tiny):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_update_moves_the_output_as_the_method_says(method, family, tiny):
+def test_update_moves_the_output_on_the_prompt_as_the_method_says(method, family, tiny):
     """Orientation: on a square matrix a transposed update would fit the shape and miss the value."""
     language_model = tiny(family)
     module = build(method, language_model)
     name, request = language_model.rewrite_name(1), REQUESTS[1]
-    keys = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with record(inputs=[language_model.rewrite_module(1)]) as seen:
+        language_model(
+            *language_model.tokens.pad([language_model.tokens.encode(request.prompt)], language_model.device)
+        )
+    keys = seen.inputs[0][0]
     before = language_model.rewrite_output(1, keys)
     update = module.compute_update([request])[0][name]
     by_hand = update.dense()

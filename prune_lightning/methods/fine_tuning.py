@@ -13,7 +13,7 @@ from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.target_batch import LOSSES, TargetBatch
 from prune_lightning.methods.tuning_problem import UpperWeights, WeightProblem, WholeWeights
-from prune_lightning.models.cached_forward import reproduces
+from prune_lightning.models.cached_forward import agrees
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import DenseUpdate, EditRequest
 
@@ -151,4 +151,4 @@ class FineTuning(EditingModule):
     def _fits(self, problem: WeightProblem, batch: TargetBatch, base: dict[int, Tensor]) -> bool:
         """Whether both paths answer alike to other weights than the present ones."""
         others = {layer: 1.1 * weight for layer, weight in base.items()}
-        return reproduces(problem.logits(others), WholeWeights(self.language_model, batch).logits(others))
+        return agrees(problem.logits(others), WholeWeights(self.language_model, batch).logits(others))

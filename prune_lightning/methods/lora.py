@@ -16,7 +16,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import AboveBlock
-from prune_lightning.models.cached_forward import reproduces
+from prune_lightning.models.cached_forward import agrees
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditRequest, WeightUpdate
@@ -206,7 +206,7 @@ class LoRA(EditingModule):
         if self.fast and self.layers[0]:
             above = AboveBlock(self.language_model, self.layers[0] - 1, batch)
             with torch.no_grad():
-                if reproduces(above.logits(), above.forward.base_logits):
+                if agrees(above.logits(), above.forward.base_logits):
                     return above.logits
             self.fast = False
             rank_zero_warn(

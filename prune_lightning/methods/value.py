@@ -18,7 +18,7 @@ from prune_lightning.methods.value_problem import (
     ValueProblem,
     WholeForward,
 )
-from prune_lightning.models.cached_forward import reproduces
+from prune_lightning.models.cached_forward import agrees
 from prune_lightning.models.language_model import LanguageModel
 
 
@@ -141,7 +141,7 @@ class _Optimisation:
             fast = UpperForward(self.model, site, self.layout)
             with torch.no_grad():
                 again = fast.logits(self.layout, torch.zeros_like(fast.reference))
-            if reproduces(again, fast.base_logits):
+            if agrees(again, fast.base_logits):
                 return fast
             rank_zero_warn(
                 f"the fast path does not fit {type(self.model.model).__name__}; the whole model runs at every step"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -10,6 +12,17 @@ from transformers import DynamicCache
 
 from prune_lightning.models.hooks import pass_through, record, replace_output
 from prune_lightning.models.language_model import LanguageModel
+
+
+def agrees(rerun: Tensor, ordinary: Tensor) -> bool:
+    """Whether the logits of a rerun are those of the ordinary forward pass, but for rounding.
+
+    Where the ordinary ones are not finite, there is nothing to tell the two apart.
+    """
+    # Some norms and rotations of `transformers` run in fp32 whatever the dtype of the model.
+    tolerance, scale = max(torch.finfo(rerun.dtype).eps ** 0.5, 1e-6), float(ordinary.double().norm())
+    error = float((rerun.double() - ordinary.double()).norm())
+    return error <= tolerance * scale or not scale < float("inf")
 
 
 class CachedForward:
@@ -28,10 +41,9 @@ class CachedForward:
         start: First position of each row that is run again, shape ``(rows,)``.
         rows: Row of each place whose logits are wanted, shape ``(n,)``.
         positions: Position of each place, not before its row's ``start``, shape ``(n,)``.
+        above: Higher blocks behind which a rerun may begin as well, see :meth:`behind`.
 
     Attributes:
-        hidden: Output of the block from ``start`` on, shape ``(rows, longest rest, width)``.
-        mlp_output: Output of the block's MLP at ``start``, shape ``(rows, width)``.
         base_logits: Logits at the places in the ordinary forward pass, shape ``(n, vocabulary)``.
     """
 
@@ -45,19 +57,24 @@ class CachedForward:
         start: Tensor,
         rows: Tensor,
         positions: Tensor,
+        above: Sequence[int] = (),
     ) -> None:
         self.model, self.layer = model, layer
         cache: Any = DynamicCache()
-        with record(outputs=[model.block(layer), model.mlp(layer)], stop=False) as seen:
+        layers = [layer, *above]
+        modules = [module for kept in layers for module in (model.block(kept), model.mlp(kept))]
+        with record(outputs=modules, stop=False) as seen:
             self.base_logits = model.logits_at(ids, mask, rows, positions, past_key_values=cache, use_cache=True)
         at_start = torch.arange(len(ids), device=ids.device)
-        self.mlp_output = seen.outputs[1][at_start, start]
 
         # Later tokens begin at slot 0 of the rerun; earlier ones end right before it, padded on the left: the distance
         # between two tokens is that between their slots, as sliding windows want it.
         before, after = int(start.max()), int((mask.sum(1) - start).max())
         self._positions = (start[:, None] + torch.arange(after, device=ids.device)).clamp_max(ids.shape[1] - 1)
-        self.hidden = seen.outputs[0][at_start[:, None], self._positions]
+        self._kept = {
+            kept: (seen.outputs[2 * i][at_start[:, None], self._positions], seen.outputs[2 * i + 1][at_start, start])
+            for i, kept in enumerate(layers)
+        }
         earlier = torch.arange(before, device=ids.device) - (before - start)[:, None]
         later = torch.arange(after, device=ids.device) < (mask.sum(1) - start)[:, None]
         self._mask = torch.cat([earlier >= 0, later], dim=1).to(mask.dtype)
@@ -68,18 +85,34 @@ class CachedForward:
         ]
 
     @property
+    def hidden(self) -> Tensor:
+        """Output of the block from ``start`` on, shape ``(rows, longest rest, width)``."""
+        return self._kept[self.layer][0]
+
+    @property
+    def mlp_output(self) -> Tensor:
+        """Output of the block's MLP at ``start``, shape ``(rows, width)``."""
+        return self._kept[self.layer][1]
+
+    def behind(self, layer: int) -> CachedForward:
+        """Return the same for ``layer`` or one of the blocks ``above``; what is kept is shared, not copied."""
+        other = copy(self)
+        other.layer, other._past = layer, self._past[layer - self.layer :]
+        return other
+
+    @property
     def _before(self) -> int:
         return self._mask.shape[1] - self.hidden.shape[1]
 
     def select(self, rows: Tensor) -> None:
-        """Keep only some rows; what is no longer needed of the longest ones is cut off."""
+        """Go on with some rows, each as often as named; what is no longer needed of the longest ones is cut off."""
         mask = self._mask[rows]
         before = self._before
         drop = before - int(mask[:, :before].sum(1).max()) if before else 0
         rest = int(mask[:, before:].sum(1).max())
         self._mask = mask[:, drop : before + rest]
-        self.hidden, self._positions = self.hidden[rows, :rest], self._positions[rows, :rest]
-        self.mlp_output = self.mlp_output[rows]
+        self._positions = self._positions[rows, :rest]
+        self._kept = {layer: (hidden[rows, :rest], mlp[rows]) for layer, (hidden, mlp) in self._kept.items()}
         self._past = [tuple(t[rows, :, drop:] for t in pair) for pair in self._past]
 
     def logits_at(self, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
@@ -118,13 +151,3 @@ class CachedForward:
             for index, (keys, values) in enumerate(self._past, start=self.layer + 1):
                 cache.update(keys, values, index)
         return cache
-
-
-def reproduces(rerun: Tensor, whole: Tensor) -> bool:
-    """Whether the logits of a rerun are those of the whole model, but for rounding.
-
-    Nothing can be said of logits that are not finite, and the rerun passes.
-    """
-    scale = float(whole.double().norm())
-    error = float((rerun.double() - whole.double()).norm())
-    return error <= torch.finfo(rerun.dtype).eps ** 0.5 * scale or not scale < float("inf")

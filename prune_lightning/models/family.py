@@ -26,6 +26,7 @@ class ModelFamily:
         mlp: Path of a block's MLP.
         rewrite: Path of the MLP's down-projection, the matrix that is edited.
         after_mlp: Path of the norm that the MLP's output passes before it joins the residual stream, if it does.
+        activation: Path of the MLP's activation function, a module of its own; few methods ask for it.
         tiny: Extra configuration keys that a two-layer test model of this family needs.
     """
 
@@ -34,6 +35,7 @@ class ModelFamily:
     mlp: str
     rewrite: str
     after_mlp: str | None = None
+    activation: str | None = None
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -48,7 +50,7 @@ class ModelFamily:
             raise UserError(
                 f"no model family {model_type!r} ({near(model_type, known)}); to add it, write "
                 f"configs/model/family/{model_type}.yaml with the keys "
-                + ", ".join(f"`{f.name}`" for f in fields(cls) if f.name not in ("tiny", "after_mlp"))
+                + ", ".join(f"`{f.name}`" for f in fields(cls) if f.name not in ("tiny", "after_mlp", "activation"))
                 + " (configs/model/family/llama.yaml is an example)"
             )
         return cls(**yaml.safe_load(known[model_type].read_text("utf-8")))

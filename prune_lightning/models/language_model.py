@@ -83,6 +83,12 @@ class LanguageModel(nn.Module):
         """Return the norm between a block's MLP and the residual stream; the identity where there is none."""
         return self._module(self.family.after_mlp, layer) if self.family.after_mlp else nn.Identity()
 
+    def activation(self, layer: int) -> nn.Module:
+        """Return the activation function of a block's MLP; its input are the pre-activations."""
+        if self.family.activation is None:
+            raise UserError(f"configs/model/family/{self.family.model_type}.yaml does not say where `activation` is")
+        return self._module(self.family.activation, layer)
+
     def rewrite_module(self, layer: int) -> Any:
         """Return a block's MLP down-projection, the module whose weight is edited."""
         return self._module(self.family.rewrite, layer)
