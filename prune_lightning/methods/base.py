@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -47,7 +47,8 @@ class EditingModule(L.LightningModule, ABC):
 
     Args:
         language_model: The model to edit.
-        layers: Indices of the blocks whose MLP down-projection is edited, ascending.
+        layers: Indices of the blocks that are edited, ascending; their MLP down-projection unless the method says
+            otherwise (:meth:`edited_modules`).
 
     Attributes:
         non_finite: What to do with an update that holds NaN or infinity; it is never written. ``skip`` it and say so,
@@ -101,13 +102,21 @@ class EditingModule(L.LightningModule, ABC):
         self.applied(requests)
 
     # -- the matrices ---------------------------------------------------------------------------------------------
+    def edited_modules(self) -> Mapping[str, nn.Module]:
+        """Return the modules whose weight is edited, by the weight's qualified name in the ``transformers`` model.
+
+        The MLP down-projections of :attr:`layers`; a method that edits others names them here.
+        """
+        model = self.language_model
+        return {model.rewrite_name(layer): model.rewrite_module(layer) for layer in self.layers}
+
     def edited_matrices(self) -> Mapping[str, EditedMatrix]:
         """Return the matrices under edit, by the name of their weight."""
         if self._matrices is None:
-            self._matrices = {}
-            for layer in self.layers:
-                module, name = self.language_model.rewrite_module(layer), self.language_model.rewrite_name(layer)
-                self._matrices[name] = EditedMatrix(name, module.weight, stores_transposed(module))
+            self._matrices = {
+                name: EditedMatrix(name, cast(nn.Parameter, module.weight), stores_transposed(module))
+                for name, module in self.edited_modules().items()
+            }
         return self._matrices
 
     def restore(self) -> None:
