@@ -35,16 +35,23 @@ class SentenceCorpus:
 
 
 def build(name: str, language_model) -> EditingModule:
-    base = OmegaConf.load(ROOT / "configs" / "method" / "base" / "locate_then_edit.yaml")
-    config = OmegaConf.merge(base, OmegaConf.load(ROOT / "configs" / "method" / f"{name}.yaml"))
-    config.pop("defaults")
+    config = OmegaConf.load(ROOT / "configs" / "method" / f"{name}.yaml")
+    for default in config.pop("defaults", ()):
+        if default != "_self_":
+            base = OmegaConf.load(ROOT / "configs" / "method" / f"{default.removesuffix('@_here_')}.yaml")
+            config = OmegaConf.merge(base, config)
     config.layers = [1]
-    config.contexts = {"_target_": config.contexts._target_, "fixed": PREFIXES}
-    config.value.steps = 5
+    given = {}
+    if "contexts" in config:
+        config.contexts = {"_target_": config.contexts._target_, "fixed": PREFIXES}
+        config.value.steps = 5
+    if "second_moments" in config:
+        given["second_moments"] = SecondMoments(SentenceCorpus(), ridge=1.0)
     if "null_threshold" in config:  # the statistics of eight sentences leave no small eigenvalues
         config.null_threshold = 1e3
-    moments = SecondMoments(SentenceCorpus(), ridge=1.0)
-    module = instantiate(config, language_model=language_model, second_moments=moments, _convert_="all")
+    if "hypernetwork" in OmegaConf.missing_keys(config):  # there is no trained one for a random model
+        config.hypernetwork = None
+    module = instantiate(config, language_model=language_model, **given, _convert_="all")
     module.prepare()
     return module
 
@@ -65,25 +72,25 @@ def test_method_on_family(method, family, tiny):
     updates, details = module.compute_update(REQUESTS)
     after = dict(language_model.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before), "compute_update has to be pure"
-    assert set(updates) == {language_model.rewrite_name(1)}
+    assert set(updates) == set(module.edited_modules()) >= {language_model.rewrite_name(1)}
     assert len(details) == len(REQUESTS)
 
     for name, update in updates.items():
         module.edited_matrices()[name].add(update)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert changed == [f"model.{name}" for name in updates], "only the declared matrices may change"
+    assert set(changed) == {f"model.{name}" for name in updates}, "only the declared matrices may change"
 
     module.restore()
     assert all(torch.equal(before[name], after[name]) for name in before), "restore has to be exact"
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_update_moves_the_output_at_the_subject_as_the_method_says(method, family, tiny):
+def test_update_moves_the_output_as_the_method_says(method, family, tiny):
     """Orientation: on a square matrix a transposed update would fit the shape and miss the value."""
     language_model = tiny(family)
     module = build(method, language_model)
     name, request = language_model.rewrite_name(1), REQUESTS[1]
-    keys = module.subject_keys([request])[1][0]
+    keys = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     before = language_model.rewrite_output(1, keys)
     update = module.compute_update([request])[0][name]
     by_hand = update.dense()

@@ -47,6 +47,7 @@ class CachedForward:
         positions: Tensor,
     ) -> None:
         self.model, self.layer = model, layer
+        self._in_tuple = model.block_returns_tuple  # found out here, where nobody's hooks are in the way
         cache: Any = DynamicCache()
         with record(outputs=[model.block(layer), model.mlp(layer)], stop=False) as seen:
             self.base_logits = model.logits_at(ids, mask, rows, positions, past_key_values=cache, use_cache=True)
@@ -94,10 +95,9 @@ class CachedForward:
             Logits, shape ``(n, vocabulary)``.
         """
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        in_tuple = self.model.block_returns_tuple
-        output = (hidden,) if in_tuple else hidden
+        output = (hidden,) if self._in_tuple else hidden
         below = [self.model.block(index) for index in range(self.layer)]
-        with pass_through(below, in_tuple), replace_output(self.model.block(self.layer), output):
+        with pass_through(below, self._in_tuple), replace_output(self.model.block(self.layer), output):
             return self.model.logits_at(
                 ids,
                 self._mask,

@@ -15,6 +15,14 @@ from prune_lightning.models.language_model import LanguageModel
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def local_path(path: str) -> str:
+    """Return a path with ``pkg://package/inside`` resolved to where the package lies; others as they are."""
+    if not path.startswith("pkg://"):
+        return path
+    package, _, inside = path.removeprefix("pkg://").partition("/")
+    return str(resources.files(package).joinpath(inside))
+
+
 def load_language_model(path: str, dtype: str = "float32", revision: str | None = None) -> LanguageModel:
     """Load a model.
 
@@ -30,9 +38,7 @@ def load_language_model(path: str, dtype: str = "float32", revision: str | None 
     """
     if dtype not in _DTYPES:
         raise UserError(f"unknown model.dtype {dtype!r}: {near(dtype, _DTYPES)}")
-    if path.startswith("pkg://"):
-        package, _, inside = path.removeprefix("pkg://").partition("/")
-        path = str(resources.files(package).joinpath(inside))
+    path = local_path(path)
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1
     if looks_local and not folder.is_dir():

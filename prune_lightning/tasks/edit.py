@@ -77,8 +77,7 @@ def run(config: DictConfig) -> None:
 
 def _method(config: DictConfig) -> EditingModule:
     model = load_language_model(config.model.path, config.model.dtype, config.model.revision)
-    moments = instantiate(config.model.second_moments, _convert_="all")
-    module = instantiate(config.method, language_model=model, second_moments=moments, _convert_="all")
+    module = instantiate(config.method, language_model=model, _convert_="all")
     assert isinstance(module, EditingModule)
     one_of("non_finite", config.non_finite, ("skip", "raise"))
     module.non_finite = config.non_finite
