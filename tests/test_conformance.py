@@ -46,7 +46,7 @@ def build(name: str, language_model) -> EditingModule:
         config.contexts = {"_target_": config.contexts._target_, "fixed": PREFIXES}
         config.value.steps = 5
     if "second_moments" in config:
-        given["second_moments"] = SecondMoments(SentenceCorpus(), ridge=1.0)
+        config.second_moments, given["second_moments"] = None, SecondMoments(SentenceCorpus(), ridge=1.0)
     if "null_threshold" in config:  # the statistics of eight sentences leave no small eigenvalues
         config.null_threshold = 1e3
     if "hypernetwork" in OmegaConf.missing_keys(config):  # there is no trained one for a random model

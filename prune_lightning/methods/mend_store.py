@@ -83,7 +83,7 @@ def load_network(path: str, modules: Mapping[str, nn.Module]) -> MENDNetwork:
     try:
         description = json.loads((folder / DESCRIPTION).read_text("utf-8"))
         trained = {name: tuple(shape) for name, shape in description["matrices"].items()}
-        shape, samples = NetworkShape(**description["shape"]), description["samples"]
+        shape, samples = NetworkShape(**description["shape"]), {name: description["samples"][name] for name in trained}
         tensors = load_file(folder / TENSORS)
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"method.hypernetwork: {str(folder)!r} is damaged ({error!r}); {HOW_TO_TRAIN}") from error
@@ -111,7 +111,7 @@ def _check_model(folder: str, trained: Mapping[str, list[float]], present: Mappi
 
 def _filled(folder: str, network: MENDNetwork, tensors: Mapping[str, Tensor]) -> MENDNetwork:
     try:
-        network.load_state_dict({name: tensor for name, tensor in tensors.items()})
+        network.load_state_dict(dict(tensors))
     except RuntimeError as error:
         raise UserError(f"method.hypernetwork: {folder!r} is damaged ({error}); {HOW_TO_TRAIN}") from error
     return network

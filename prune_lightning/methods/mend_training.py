@@ -74,7 +74,7 @@ class MENDTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.language_model, self.modules_to_edit, self.lowest = language_model, dict(modules), lowest
-        self.network = network.requires_grad_(True)
+        self.network = network.requires_grad_(True).train()
         self.options = options
         self.strict_loading = False  # a checkpoint holds the network, not the language model
 

@@ -38,9 +38,9 @@ def run(config: DictConfig) -> None:
     )
     stop = EarlyStopping("val/loss", patience=settings.patience, mode="min")
     trainer = build_trainer(config, [best, stop], build_loggers(config, folder))
+    if trainer.world_size > 1:
+        raise UserError("MEND's network is trained by one process; give trainer.devices=1")
     trainer.fit(module, datamodule=data, ckpt_path=_checkpoint(settings.resume))
-    if not trainer.is_global_zero:
-        return
     module.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"], strict=False)
     (scores,) = trainer.validate(module, datamodule=data, verbose=False)
     facts: dict[str, Any] = {
