@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import lightning as L
 import pytest
 import torch
 from conftest import BUNDLED, ROOT, quiet_trainer
@@ -256,9 +257,18 @@ def fit(module: MENDTraining, epochs: int, *callbacks, ckpt_path=None, **kwargs)
     trainer.fit(module, datamodule=training_data(), ckpt_path=ckpt_path)
 
 
+class Batches(L.Callback):
+    def __init__(self):
+        self.by_epoch = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.by_epoch.setdefault(trainer.current_epoch, []).append(batch)
+
+
 def test_resumed_training_ends_with_the_same_network(tmp_path):
-    whole = training_of(load_language_model(BUNDLED))
-    fit(whole, 3)
+    whole, batches = training_of(load_language_model(BUNDLED)), Batches()
+    fit(whole, 3, batches)
+    assert batches.by_epoch[0] != batches.by_epoch[1] != batches.by_epoch[2]
     saved = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
     fit(training_of(load_language_model(BUNDLED)), 1, saved, enable_checkpointing=True)
     resumed = training_of(load_language_model(BUNDLED))

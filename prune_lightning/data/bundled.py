@@ -97,7 +97,7 @@ class BundledEditorTraining(EditStream):
         neighbours = [other for other in related if not other.reserved]
         rng.shuffle(neighbours)
         neighbours.sort(key=lambda other: other.answer != fact.answer)
-        same_subject = [other for other in world.facts if other.subject == fact.subject and other is not fact]
+        same_subject = [other for other in world.by_subject[fact.subject] if other is not fact]
         prompt, *paraphrases = rng.sample(wordings, len(wordings))
         return EditRequest(
             case_id=case_id,

@@ -29,7 +29,7 @@ class MEND(EditingModule):
     with :math:`u_t` what enters the matrix at token :math:`t` and :math:`y_t` what leaves it, under the present
     weights. The tokens are those up to the target's last one, so the rank of an update is their number. A batch of
     requests gives one update from the mean over all target tokens: each edit of ``B`` weighs ``1/B`` of what it weighs
-    alone, and the network should have been trained with as many (``training.edits_per_update``).
+    alone, and the network should have been trained with as many (``editor_data.edits_per_update``).
 
     Args:
         language_model: The model to edit.
