@@ -48,10 +48,7 @@ def build(method: str) -> EditingModule:
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = hydra.compose("train", overrides=[f"method={method}"])
     model = load_language_model(config.model.path)
-    moments = hydra.utils.instantiate(config.model.second_moments, _convert_="all")
-    module: EditingModule = hydra.utils.instantiate(
-        config.method, language_model=model, second_moments=moments, _convert_="all"
-    )
+    module: EditingModule = hydra.utils.instantiate(config.method, language_model=model, _convert_="all")
     return module
 
 

@@ -86,6 +86,21 @@ class EditBatch:
 
 
 @dataclass(frozen=True)
+class MetaExample:
+    """What an editor is trained on: edits that make one update, and what the edited model shall say and leave alone.
+
+    Args:
+        edits: ``(prompt, new target)`` of each edit.
+        rephrased: As many ``(other prompt, new target)``.
+        locality: Texts whose predictions shall stay.
+    """
+
+    edits: tuple[tuple[str, str], ...]
+    rephrased: tuple[tuple[str, str], ...]
+    locality: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class WeightUpdate:
     r"""A change of one weight matrix in factored form, :math:`\Delta = A B^\top`.
 

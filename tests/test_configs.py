@@ -54,6 +54,18 @@ def test_option_composes_and_its_targets_exist(choice):
         assert callable(hydra.utils.get_object(target)), target
 
 
+@pytest.mark.parametrize("option", options("editor_data"))
+def test_editor_training_composes_for_a_model(option):
+    config = OmegaConf.to_container(
+        compose("experiment=train_mend", "model=gpt2-xl", f"editor_data={option}"), resolve=False
+    )
+    config.pop("hydra", None)
+    for target in targets(config):
+        assert callable(hydra.utils.get_object(target)), target
+    assert config["method"]["layers"] == [45, 46, 47]  # the experiment's method and the model's settings for it
+    assert config["method"]["training"]["learning_rate"] == 1e-6
+
+
 def test_published_settings_reach_the_method():
     config = compose("model=gpt2-xl", "method=memit")
     assert (list(config.method.layers), config.method.ridge, config.method.value.clamp) == (

@@ -78,13 +78,13 @@ def test_method_on_family(method, family, tiny):
     updates, details = module.compute_update(REQUESTS)
     after = dict(language_model.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before), "compute_update has to be pure"
-    assert set(updates) == set(module.edited_modules()) == {language_model.rewrite_name(1)}
+    assert set(updates) == set(module.edited_modules()) >= {language_model.rewrite_name(1)}
     assert len(details) == len(REQUESTS)
 
     for name, update in updates.items():
         module.edited_matrices()[name].add(update)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert changed == [f"model.{name}" for name in updates], "only the declared matrices may change"
+    assert set(changed) == {f"model.{name}" for name in updates}, "only the declared matrices may change"
 
     module.restore()
     assert all(torch.equal(before[name], after[name]) for name in before), "restore has to be exact"

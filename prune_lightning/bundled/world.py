@@ -59,15 +59,23 @@ class World:
     @cached_property
     def by_relation(self) -> dict[str, list[Fact]]:
         """Facts grouped by relation."""
+        return self._grouped("relation")
+
+    @cached_property
+    def by_subject(self) -> dict[str, list[Fact]]:
+        """Facts grouped by subject."""
+        return self._grouped("subject")
+
+    def _grouped(self, name: str) -> dict[str, list[Fact]]:
         groups: dict[str, list[Fact]] = defaultdict(list)
         for fact in self.facts:
-            groups[fact.relation].append(fact)
+            groups[getattr(fact, name)].append(fact)
         return dict(groups)
 
     @cached_property
     def subjects(self) -> list[str]:
         """Every subject once."""
-        return list(dict.fromkeys(fact.subject for fact in self.facts))
+        return list(self.by_subject)
 
 
 def _rows(table: str) -> list[dict[str, str]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from prune_lightning.bundled.world import EDIT_PHRASING, HELD_OUT, Fact, World, load_world
 from prune_lightning.data.stream import BadRow, EditStream
+from prune_lightning.errors import one_of
 from prune_lightning.types import EditRequest, Probe
 
 PARAPHRASES = (3, HELD_OUT)
 NEIGHBOURS = 5
+VALIDATION_EVERY = 5  # of the subjects that train editors
 
 
 class BundledWorld(EditStream):
@@ -56,3 +60,54 @@ class BundledWorld(EditStream):
             rounds.append((seen[request.subject], request))
         rounds.sort(key=lambda entry: entry[0])
         return [request for _, request in rounds]
+
+
+class BundledEditorTraining(EditStream):
+    """Counterfactual edits to train an editor with, apart from everything that :class:`BundledWorld` asks.
+
+    Edited are the reserved subjects, which :class:`BundledWorld` never edits; neighbours are facts about the others.
+    The two phrasings that serve as paraphrases there do not occur, and where another fact of the edited subject is a
+    locality probe it is not worded as there. Prompt, paraphrases and probes are drawn from the remaining phrasings.
+
+    Args:
+        part: ``train``, or ``validation`` for every fifth of the subjects.
+        draws: Requests per fact, each with its own phrasing and target.
+        kwargs: See :class:`~prune_lightning.data.stream.EditStream`.
+    """
+
+    def __init__(self, part: str, draws: int = 1, **kwargs: Any) -> None:
+        super().__init__(unique_subjects=False, **kwargs)
+        one_of("part", part, ("train", "validation"))
+        self.part, self.draws = part, draws
+
+    def records(self) -> Iterator[EditRequest | BadRow]:
+        """Yield the requests, fact by fact."""
+        world = load_world()
+        reserved = list(dict.fromkeys(fact.subject for fact in world.facts if fact.reserved))
+        validation = set(reserved[VALIDATION_EVERY - 1 :: VALIDATION_EVERY])
+        subjects = validation if self.part == "validation" else set(reserved) - validation
+        facts = [fact for fact in world.facts if fact.reserved and fact.subject in subjects]
+        for case_id, (fact, draw) in enumerate(itertools.product(facts, range(self.draws))):
+            yield self._request(world, fact, case_id, random.Random(f"{self.seed}/{self.part}/{case_id}/{draw}"))
+
+    def _request(self, world: World, fact: Fact, case_id: int, rng: random.Random) -> EditRequest:
+        wordings = [i for i in range(len(fact.phrasings)) if i not in PARAPHRASES]
+        others = [i for i in wordings if i != EDIT_PHRASING]
+        related = world.by_relation[fact.relation]
+        neighbours = [other for other in related if not other.reserved]
+        rng.shuffle(neighbours)
+        neighbours.sort(key=lambda other: other.answer != fact.answer)
+        same_subject = [other for other in world.by_subject[fact.subject] if other is not fact]
+        prompt, *paraphrases = rng.sample(wordings, len(wordings))
+        return EditRequest(
+            case_id=case_id,
+            subject=fact.subject,
+            prompt=fact.phrasings[prompt],
+            target_new=rng.choice(sorted({other.answer for other in related} - {fact.answer})),
+            target_old=fact.answer,
+            paraphrases=tuple(fact.phrasings[index] for index in paraphrases),
+            locality=(
+                *(Probe(o.phrasings[rng.choice(wordings)], o.answer) for o in neighbours[:NEIGHBOURS]),
+                *(Probe(o.phrasings[rng.choice(others)], o.answer, "same subject") for o in same_subject),
+            ),
+        )

@@ -19,8 +19,8 @@ from prune_lightning.methods.neuron_attribution import (
     integrated_gradients,
 )
 from prune_lightning.methods.patched_neurons import AttributionOptions
-from prune_lightning.methods.sharing import shared_out
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.sharing import shared_out
 from prune_lightning.types import EditRequest, WeightUpdate
 
 Neuron = tuple[int, int]  # layer, index

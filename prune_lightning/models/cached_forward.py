@@ -60,6 +60,7 @@ class CachedForward:
         above: Sequence[int] = (),
     ) -> None:
         self.model, self.layer = model, layer
+        self._in_tuple = model.block_returns_tuple  # found out here, where nobody's hooks are in the way
         cache: Any = DynamicCache()
         layers = [layer, *above]
         modules = [module for kept in layers for module in (model.block(kept), model.mlp(kept))]
@@ -127,10 +128,9 @@ class CachedForward:
             Logits, shape ``(n, vocabulary)``.
         """
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        in_tuple = self.model.block_returns_tuple
-        output = (hidden,) if in_tuple else hidden
+        output = (hidden,) if self._in_tuple else hidden
         below = [self.model.block(index) for index in range(self.layer)]
-        with pass_through(below, in_tuple), replace_output(self.model.block(self.layer), output):
+        with pass_through(below, self._in_tuple), replace_output(self.model.block(self.layer), output):
             return self.model.logits_at(
                 ids,
                 self._mask,

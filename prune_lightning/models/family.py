@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from typing import Any
@@ -25,6 +25,7 @@ class ModelFamily:
         block: Path of a transformer block.
         mlp: Path of a block's MLP.
         rewrite: Path of the MLP's down-projection, the matrix that is edited.
+        mlp_weights: Names of all linear modules of the MLP, below ``mlp``, in the order in which they run.
         after_mlp: Path of the norm that the MLP's output passes before it joins the residual stream, if it does.
         activation: Path of the MLP's activation function, a module of its own; few methods ask for it.
         tiny: Extra configuration keys that a two-layer test model of this family needs.
@@ -34,6 +35,7 @@ class ModelFamily:
     block: str
     mlp: str
     rewrite: str
+    mlp_weights: Sequence[str]
     after_mlp: str | None = None
     activation: str | None = None
     tiny: Mapping[str, Any] = field(default_factory=dict)

@@ -86,6 +86,20 @@ def edit_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterat
 
 
 @contextmanager
+def add_branch(module: nn.Module, branch: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Add ``branch(input)`` to a module's output in every forward pass inside the block."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + branch(args[0])
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def edit_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace a module's first input by ``change(input)`` in every forward pass inside the block."""
 

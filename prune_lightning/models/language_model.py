@@ -79,6 +79,11 @@ class LanguageModel(nn.Module):
         """Return a block's MLP."""
         return self._module(self.family.mlp, layer)
 
+    def mlp_linears(self, layer: int) -> dict[str, nn.Module]:
+        """Return the linear modules of a block's MLP by the qualified name of their weight."""
+        paths = [f"{self.family.mlp}.{name}" for name in self.family.mlp_weights]
+        return {path.format(layer) + ".weight": self._module(path, layer) for path in paths}
+
     def after_mlp(self, layer: int) -> nn.Module:
         """Return the norm between a block's MLP and the residual stream; the identity where there is none."""
         return self._module(self.family.after_mlp, layer) if self.family.after_mlp else nn.Identity()

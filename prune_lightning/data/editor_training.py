@@ -1,0 +1,173 @@
+"""Training data for editors that learn to edit: edits with their paraphrases, and texts that shall stay."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from prune_lightning.data.stream import EditStream
+from prune_lightning.errors import UserError
+from prune_lightning.types import EditRequest, MetaExample
+
+
+class Texts(Protocol):
+    """A source of plain texts."""
+
+    def texts(self) -> Iterator[str]:
+        """Yield the texts."""
+        ...
+
+
+class EpochSampler(Sampler[int]):
+    """Yields the numbers of one epoch's examples; they go on from epoch to epoch, also after a resumed one.
+
+    Args:
+        count: Examples per epoch.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.epoch = count, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch; Lightning calls this."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.epoch * self.count, (self.epoch + 1) * self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class MetaExamples(Dataset[MetaExample]):
+    """Examples drawn from requests; example ``i`` depends on the seed and ``i`` only.
+
+    Args:
+        requests: The edits, each with paraphrases and locality probes.
+        texts: Plain texts that shall stay.
+        edits: Edits per example.
+        probes: Locality probes per example, drawn from those of its edits.
+        num_texts: Plain texts per example.
+        seed: Seed of the draws.
+        in_order: Take the requests in order, and not at random.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[EditRequest],
+        texts: Sequence[str],
+        edits: int,
+        probes: int,
+        num_texts: int,
+        seed: int,
+        in_order: bool = False,
+    ) -> None:
+        self.requests, self.texts, self.edits, self.in_order = requests, texts, edits, in_order
+        self.probes, self.num_texts, self.seed = probes, num_texts, seed
+
+    def __len__(self) -> int:
+        return len(self.requests) // self.edits
+
+    def __getitem__(self, index: int) -> MetaExample:
+        """Return one example."""
+        rng = random.Random(f"{self.seed}/{index}")
+        if self.in_order:
+            chosen = self.requests[index * self.edits : (index + 1) * self.edits]
+        else:
+            chosen = rng.sample(self.requests, self.edits)
+        probes = rng.sample([probe for request in chosen for probe in request.locality], self.probes)
+        return MetaExample(
+            edits=tuple((request.prompt, request.target_new) for request in chosen),
+            rephrased=tuple((rng.choice(request.paraphrases), request.target_new) for request in chosen),
+            locality=(
+                *(f"{probe.prompt} {probe.answer}" if probe.answer else probe.prompt for probe in probes),
+                *rng.sample(self.texts, self.num_texts),
+            ),
+        )
+
+
+class EditorTrainingData(L.LightningDataModule):
+    """Examples from one stream of requests to train with, and from another one to validate with.
+
+    Args:
+        train: Requests to train with.
+        validation: Requests about other subjects.
+        steps: Batches per epoch.
+        batch_size: Examples per batch, each an update of its own.
+        edits_per_update: Edits per example: as many as will later be written in one batch.
+        probes: Locality probes per example.
+        corpus: Source of plain texts, or ``None``.
+        texts: Plain texts per example.
+        text_words: Plain texts are cut to this many words.
+        seed: Seed of the draws.
+    """
+
+    def __init__(
+        self,
+        train: EditStream,
+        validation: EditStream,
+        steps: int,
+        batch_size: int = 1,
+        edits_per_update: int = 1,
+        probes: int = 1,
+        corpus: Texts | None = None,
+        texts: int = 0,
+        text_words: int = 50,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if texts and corpus is None:
+            raise UserError("plain texts are asked for (`texts`), but there is no `corpus`")
+        self.streams = {"train": train, "validation": validation}
+        self.steps, self.batch_size, self.edits_per_update = steps, batch_size, edits_per_update
+        self.corpus, self.probes, self.num_texts, self.text_words, self.seed = corpus, probes, texts, text_words, seed
+        self._texts: list[str] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the streams and the corpus.
+
+        Raises:
+            UserError: A request that nothing can be learnt from, or a subject on both sides.
+        """
+        if self._texts is not None:
+            return
+        for name, stream in self.streams.items():
+            stream.setup()
+            for request in stream.requests:
+                if not request.paraphrases or len(request.locality) < self.probes:
+                    raise UserError(
+                        f"case {request.case_id} of the {name} edits has {len(request.paraphrases)} paraphrases and "
+                        f"{len(request.locality)} locality probes; one and {self.probes} are needed"
+                    )
+            if len(stream.requests) < self.edits_per_update:
+                raise UserError(f"fewer {name} edits than edits_per_update={self.edits_per_update}")
+        sides = [{request.subject.lower() for request in stream.requests} for stream in self.streams.values()]
+        if shared := sides[0] & sides[1]:
+            raise UserError(f"{len(shared)} subjects are in both the train and the validation edits: {min(shared)!r}")
+        texts = self.corpus.texts() if self.corpus and self.num_texts else ()
+        self._texts = [" ".join(text.split()[: self.text_words]) for text in texts]
+
+    def _examples(self, name: str) -> MetaExamples:
+        assert self._texts is not None
+        return MetaExamples(
+            self.streams[name].requests,
+            self._texts,
+            self.edits_per_update,
+            self.probes,
+            self.num_texts,
+            self.seed,
+            in_order=name == "validation",
+        )
+
+    def train_dataloader(self) -> DataLoader[MetaExample]:
+        """Return batches as lists of examples, other ones in every epoch."""
+        sampler = EpochSampler(self.steps * self.batch_size)
+        return DataLoader(self._examples("train"), self.batch_size, sampler=sampler, collate_fn=list)
+
+    def val_dataloader(self) -> DataLoader[MetaExample]:
+        """Return the same batches in every epoch."""
+        return DataLoader(self._examples("validation"), self.batch_size, collate_fn=list)
