@@ -1,0 +1,113 @@
+"""Steps put back into a model: all of them, some of them, or none for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from prune_lightning.errors import UserError
+from prune_lightning.fingerprint import fingerprint
+from prune_lightning.ledger.record import StepRecord
+from prune_lightning.ledger.store import Ledger
+from prune_lightning.methods.base import EditingModule
+from prune_lightning.types import MatrixUpdate
+
+
+def originals(module: EditingModule) -> dict[str, str]:
+    """Return the fingerprints of the unedited matrices, by the name of their weight."""
+    return {name: fingerprint(matrix.original()) for name, matrix in module.edited_matrices().items()}
+
+
+def check_base(ledger: Ledger, module: EditingModule) -> None:
+    """Refuse a module whose unedited matrices are not the ones that the ledger's steps belong to.
+
+    Raises:
+        UserError: They differ.
+    """
+    recorded, found = ledger.base["originals"], originals(module)
+    for name in sorted({*recorded, *found}):
+        if recorded.get(name) != found.get(name):
+            raise UserError(
+                f"the ledger in {ledger.folder} belongs to another base: {name} is "
+                f"{found.get(name, 'not edited')} here and {recorded.get(name, 'not edited')} there"
+            )
+
+
+def replay(module: EditingModule, records: Iterable[StepRecord]) -> None:
+    """Bring a module to where it was after these steps, bit for bit: weights, change, and what the method remembers.
+
+    Args:
+        module: On its unedited model, prepared.
+        records: The first steps of its stream, in order.
+    """
+    for record in records:
+        if not record.from_base:
+            for name, events in record.events.items():
+                module.edited_matrices()[name].replay(events)
+            module.remember(record.observed)
+        module.num_edits, module.num_steps = record.num_edits, record.step
+
+
+def without(
+    module: EditingModule,
+    records: Iterable[StepRecord],
+    taken_back: Collection[int],
+    after_step: Callable[[], Any] | None = None,
+) -> list[StepRecord]:
+    """Replay a stream as if some steps had never been: the others' updates as they were computed, one after another.
+
+    What a restraint takes away depends on all updates so far, so its old corrections are not replayed:
+    ``after_step`` restrains anew. Updates are those that were computed when the steps taken back were still there.
+
+    Args:
+        module: On its unedited model, prepared.
+        records: All steps of its stream, in order.
+        taken_back: Numbers of the steps to leave out.
+        after_step: Called after each step; pass a restraint's ``restrain_all``, or ``None`` where there is none.
+
+    Returns:
+        The steps that were left out.
+    """
+    left_out = []
+    for record in records:
+        if record.step in taken_back:
+            left_out.append(record)
+            continue
+        updates = _updates(record)
+        for matrix in module.edited_matrices().values():
+            matrix.begin_step()
+        for name, changes in updates.items():
+            for change in changes:
+                module.edited_matrices()[name].add(change)
+        module.remember(record.observed)
+        if after_step:
+            after_step()
+        module.num_edits += len(record.requests)
+        module.num_steps += 1
+    return left_out
+
+
+def _updates(record: StepRecord) -> Mapping[str, list[MatrixUpdate]]:
+    return {
+        name: [event.change for event in events if event.kind == "add" and event.change is not None]
+        for name, events in record.events.items()
+    }
+
+
+@contextmanager
+def base_model(module: EditingModule) -> Iterator[None]:
+    """Run the unedited model inside the block; every bit of the edited one is put back."""
+    matrices = list(module.edited_matrices().values())
+    edited = [matrix.parameter.detach().clone() for matrix in matrices]
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.weight().copy_(matrix.original())
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for matrix, weight in zip(matrices, edited, strict=True):
+                matrix.parameter.copy_(weight)
