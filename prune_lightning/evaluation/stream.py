@@ -60,8 +60,8 @@ class UnrelatedAnswers:
 
     :math:`L(t) = \mathrm{mean}_j 1[\mathrm{out}_t(x_j) = \mathrm{out}_0(x_j)]`. The answers are greedy, up to six
     tokens. Whether a later model gives the same answer is read from one teacher-forced pass: all of its tokens are
-    first choices. Dtype and batches are the same each time. Prompts whose answer is empty, or not its own tokens when it
-    is tokenised after the prompt, are left out at the start.
+    first choices. Dtype and batches are the same each time. Prompts whose answer is empty, or is not found again by
+    that pass on the unedited model, are left out at the start.
 
     Args:
         model: The unedited model.
@@ -95,7 +95,9 @@ class StreamScores:
         self._commits: Sequence[int] = ()
         self._immediate: dict[int, dict[str, float]] = {}
 
-    def begin(self, model: LanguageModel, cases: Cases, commits: Sequence[int], unrelated: Sequence[str]) -> None:
+    def begin(
+        self, model: LanguageModel, cases: Cases, commits: Sequence[int], unrelated: Sequence[str]
+    ) -> list[dict[str, Any]]:
         """Score the unedited model.
 
         Args:
@@ -103,10 +105,14 @@ class StreamScores:
             cases: The cases that will be looked at later.
             commits: Edit count at which each case of the stream is written.
             unrelated: Prompts that no edit is about.
+
+        Returns:
+            The rows of the unedited model.
         """
         self._commits = commits
         self.unrelated = UnrelatedAnswers(model, unrelated)
-        self._add(0, list(cases), success(model, list(cases.values())))
+        rows = self._add(0, list(cases), success(model, list(cases.values())))
+        return [{"case": i, **_final(row)} for i, row in rows.items()]
 
     def just_before(self, cases: Sequence[int], num_edits: int, found: Success) -> None:
         """Take the scores of cases that are about to be written; the unedited model's are known."""
@@ -117,8 +123,14 @@ class StreamScores:
         """Take the scores of cases that have just been written."""
         self._immediate = self._add(num_edits, cases, found)
 
-    def look(self, model: LanguageModel, cases: Cases, num_edits: int) -> Measured:
+    def look(self, model: LanguageModel, cases: Cases, num_edits: int, weights: Mapping[int, float]) -> Measured:
         """Score cases written so far; those that have just been written are not scored again.
+
+        Args:
+            model: The edited model.
+            cases: The cases to score.
+            num_edits: Edits written so far.
+            weights: How many cases each of them stands for.
 
         Returns:
             Figures of the stream so far, and the rows that ``final`` and ``locality_drift`` are means of.
@@ -128,9 +140,8 @@ class StreamScores:
         rows = {i: self._immediate[i] for i in cases if self._commits[i] == num_edits}
         if older:
             rows |= self._add(num_edits, older, success(model, [cases[i] for i in older]))
-        table: list[dict[str, Any]] = [
-            {"case": i, **{f"{form}/final": value for form, value in rows[i].items()}} for i in sorted(rows)
-        ]
+        table: list[dict[str, Any]] = [{"case": i, **_final(rows[i])} for i in sorted(rows)]
+        table = [row if weights[row["case"]] == 1 else {**row, "weight": weights[row["case"]]} for row in table]
         scores = {f"{form}/{key}": value for form in FORMS for key, value in self.figures(form).items()}
         if self.unrelated.pairs:
             same = [float(value) for value in self.unrelated.unchanged(model)]
@@ -163,6 +174,10 @@ class StreamScores:
                 commit = torch.tensor([self._commits[i] for i, _ in known])
                 self.matrices[form].update(num_edits, commit, index, value_)
         return rows
+
+
+def _final(row: Mapping[str, float]) -> dict[str, float]:
+    return {f"{form}/final": value for form, value in row.items()}
 
 
 def entries(matrix: RetentionMatrix) -> list[tuple[int, int, int, float]]:

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from prune_lightning.metrics import stream_functional as formulas
-from prune_lightning.metrics.stream_functional import AgeBin, HalfLife, Observations
+from prune_lightning.metrics.stream_functional import AgeBin, Observations
 from prune_lightning.metrics.trajectory import area, collapse, relative
 
 
@@ -65,13 +65,8 @@ class RetentionMatrix(Metric):
         return Observations(*(dim_zero_cat(state) if len(state) else torch.zeros(0) for state in states))
 
     def by_age(self) -> list[AgeBin]:
-        """Return retention in geometric bins of age."""
+        """Return retention in geometric bins of age, from this process's entries."""
         return formulas.retention_by_age(self.observations())
-
-    def half_life(self) -> HalfLife:
-        """Return the age at which retention has halved."""
-        bins = self.by_age()
-        return formulas.half_life([row.age for row in bins], [row.retention for row in bins])
 
     def compute(self) -> dict[str, Tensor]:
         """Return the figures at the last count: ``acquisition``, ``final``, ``forgetting`` and so on.
@@ -86,7 +81,7 @@ class RetentionMatrix(Metric):
         figures = {
             "acquisition": formulas.acquisition(seen),
             "final": formulas.accuracy(seen, last),
-            "forgetting": -backward,
+            "forgetting": 0.0 - backward,
             "forgetting_max": formulas.max_forgetting(seen, last),
             "bwt": backward,
             "fwt": formulas.forward_transfer(seen),
