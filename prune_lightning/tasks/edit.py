@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
+from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -17,12 +18,13 @@ from prune_lightning.callbacks import EditEvaluation, EditLog, RunProgress, Spec
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import one_of
 from prune_lightning.evaluation.measurement import Measurement
-from prune_lightning.evaluation.stream import FORMS
+from prune_lightning.evaluation.stream import FORMS, entries
 from prune_lightning.jsonable import write_json
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.loading import load_language_model
+from prune_lightning.report.curves import plot_abilities, plot_editing, plot_immediate, plot_retention
 from prune_lightning.report.page import write_page
-from prune_lightning.report.plots import Spectra, plot_abilities, plot_editing, plot_spectra, save_plots, show_figure
+from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
 from prune_lightning.report.table import result_table
 from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories, log_growth
 from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, first_process, quieten, run_folder
@@ -76,7 +78,7 @@ def run(config: DictConfig) -> None:
         "method_facts": module.facts,
         "context_prefixes": list(getattr(module, "prefixes", ())),
     }
-    _report(config, folder, summary, looked_at, loggers, out)
+    _report(config, folder, summary, looked_at, loggers, evaluation, out)
     summary["wall_s"] = time.perf_counter() - started
     write_json(folder / "summary.json", summary)
     left = "report.html, summary.json, edits.jsonl, cases.jsonl, metrics.csv, plots/"
@@ -158,12 +160,24 @@ def _scores(entry: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in entry.items() if key != "num_edits"}
 
 
+def _stream_figures(evaluation: EditEvaluation, summary: dict[str, Any], title: str) -> dict[str, Figure | None]:
+    """Return the pictures of how edits hold along the stream."""
+    if not evaluation.stream:
+        return {}
+    figures = {"immediate": plot_immediate({title: summary["curve"]}, summary["stream"]["forms"], title)}
+    for form, what in zip(FORMS, ("new answer preferred to the old one", "new answer said outright"), strict=True):
+        if evaluation.stream.matrices[form].update_called:
+            figures[f"retention_{form}"] = plot_retention(entries(evaluation.stream.matrices[form]), what)
+    return figures
+
+
 def _report(
     config: DictConfig,
     folder: Path,
     summary: dict[str, Any],
     looked_at: list[Spectra],
     loggers: list[Logger],
+    evaluation: EditEvaluation,
     out: Console,
 ) -> None:
     """Print the table, draw the plots, write the page, and hand table and plots to loggers that take them."""
@@ -171,15 +185,22 @@ def _report(
     restrained = "no restraint" if summary["restraint"] == "none" else summary["restraint"]
     title = f"{summary['method']}, {restrained}: {edits} (data: {summary['data']}, model: {summary['model']})"
     columns = {"before": summary["baseline"], f"after {edits}": summary["final"]}
-    curves = {restrained: summary["curve"]}
-    if summary["control"]:
-        columns["without restraint"] = summary["control"]["final"]
-        curves["without restraint"] = summary["control"]["curve"]
-    figures = {"editing": plot_editing(curves), "spectra": plot_spectra(looked_at)}
-    if any(key.startswith("ability/") for key in summary["final"]):
-        figures = {"abilities": plot_abilities(curves), **figures}
+    curves, intervals = {restrained: summary["curve"]}, {restrained: summary["intervals"]}
+    if control := summary["control"]:
+        columns["without restraint"] = control["final"]
+        curves["without restraint"], intervals["without restraint"] = control["curve"], control["intervals"]
+    drawn = {
+        "abilities": plot_abilities(curves, intervals),
+        "editing": plot_editing(curves, intervals),
+        **_stream_figures(evaluation, summary, title),
+    }
+    figures = {name: figure for name, figure in drawn.items() if figure} | {"spectra": plot_spectra(looked_at)}
     plots = save_plots(folder / "plots", figures)
-    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True))
+    remark = (
+        f"{summary['edit_s']:.0f} s of edits, {summary['evaluate_s']:.0f} s of evaluation "
+        f"({100 * summary['evaluate_share']:.0f} % of both). Bands are 95 % bootstrap intervals over cases."
+    )
+    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), [remark])
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
         for name, figure in figures.items():
