@@ -209,7 +209,7 @@ class EditEvaluation(L.Callback):
             self.baseline = self.evaluate(module, self._probed, 0, self.measurements)
         self._record(trainer, 0, self.baseline)
         if self.stream and self.edit_log:
-            unrelated = dict.fromkeys(p.prompt for request in cases.values() for p in request.locality)
+            unrelated = dict.fromkeys(probe for request in cases.values() for probe in request.locality)
             with _timed(self.seconds, self.stream.name):
                 rows = self.stream.begin(module.language_model, cases, commits, list(unrelated)[: self.max_cases])
             self.case_rows.add(self.stream.name, 0, rows)

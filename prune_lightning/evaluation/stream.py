@@ -11,14 +11,14 @@ from torch import Tensor
 
 from prune_lightning.evaluation.counterfact import prompts_by_kind
 from prune_lightning.evaluation.measurement import Cases, Measured
-from prune_lightning.evaluation.scoring import greedy_continuations, score_pairs
+from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.metrics import RetentionMatrix
 from prune_lightning.metrics.functional import preference
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.types import EditRequest
+from prune_lightning.types import EditRequest, Probe
 
 FORMS = ("score", "accuracy")
-_LONGEST_ANSWER = 6
+_PROBES_PER_PASS = 32
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,49 @@ def success(model: LanguageModel, requests: Sequence[EditRequest]) -> Success:
 
 
 class UnrelatedAnswers:
-    r"""The answers of the unedited model to fixed prompts that no edit is about, and what becomes of them.
+    r"""What the unedited model answers where no edit is about, and whether a later model answers the same.
 
-    :math:`L(t) = \mathrm{mean}_j 1[\mathrm{out}_t(x_j) = \mathrm{out}_0(x_j)]`. The answers are greedy, up to six
-    tokens. Whether a later model gives the same answer is read from one teacher-forced pass: all of its tokens are
-    first choices. Dtype and batches are the same each time. Prompts whose answer is empty, or is not found again by
-    that pass on the unedited model, are left out at the start.
+    :math:`L(t) = \mathrm{mean}_j 1[\mathrm{out}_t(x_j) = \mathrm{out}_0(x_j)]`. The output to a probe are the model's
+    first choices at the positions of the probe's answer, which is given (EasyEdit's locality), or the first choice
+    after the prompt where the probe has none. Probes, dtype and batches are the same each time.
 
     Args:
         model: The unedited model.
-        prompts: The prompts.
+        probes: The probes; one that comes again counts once.
     """
 
-    def __init__(self, model: LanguageModel, prompts: Sequence[str]) -> None:
-        answers = greedy_continuations(model, prompts, _LONGEST_ANSWER, stop=".") if prompts else []
-        self.pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
-        self.pairs = [pair for pair, same in zip(self.pairs, self.unchanged(model), strict=True) if same]
+    def __init__(self, model: LanguageModel, probes: Sequence[Probe]) -> None:
+        self._rows: list[tuple[list[int], int]] = []  # ids, and the position before the first token of the answer
+        for probe in dict.fromkeys(probes):
+            if probe.answer:
+                pair = model.tokens.encode_pair(probe.prompt, probe.answer)
+                self._rows.append((pair.ids[:-1], pair.target_start - 1))
+            else:
+                ids = model.tokens.encode(probe.prompt)[-model.tokens.max_length :]
+                self._rows.append((ids, len(ids) - 1))
+        self._rows.sort(key=lambda row: len(row[0]))
+        self._before = self._outputs(model)
 
     def unchanged(self, model: LanguageModel) -> list[bool]:
-        """Return whether each prompt has its first answer; a model whose scores are not finite has none."""
-        return score_pairs(model, self.pairs).hit.tolist() if self.pairs else []
+        """Return whether each probe has its first output; a model whose scores are not finite has none."""
+        now = self._outputs(model)
+        return [a is not None and a == b for a, b in zip(now, self._before, strict=True)]
+
+    @torch.no_grad()
+    def _outputs(self, model: LanguageModel) -> list[list[int] | None]:
+        outputs: list[list[int] | None] = []
+        with model.frozen_mode():
+            for start in range(0, len(self._rows), _PROBES_PER_PASS):
+                rows = self._rows[start : start + _PROBES_PER_PASS]
+                ids, mask = model.tokens.pad([row for row, _ in rows], model.device)
+                lengths = [len(row) - first for row, first in rows]
+                owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
+                where = torch.tensor([place for row, first in rows for place in range(first, len(row))])
+                logits = model.logits_at(ids, mask, owner.to(model.device), where.to(model.device))
+                finite = torch.isfinite(logits).all(-1).split(lengths)
+                choices = logits.argmax(-1).split(lengths)
+                outputs += [c.tolist() if f.all() else None for c, f in zip(choices, finite, strict=True)]
+        return outputs
 
 
 class StreamScores:
@@ -96,7 +119,7 @@ class StreamScores:
         self._immediate: dict[int, dict[str, float]] = {}
 
     def begin(
-        self, model: LanguageModel, cases: Cases, commits: Sequence[int], unrelated: Sequence[str]
+        self, model: LanguageModel, cases: Cases, commits: Sequence[int], unrelated: Sequence[Probe]
     ) -> list[dict[str, Any]]:
         """Score the unedited model.
 
@@ -104,7 +127,7 @@ class StreamScores:
             model: The unedited model.
             cases: The cases that will be looked at later.
             commits: Edit count at which each case of the stream is written.
-            unrelated: Prompts that no edit is about.
+            unrelated: Probes that no edit is about.
 
         Returns:
             The rows of the unedited model.
@@ -143,8 +166,7 @@ class StreamScores:
         table: list[dict[str, Any]] = [{"case": i, **_final(rows[i])} for i in sorted(rows)]
         table = [row if weights[row["case"]] == 1 else {**row, "weight": weights[row["case"]]} for row in table]
         scores = {f"{form}/{key}": value for form in FORMS for key, value in self.figures(form).items()}
-        if self.unrelated.pairs:
-            same = [float(value) for value in self.unrelated.unchanged(model)]
+        if same := [float(value) for value in self.unrelated.unchanged(model)]:
             scores["locality_drift"] = sum(same) / len(same)
             table += [{"case": j, "task": "unrelated", "locality_drift": value} for j, value in enumerate(same)]
         return Measured(scores, table)

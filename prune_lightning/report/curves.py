@@ -57,8 +57,8 @@ def edit_axis(axes: Axes, counts: Sequence[int]) -> None:
     """Put edit counts on the x-axis, so close to a logarithm that the first edits can be told apart."""
     axes.set_xscale("symlog", linthresh=1)
     shown: list[int] = []
-    for count in sorted(set(counts)):
-        if not shown or np.log2((count + 1) / (shown[-1] + 1)) > 0.35:
+    for count in sorted(set(counts), reverse=True):  # the last one is always shown
+        if not shown or np.log2((shown[-1] + 1) / (count + 1)) > 0.35:
             shown.append(count)
     axes.set_xticks(shown, [str(count) for count in shown])
     axes.minorticks_off()
@@ -130,7 +130,7 @@ def plot_retention(entries: Sequence[tuple[int, int, int, float]], title: str) -
     axes = figure.subplots()
     axes.set_facecolor("0.88")
     image = axes.imshow(
-        grid, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="RdYlGn", interpolation="nearest",
+        grid, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="RdYlBu", interpolation="nearest",
         extent=(-0.5, len(later) + 0.5, 0.5, len(cases) + 0.5),
     )  # fmt: skip
     axes.axvline(0.5, color="black", lw=1)
@@ -166,7 +166,7 @@ def plot_immediate(curves: Mapping[str, Curve], stream: Mapping[str, Any], title
             text = "held at that age" if key == "retention" else "of those that held at first"
             name = f"{text}, {_FORMS[form]}"
             right.plot(ages, [row[key] for row in bins], style, color=f"C{number}", ms=4, label=name)
-    edit_axis(left, [entry["num_edits"] for entry in curve])
+    edit_axis(left, [entry["num_edits"] for entry in curve if entry["num_edits"]])
     edit_axis(right, [round(row["age"]) for form in stream.values() for row in form["by_age"]])
     right.set_xlabel("age: edits written since")
     for axes, name in ((left, "right after the edit, and later"), (right, "retention by age")):
