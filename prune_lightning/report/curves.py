@@ -58,7 +58,7 @@ def edit_axis(axes: Axes, counts: Sequence[int]) -> None:
     axes.set_xscale("symlog", linthresh=1)
     shown: list[int] = []
     for count in sorted(set(counts), reverse=True):  # the last one is always shown
-        if not shown or np.log2((shown[-1] + 1) / (count + 1)) > 0.35:
+        if not shown or np.log2((shown[-1] + 1) / (count + 1)) > 0.5:
             shown.append(count)
     axes.set_xticks(shown, [str(count) for count in shown])
     axes.minorticks_off()
