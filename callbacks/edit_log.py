@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from typing_extensions import override
 
-from prune_lightning.evaluation.counterfact import prompts_by_kind
-from prune_lightning.evaluation.scoring import score_pairs
+from prune_lightning.evaluation.stream import StreamScores, Success, success
 from prune_lightning.jsonable import jsonable
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.types import EditBatch, EditRequest
+from prune_lightning.types import EditBatch
 
 
 class EditLog(L.Callback):
@@ -24,21 +22,25 @@ class EditLog(L.Callback):
     List it after the restraint, so that "after" is the restrained model.
 
     Args:
-        path: The JSONL file; written anew.
+        path: The JSONL file; written anew. ``None`` for no file.
 
     Attributes:
         seconds: Sum of the edits' seconds.
+        scoring_seconds: Time spent on scoring the requests before and after.
+        stream: Takes the same scores, if there is one: nothing is scored twice.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
         self.seconds = 0.0
-        self._before: list[dict[str, Any]] = []
+        self.scoring_seconds = 0.0
+        self.stream: StreamScores | None = None
+        self._before: Success | None = None
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the file."""
-        if trainer.is_global_zero:
+        if self.path and trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
 
@@ -48,8 +50,17 @@ class EditLog(L.Callback):
     ) -> None:
         """Score the requests before they are written."""
         assert isinstance(pl_module, EditingModule)
-        with pl_module.evaluation_view():
-            self._before = _success(pl_module.language_model, batch.requests)
+        self._before = self._success(pl_module, batch)
+        if self.stream:
+            cases = range(pl_module.num_edits, pl_module.num_edits + len(batch.requests))
+            self.stream.just_before(cases, pl_module.num_edits, self._before)
+
+    def _success(self, module: EditingModule, batch: EditBatch) -> Success:
+        start = time.perf_counter()
+        with module.evaluation_view():
+            found = success(module.language_model, batch.requests)
+        self.scoring_seconds += time.perf_counter() - start
+        return found
 
     @override
     def on_train_batch_end(
@@ -59,16 +70,18 @@ class EditLog(L.Callback):
         assert isinstance(pl_module, EditingModule)
         report = pl_module.last_report
         assert report is not None
-        with pl_module.evaluation_view():
-            after = _success(pl_module.language_model, batch.requests)
+        assert self._before is not None
+        before, after = self._before, self._success(pl_module, batch)
+        first = pl_module.num_edits - len(batch.requests)
+        if self.stream:
+            self.stream.just_after(range(first, pl_module.num_edits), pl_module.num_edits, after)
         self.seconds += report.seconds
-        first = pl_module.num_edits - len(batch.requests) + 1
         lines = [
             {
-                "num_edits": first + i,
+                "num_edits": first + i + 1,
                 "request": request.as_dict(),
-                "before": self._before[i],
-                "after": after[i],
+                "before": before.as_dict(i),
+                "after": after.as_dict(i),
                 "applied": report.applied,
                 "update_norm": report.update_norm if report.applied else None,
                 **report.details[i],
@@ -76,23 +89,10 @@ class EditLog(L.Callback):
             }
             for i, request in enumerate(batch.requests)
         ]
-        if trainer.is_global_zero:
+        if self.path and trainer.is_global_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(jsonable(line), ensure_ascii=False) + "\n" for line in lines)
         for logger in trainer.loggers:
             logger.log_metrics(
                 {"edit/update_norm": report.update_norm, "edit/seconds": report.seconds}, step=pl_module.num_edits
             )
-
-
-def _success(model: LanguageModel, requests: tuple[EditRequest, ...]) -> list[dict[str, Any]]:
-    """Return per request whether the new target is preferred to the old one (if known) and whether it is said."""
-    triples = [prompts_by_kind(request, "efficacy")[0] for request in requests]
-    wanted = score_pairs(model, [(prompt, new) for prompt, new, _ in triples])
-    known = [(i, (prompt, old)) for i, (prompt, _, old) in enumerate(triples) if old is not None]
-    preferred: list[bool | None] = [None] * len(requests)
-    if known:
-        others = score_pairs(model, [pair for _, pair in known])
-        for (i, _), nll in zip(known, others.nll, strict=True):
-            preferred[i] = bool(torch.isfinite(nll) & (wanted.nll[i] < nll))
-    return [{"score": preferred[i], "accuracy": bool(wanted.hit[i])} for i in range(len(requests))]

@@ -28,9 +28,11 @@ from .restraint import Restraint
 class SpectrumMonitor(L.Callback):
     r"""Log, per matrix, what its singular values say, and draw them.
 
-    Under ``spectrum/NAME/``: ``sigma_max``, ``sigma_min`` and ``condition_number`` of the live weight;
-    ``delta_sigma_max``, ``delta_stable_rank`` and ``delta_effective_rank`` of the change it carries, and
-    ``delta_num_above``, the number of its singular values above the largest one of the original. Taken before the first
+    Under ``spectrum/NAME/``: ``sigma_max``, ``sigma_min`` and ``condition_number`` of the live weight, and
+    ``condition_number_clipped``, the same with the smallest one at least 1e-6 of the largest; ``norm_ratio``, its
+    Frobenius norm relative to the original's; ``delta_norm_ratio``, ``delta_sigma_max``, ``delta_stable_rank`` and
+    ``delta_effective_rank`` of the change it carries, and ``delta_num_above``, the number of its singular values above
+    the largest one of the original. Taken before the first
     step, every ``every_n`` steps, and at the end, when the spectra are drawn for loggers that take pictures. List it
     after the restraint.
 
@@ -41,6 +43,9 @@ class SpectrumMonitor(L.Callback):
 
     Raises:
         UserError: ``every_n`` is less than 1.
+
+    Attributes:
+        curve: The figures of each look, with its ``step``: number of edits or of optimizer steps.
     """
 
     def __init__(self, every_n: int = 10, parameters: Sequence[str] | None = None, draw: bool = True) -> None:
@@ -48,13 +53,14 @@ class SpectrumMonitor(L.Callback):
             raise UserError(f"SpectrumMonitor.every_n is expected to be at least 1, but got {every_n}")
         self.every_n, self.parameters, self.draw = every_n, parameters, draw
         self.matrices: dict[str, RestrainedMatrix] = {}
+        self.curve: list[dict[str, float]] = []
         self._original: dict[str, Tensor] = {}
         self._steps = -1
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget another module's matrices."""
-        self.matrices, self._original, self._steps = {}, {}, -1
+        self.matrices, self.curve, self._original, self._steps = {}, [], {}, -1
 
     @override
     def on_train_batch_start(
@@ -97,20 +103,25 @@ class SpectrumMonitor(L.Callback):
             for name, matrix in self.matrices.items()
             for key, value in self._figures(matrix).items()
         }
+        self.curve.append({"step": axis(trainer, module), **figures})
         log_metrics(trainer, module, lambda: figures, always=True)
 
     def _figures(self, matrix: RestrainedMatrix) -> dict[str, float]:
         if matrix.name not in self._original:
             self._original[matrix.name] = singular_values(matrix.original())
+        original = self._original[matrix.name]
         weight, delta = singular_values(matrix.weight()), singular_values(matrix.delta())
         return {
             "sigma_max": float(weight[0]),
             "sigma_min": float(weight[-1]),
             "condition_number": float(weight[0] / weight[-1]),
+            "condition_number_clipped": float(weight[0] / weight[-1].clamp_min(1e-6 * weight[0])),
+            "norm_ratio": float(weight.norm() / original.norm()),
+            "delta_norm_ratio": float(delta.norm() / original.norm()),
             "delta_sigma_max": float(delta[0]),
             "delta_stable_rank": stable_rank(delta),
             "delta_effective_rank": effective_rank(delta),
-            "delta_num_above": float((delta > self._original[matrix.name][0]).sum()),
+            "delta_num_above": float((delta > original[0]).sum()),
         }
 
 

@@ -45,6 +45,8 @@ def test_main_job_under_ddp_leaves_one_run(devices, tmp_path):
     one, two = (json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("one", "two"))
     assert two["final"] == pytest.approx(one["final"], rel=1e-3)
     assert len((tmp_path / "two" / "edits.jsonl").read_text().splitlines()) == 4
+    rows = [len((tmp_path / folder / "cases.jsonl").read_text().splitlines()) for folder in ("one", "two")]
+    assert rows[0] == rows[1] > 4
 
 
 def test_the_restraints_have_work_to_do(tmp_path):

@@ -13,6 +13,9 @@ KEYS = {
     "sigma_max",
     "sigma_min",
     "condition_number",
+    "condition_number_clipped",
+    "norm_ratio",
+    "delta_norm_ratio",
     "delta_sigma_max",
     "delta_stable_rank",
     "delta_effective_rank",
@@ -36,6 +39,8 @@ def test_figures_of_an_editing_module(tiny):
     assert last[prefix + "condition_number"] == pytest.approx(float(values[0] / values[-1]))
     assert last[prefix + "delta_stable_rank"] == pytest.approx(float(change.square().sum() / change[0] ** 2))
     assert last[prefix + "delta_num_above"] == int((change > torch.linalg.svdvals(original)[0]).sum()) == 5
+    assert last[prefix + "norm_ratio"] == pytest.approx(float(weight.detach().norm() / original.norm()))
+    assert last[prefix + "delta_norm_ratio"] == pytest.approx(float(delta.norm() / original.norm()))
     ((key, images, step),) = logger.images
     assert (key, step) == ("plots/spectra", 5)
     assert images[0].size[0] > 300

@@ -66,13 +66,37 @@ def test_run_leaves_what_other_programs_rely_on(default_run):
     with (folder / "metrics.csv").open() as file:
         logged = list(csv.DictReader(file))
     assert {"0", "1", "2", "3"} <= {row["step"] for row in logged}
-    plots = sorted(path.name for path in (folder / "plots").iterdir())
-    assert plots == ["abilities.png", "editing.png", "spectra.png"]
+    plots = sorted(path.stem for path in (folder / "plots").iterdir())
+    assert plots == ["abilities", "editing", "immediate", "retention_accuracy", "retention_score", "spectra"]
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == len(plots)
     assert "http" not in page.split("Configuration")[0]
     assert "abilities kept" in shown
     assert "The run lies in" in shown
+
+
+def test_run_says_how_edits_hold_how_sure_that_is_and_what_it_cost(default_run):
+    folder = default_run[0]
+    summary = json.loads((folder / "summary.json").read_text())
+    after = [line["after"]["accuracy"] for line in lines(folder)]
+    assert summary["final"]["stream/accuracy/acquisition"] == pytest.approx(sum(after) / len(after))
+    assert summary["final"]["stream/accuracy/final"] == summary["final"]["edit/counterfact/efficacy_accuracy"]
+    assert summary["stream"]["abilities"]["ability/miniature/retention"]["area"] == pytest.approx(1.0, abs=0.3)
+    assert [row["youngest"] for row in summary["stream"]["forms"]["score"]["by_age"]] == [0, 1, 2]
+    assert [entry["num_edits"] for entry in summary["intervals"]] == [0, 1, 2, 3]
+    for entry, scores in zip(summary["intervals"], summary["curve"], strict=True):
+        assert {"edit/counterfact/locality_score", "ability/miniature/qa", "ability/miniature/retention"} <= set(entry)
+        assert all(low - 1e-9 <= scores[key] <= high + 1e-9 for key, (low, high) in list(entry.items())[1:])
+    spent = summary["evaluate_s_by"]
+    assert {"edit/counterfact", "ability/miniature", "stream", "edit log"} <= set(spent)
+    assert summary["evaluate_s"] == pytest.approx(sum(spent.values()))
+    assert summary["evaluate_share"] == pytest.approx(sum(spent.values()) / (sum(spent.values()) + summary["edit_s"]))
+    rows = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
+    keys = [(row["measurement"], row["num_edits"], row.get("task"), row["case"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    mine = [r["locality_accuracy"] for r in rows if r["measurement"] == "edit/counterfact" and r["num_edits"] == 3]
+    assert sum(mine) / len(mine) == pytest.approx(summary["final"]["edit/counterfact/locality_accuracy"])
+    assert all("generated" in row for row in rows if row.get("task") == "summarization")
 
 
 def test_same_seed_gives_the_same_edits(default_run, tmp_path):
@@ -88,7 +112,7 @@ def test_second_run_in_a_folder_keeps_the_first(default_run):
     (earlier,) = folder.glob("earlier_*")
     assert (earlier / "edits.jsonl").read_text() == before
     assert len(lines(folder)) == 1
-    for name in ("edits.jsonl", "summary.json", "metrics.csv", "plots", "report.html"):
+    for name in ("edits.jsonl", "cases.jsonl", "summary.json", "metrics.csv", "plots", "report.html"):
         (folder / name).rename(folder / f"second_{name}")
         (earlier / name).rename(folder / name)
 
@@ -110,7 +134,7 @@ def test_memit_in_batches_with_wandb_offline(tmp_path):
     assert [entry["num_edits"] for entry in summary["curve"]] == [0, 2, 4]
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     images = {path.name.split("_")[0] for path in (tmp_path / "wandb").rglob("*.png")}
-    assert images == {"abilities", "editing", "spectra"}
+    assert images == {"abilities", "editing", "immediate", "retention", "spectra"}
 
 
 @pytest.mark.parametrize("protocol", ["single", "batch"])

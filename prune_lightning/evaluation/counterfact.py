@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from prune_lightning.evaluation.measurement import Cases, EditingMeasurement
 from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.metrics import EditingScore
+from prune_lightning.metrics.functional import mean_by_case, preference
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditRequest
 
@@ -36,11 +37,19 @@ class CounterFactScores(EditingMeasurement):
                     if other is not None:
                         pairs.append((prompt, other))
         scores = score_pairs(model, pairs)
+        rows: dict[int, dict[str, Any]] = {number: {"case": number} for number in cases}
         for (kind, compared), places in prompts.items():
             case, wanted_at = torch.tensor(places, device=model.device).unbind(1)
             other_nll = scores.nll[wanted_at + 1] if compared else None
             metric.update(kind, scores.nll[wanted_at], other_nll, scores.hit[wanted_at], case)
-        return []
+            values = {"accuracy": scores.hit[wanted_at]}
+            if other_nll is not None:
+                values["score"] = preference(scores.nll[wanted_at], other_nll)
+            for form, value in values.items():
+                means = mean_by_case(value.double(), case).tolist()
+                for number, mean in zip(case.unique().tolist(), means, strict=True):
+                    rows[number][f"{kind}_{form}"] = mean
+        return list(rows.values())
 
 
 def prompts_by_kind(request: EditRequest, kind: str) -> list[tuple[str, str, str | None]]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
-from torchmetrics.text import ROUGEScore
+from torchmetrics.functional.text import rouge_score
 
 from prune_lightning.bundled.abilities import AbilityItem, abilities, plain_text
 from prune_lightning.bundled.world import load_world
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.evaluation.scoring import greedy_continuations, score_pairs, token_nll
-from prune_lightning.metrics import CorpusPerplexity, ExactMatch
+from prune_lightning.metrics import CorpusPerplexity
 from prune_lightning.models.language_model import LanguageModel
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -45,21 +46,23 @@ class MiniatureAbilities(Measurement):
     def _measure(self, model: LanguageModel, name: str) -> Measured:
         if name == "perplexity":
             return Measured({name: self._perplexity(model)})
-        score = self._rouge if name == "summarization" else self._exact_match
-        return Measured({name: score(model, self.items[name])})
+        rows = (self._summaries if name == "summarization" else self._exact_match)(model, self.items[name])
+        score = sum(row["score"] for row in rows) / len(rows)
+        return Measured(
+            {name: score},
+            [{"case": i, "task": name, name: row.pop("score"), **row} for i, row in enumerate(rows)],
+        )
 
-    def _exact_match(self, model: LanguageModel, items: Sequence[AbilityItem]) -> float:
-        metric = ExactMatch().to(model.device)
-        metric.update(score_pairs(model, [(item.prompt, item.answer) for item in items]).hit)
-        return float(metric.compute())
+    def _exact_match(self, model: LanguageModel, items: Sequence[AbilityItem]) -> list[dict[str, Any]]:
+        hits = score_pairs(model, [(item.prompt, item.answer) for item in items]).hit
+        return [{"score": float(hit)} for hit in hits.tolist()]
 
-    def _rouge(self, model: LanguageModel, items: Sequence[AbilityItem]) -> float:
-        metric = ROUGEScore(rouge_keys=_ROUGE).to(model.device)
+    def _summaries(self, model: LanguageModel, items: Sequence[AbilityItem]) -> list[dict[str, Any]]:
         longest = max(len(model.tokens.encode_pair(item.prompt, item.answer).target) for item in items)
         texts = greedy_continuations(model, [item.prompt for item in items], max_new_tokens=longest + 4, stop=".")
-        metric.update(texts, [item.answer for item in items])
-        result = metric.compute()
-        return sum(float(result[f"{key}_fmeasure"]) for key in _ROUGE) / len(_ROUGE)
+        found = [rouge_score(text, item.answer, rouge_keys=_ROUGE) for text, item in zip(texts, items, strict=True)]
+        f1 = [sum(float(result[f"{key}_fmeasure"]) for key in _ROUGE) / len(_ROUGE) for result in found]
+        return [{"score": score, "generated": text} for score, text in zip(f1, texts, strict=True)]
 
     def _perplexity(self, model: LanguageModel) -> float:
         metric = CorpusPerplexity().to(model.device)

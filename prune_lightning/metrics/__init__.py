@@ -2,5 +2,6 @@
 
 from prune_lightning.metrics.editing import EditingScore
 from prune_lightning.metrics.language import CorpusPerplexity, ExactMatch
+from prune_lightning.metrics.stream import AbilityCurve, RetentionMatrix
 
-__all__ = ["CorpusPerplexity", "EditingScore", "ExactMatch"]
+__all__ = ["AbilityCurve", "CorpusPerplexity", "EditingScore", "ExactMatch", "RetentionMatrix"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from prune_lightning.errors import UserError
-from prune_lightning.report.table import figure
+from prune_lightning.metrics.trajectory import kaplan_meier_median
+from prune_lightning.report.table import figure, label
+from prune_lightning.report.trajectories import ability_trajectories
 
 HALF = 0.5
 KEPT = "ability/miniature/retention"
@@ -38,8 +41,17 @@ class Group:
 
     def at(self, key: str, num_edits: int) -> float:
         """Return the mean of a score over the runs at an evaluated edit count; NaN where it was not evaluated."""
-        values = [e.get(key) for run in self.runs for e in run["curve"] if e["num_edits"] == num_edits]
-        return float(np.mean([np.nan if value is None else value for value in values])) if values else float("nan")
+        values = self._values(key, num_edits)
+        return float(np.mean(values)) if values else float("nan")
+
+    def range(self, key: str, num_edits: int) -> tuple[float, float]:
+        """Return the lowest and the highest of a score over the runs at an evaluated edit count."""
+        values = self._values(key, num_edits)
+        return min(values), max(values)
+
+    def _values(self, key: str, num_edits: int) -> list[float]:
+        found = [e.get(key) for run in self.runs for e in run["curve"] if e["num_edits"] == num_edits]
+        return [np.nan if value is None else float(value) for value in found]
 
     @property
     def counts(self) -> list[int]:
@@ -63,16 +75,59 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
     return [Group(method, restraint, tuple(runs)) for (method, restraint), runs in groups.items()]
 
 
-def half_life(group: Group) -> int | None:
+@dataclass(frozen=True)
+class Keys:
+    """The two scores that runs are compared by.
+
+    Args:
+        kept: What is left of the abilities, relative to the unedited model.
+        written: How edits so far hold.
+    """
+
+    kept: str
+    written: str
+
+    @classmethod
+    def common(cls, groups: Sequence[Group]) -> Keys:
+        """Return scores that all runs have: the bundled miniature's and CounterFact's if possible.
+
+        Where the runs have none in common, the preferred ones are returned and will be empty.
+        """
+        finals = [run["curve"][-1] for group in groups for run in group.runs]
+        shared = [key for key in finals[0] if all(key in final for final in finals)]
+        kept = [key for key in shared if key.endswith("/retention") and key.startswith("ability/")]
+        written = [key for key in shared if key.startswith("edit/") and _about_edits(key.rpartition("/")[2])]
+        written += [key for key in shared if key.startswith("stream/") and key.endswith("/final")]
+        return cls(
+            KEPT if KEPT in kept or not kept else kept[0],
+            WRITTEN if WRITTEN in written or not written else written[0],
+        )
+
+    def remark(self) -> str:
+        """Return what to say below the table; nothing for the scores that are compared by default."""
+        chosen = {"abilities kept": (self.kept, KEPT), "efficacy at N": (self.written, WRITTEN)}
+        lines = [f"{name} is `{key}`" for name, (key, default) in chosen.items() if key != default]
+        return "\n\n" + ", ".join(lines) + "." if lines else ""
+
+
+def _about_edits(score: str) -> bool:
+    return "efficacy" in score or score.startswith("rewrite")
+
+
+def half_lost(group: Group, kept: str) -> int | None:
     """Return the first evaluated edit count at which half of the abilities are lost; ``None`` if they never are."""
-    for count in group.counts:
-        if group.at(KEPT, count) <= HALF:
-            return count
-    return None
+    return next((count for count in group.counts if group.at(kept, count) <= HALF), None)
+
+
+def collapses(group: Group, kept: str) -> tuple[list[float], list[bool]]:
+    """Return for each run its edits to collapse, or its last count, and whether it collapsed at all."""
+    found = [ability_trajectories(run["curve"], [kept]).get(kept, {}).get("edits_to_collapse") for run in group.runs]
+    reached = [count is not None and math.isfinite(count) for count in found]
+    lasts = [run["curve"][-1]["num_edits"] for run in group.runs]
+    return [float(c) if c and r else float(t) for c, r, t in zip(found, reached, lasts, strict=True)], reached
 
 
 _COLUMNS = {
-    "abilities kept": "ability/miniature/retention",
     "efficacy, preferred": "edit/counterfact/efficacy_score",
     "efficacy, said": "edit/counterfact/efficacy_accuracy",
     "generalization, preferred": "edit/counterfact/generalization_score",
@@ -80,55 +135,110 @@ _COLUMNS = {
 }
 
 
-def markdown_table(groups: Sequence[Group]) -> str:
+def markdown_table(groups: Sequence[Group], keys: Keys) -> str:
     """Return a row per group, at the edit count where its method has lost half without a restraint, and at the end."""
-    halves = {group.method: half_life(group) for group in groups if group.restraint == "none"}
+    halves = {group.method: half_lost(group, keys.kept) for group in groups if group.restraint == "none"}
     last = min(group.counts[-1] for group in groups)
-    heads = ["method", "restraint", "N", "kept at N", "efficacy at N"]
-    heads += [f"{name}, {last} edits" if not i else name for i, name in enumerate(_COLUMNS)]
+    columns = {f"abilities kept, {last} edits": keys.kept, **_COLUMNS}
+    heads = ["method", "restraint", "N", "kept at N", "efficacy at N", *columns]
     lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
     for group in groups:
         half = halves.get(group.method)
-        at_half = [group.at(key, half) if half else None for key in (KEPT, WRITTEN)]
+        at_half = [group.at(key, half) if half else None for key in (keys.kept, keys.written)]
         cells = [group.method, group.restraint, str(half or "–"), *map(figure, at_half)]
-        cells += [figure(group.at(key, last)) for key in _COLUMNS.values()]
+        cells += [figure(group.at(key, last)) for key in columns.values()]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) + keys.remark()
 
 
-def plot(groups: Sequence[Group]) -> Figure:
-    """Draw what is kept and what is written against the number of edits, one column per method."""
+def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
+    """Draw what is kept and what is written against the number of edits, one column per method; bands over seeds."""
     methods = list(dict.fromkeys(group.method for group in groups))
     restraints = list(dict.fromkeys(group.restraint for group in groups))
-    rows = {"abilities kept": KEPT, "efficacy (new answer preferred)": WRITTEN}
+    names = {WRITTEN: "efficacy (new answer preferred)"}
+    rows = {"abilities kept": keys.kept, names.get(keys.written, label(keys.written)): keys.written}
     drawing = Figure(figsize=(4.2 * len(methods), 3.2 * len(rows)), layout="constrained")
     grid = np.atleast_2d(drawing.subplots(len(rows), len(methods), sharex=True, sharey=True, squeeze=False))
     for group in groups:
         for row, key in enumerate(rows.values()):
             axes = grid[row, methods.index(group.method)]
-            curve = [group.at(key, count) for count in group.counts]
-            start = 1 if key.startswith("edit/") else 0
+            counts = group.counts[0 if key == keys.kept else 1 :]
             style = "--" if group.restraint == "none" else "-"
             color = "black" if group.restraint == "none" else f"C{restraints.index(group.restraint)}"
-            axes.plot(group.counts[start:], curve[start:], style, color=color, label=group.restraint, marker=".")
-    for row, label in enumerate(rows):
-        grid[row, 0].set_ylabel(label)
+            curve = [group.at(key, count) for count in counts]
+            axes.plot(counts, curve, style, color=color, label=group.restraint, marker=".")
+            if len(group.runs) > 1:
+                low, high = zip(*(group.range(key, count) for count in counts), strict=True)
+                axes.fill_between(counts, low, high, color=color, alpha=0.15, lw=0)
+    for row, name in enumerate(rows):
+        grid[row, 0].set_ylabel(name)
     for column, method in enumerate(methods):
         grid[0, column].set_title(method)
         grid[-1, column].set_xlabel("edits")
         for axes in grid[:, column]:
             axes.set_ylim(-0.03, 1.05)
             axes.grid(alpha=0.3)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=len(restraints), frameon=False)
+    handles = {name: handle for axes in grid[0] for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    drawing.legend(handles.values(), handles, loc="outside lower center", ncols=len(restraints), frameon=False)
     return drawing
 
 
+def plot_collapse(groups: Sequence[Group], keys: Keys) -> Figure:
+    """Draw the edits to collapse: the median over seeds, hatched up to the last count where half never collapse."""
+    drawing = Figure(figsize=(7.5, 1.2 + 0.38 * len(groups)), layout="constrained")
+    axes = drawing.subplots()
+    for place, group in enumerate(groups):
+        times, observed = collapses(group, keys.kept)
+        median = kaplan_meier_median(times, observed)
+        length = max(times) if median is None else median
+        never = median is None
+        axes.barh(place, length, 0.65, color="white" if never else "C0", edgecolor="0.5", hatch="///" if never else "")
+        axes.plot(times, [place] * len(times), "k.", ms=4)
+        axes.text(length, place, f"  > {length:.0f}" if median is None else f"  {length:.0f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(groups)), [f"{group.method}, {group.restraint}" for group in groups])
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel=f"edits to collapse: {label(keys.kept)} at or below {HALF} at two checkpoints in a row")
+    return drawing
+
+
+def plot_forgetting(groups: Sequence[Group], keys: Keys) -> Figure:
+    """Draw how edits hold right after they are written, and how all edits so far hold, against their number."""
+    forms = {"accuracy": "new answer said outright", "score": "new answer preferred to the old one"}
+    drawing = Figure(figsize=(11, 4.4), layout="constrained")
+    all_axes = drawing.subplots(1, 2, sharey=True)
+    for axes, (form, title) in zip(all_axes, forms.items(), strict=True):
+        for number, group in enumerate(groups):
+            name = group.method if group.restraint == "none" else f"{group.method}, {group.restraint}"
+            for key, style in (("acquisition", "--"), ("final", "o-")):
+                curve = [group.at(f"stream/{form}/{key}", count) for count in group.counts[1:]]
+                axes.plot(
+                    group.counts[1:], curve, style, color=f"C{number}", ms=4, label=name if key == "final" else None
+                )
+        axes.set(ylim=(-0.03, 1.03), xlabel="edits", title=title)
+        axes.grid(alpha=0.3)
+    all_axes[0].plot([], [], "--", color="grey", label="right after each edit")
+    all_axes[0].plot([], [], "o-", color="grey", ms=4, label="all edits so far, now")
+    handles, names = all_axes[0].get_legend_handles_labels()
+    drawing.legend(handles, names, loc="outside lower center", ncols=len(handles), frameon=False)
+    return drawing
+
+
+FIGURES = {"compare": plot_compare, "collapse": plot_collapse, "forgetting": plot_forgetting}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table and write `compare.md` and `compare.png`."""
+    """Print the table, and write it and its figure, or other figures."""
     parser = argparse.ArgumentParser(prog="python -m prune_lightning.report.compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--out", type=Path, default=Path("."), help="where compare.md and compare.png go")
+    parser.add_argument("--out", type=Path, default=Path("."), help="where compare.md and the figures go")
+    parser.add_argument(
+        "--figures",
+        nargs="+",
+        choices=list(FIGURES),
+        default=["compare"],
+        help="compare: table, and curves by method; collapse: edits to collapse; forgetting: immediate and later",
+    )
     options = parser.parse_args(arguments)
     try:
         groups = read_groups(options.runs)
@@ -136,9 +246,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    table = markdown_table(groups)
-    (options.out / "compare.md").write_text(table + "\n", "utf-8")
-    plot(groups).savefig(options.out / "compare.png", dpi=110)
+    keys = Keys.common(groups)
+    table = markdown_table(groups, keys)
+    if "compare" in options.figures:
+        (options.out / "compare.md").write_text(table + "\n", "utf-8")
+    for name in options.figures:
+        FIGURES[name](groups, keys).savefig(options.out / f"{name}.png", dpi=110)
     sys.stdout.write(table + "\n")
     return 0
 

@@ -13,7 +13,12 @@ from prune_lightning.report.table import rows
 
 
 def write_page(
-    path: Path, title: str, columns: Mapping[str, Mapping[str, Any]], plots: Sequence[Path], config: str
+    path: Path,
+    title: str,
+    columns: Mapping[str, Mapping[str, Any]],
+    plots: Sequence[Path],
+    config: str,
+    remarks: Sequence[str] = (),
 ) -> None:
     """Write the page; whatever comes from data or configuration is escaped.
 
@@ -23,10 +28,11 @@ def write_page(
         columns: Scores by column title.
         plots: PNG files, embedded.
         config: The composed configuration as YAML.
+        remarks: Sentences below the table.
     """
     environment = Environment(loader=PackageLoader("prune_lightning", "report"), autoescape=True)
     images = [{"name": plot.stem, "data": base64.b64encode(plot.read_bytes()).decode("ascii")} for plot in plots]
     page = environment.get_template("page.html.j2").render(
-        title=title, columns=list(columns), rows=rows(columns), images=images, config=config
+        title=title, columns=list(columns), groups=rows(columns), remarks=remarks, images=images, config=config
     )
     path.write_text(page, "utf-8")

@@ -1,4 +1,4 @@
-"""The plots of a run."""
+"""Spectra, and what becomes of any picture: a file, or an entry of a logger."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import Logger
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-
-Curve = Sequence[Mapping[str, Any]]
-
-_ABILITIES = {"reasoning": "reasoning", "nli": "inference", "qa": "questions", "summarization": "summarisation"}
-_EDITING = {"efficacy": "efficacy", "generalization": "generalization", "locality": "locality"}
 
 
 @dataclass(frozen=True)
@@ -39,51 +33,6 @@ class Spectra:
     restrained: np.ndarray[Any, Any]
     change: np.ndarray[Any, Any]
     restrained_change: np.ndarray[Any, Any]
-
-
-def _lines(axes: Axes, curve: Curve, names: Mapping[str, str], key: str, style: str, suffix: str) -> None:
-    for number, (name, label) in enumerate(names.items()):
-        points = [(entry["num_edits"], entry[key.format(name)]) for entry in curve if key.format(name) in entry]
-        if points:
-            x, y = zip(*points, strict=True)
-            axes.plot(x, np.array(y, dtype=float), style, color=f"C{number}", label=label + suffix)
-
-
-def _finish(axes: Axes, title: str, counts: Sequence[int]) -> None:
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.minorticks_off()
-    axes.set(xlabel="edits", ylim=(-0.03, 1.03), title=title)
-    axes.grid(alpha=0.3)
-
-
-def _two_panels(curves: Mapping[str, Curve], panels: Mapping[str, tuple[Mapping[str, str], str]]) -> Figure:
-    figure = Figure(figsize=(6 * len(panels), 4.2), layout="constrained")
-    counts = [entry["num_edits"] for entry in next(iter(curves.values()))]
-    all_axes = np.atleast_1d(figure.subplots(1, len(panels)))
-    for axes, (title, (names, key)) in zip(all_axes, panels.items(), strict=True):
-        for (label, curve), style in zip(curves.items(), ("o-", "x--"), strict=False):
-            _lines(axes, curve, names, key, style, f", {label}")
-        _finish(axes, title, counts)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(panels), frameon=False, fontsize=8)
-    return figure
-
-
-def plot_abilities(curves: Mapping[str, Curve]) -> Figure:
-    """Draw the abilities against the number of edits, solid for the first curve and dashed for the second."""
-    return _two_panels(curves, {"General abilities": (_ABILITIES, "ability/miniature/{}")})
-
-
-def plot_editing(curves: Mapping[str, Curve]) -> Figure:
-    """Draw the editing scores over all edits so far against the number of edits."""
-    return _two_panels(
-        curves,
-        {
-            "Preferred to the old answer (SCORE)": (_EDITING, "edit/counterfact/{}_score"),
-            "Said outright (ACCURACY)": (_EDITING, "edit/counterfact/{}_accuracy"),
-        },
-    )
 
 
 def plot_spectra(spectra: Sequence[Spectra]) -> Figure:

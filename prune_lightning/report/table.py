@@ -1,4 +1,4 @@
-"""The table at the end of a run."""
+"""The table at the end of a run: every score, grouped by measurement."""
 
 from __future__ import annotations
 
@@ -7,13 +7,27 @@ from typing import Any
 
 from rich.table import Table
 
+_GROUPS = {"edit/counterfact": "edits, CounterFact", "ability/miniature": "abilities in miniature"}
+_FIRST = ("edit", "stream", "ability")
+_FORMS = {"score": "preferred", "accuracy": "said"}
+_STREAM = {
+    "acquisition": "right after",
+    "final": "now",
+    "forgetting": "forgotten",
+    "forgetting_max": "forgotten at most",
+    "bwt": "backward transfer",
+    "fwt": "forward transfer",
+    "half_life": "half-life, edits",
+    "num_nonfinite": "not finite",
+}
 NAMES = {
-    "edit/counterfact/efficacy_score": "efficacy, preferred",
-    "edit/counterfact/efficacy_accuracy": "efficacy, said",
-    "edit/counterfact/generalization_score": "generalization, preferred",
-    "edit/counterfact/generalization_accuracy": "generalization, said",
-    "edit/counterfact/locality_score": "locality, preferred",
-    "edit/counterfact/locality_accuracy": "locality, said",
+    **{
+        f"edit/counterfact/{kind}_{form}": f"{kind}, {name}"
+        for kind in ("efficacy", "generalization", "locality")
+        for form, name in _FORMS.items()
+    },
+    **{f"stream/{form}/{key}": f"{text}, {name}" for form, name in _FORMS.items() for key, text in _STREAM.items()},
+    "stream/locality_drift": "unrelated answers unchanged",
     "ability/miniature/reasoning": "reasoning",
     "ability/miniature/nli": "inference",
     "ability/miniature/qa": "open-domain questions",
@@ -25,6 +39,21 @@ NAMES = {
 }
 
 
+def label(key: str) -> str:
+    """Return a score's name for people: a friendly one where there is one, or what follows its measurement's name."""
+    return NAMES.get(key, key.removeprefix(_measurement(key) + "/"))
+
+
+def group_of(key: str) -> str:
+    """Return the name for people of the measurement that a score belongs to."""
+    return _GROUPS.get(_measurement(key), _measurement(key))
+
+
+def _measurement(key: str) -> str:
+    parts = key.split("/")
+    return "/".join(parts[: 2 if parts[0] in ("edit", "ability") and len(parts) > 2 else 1])
+
+
 def figure(value: Any) -> str:
     """Return a score as text: three decimals, or three digits where it is large."""
     if value is None or value != value:
@@ -32,14 +61,33 @@ def figure(value: Any) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
 
 
-def rows(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Return a row per metric: its name, then its value in each column.
+def _cell(scores: Mapping[str, Any], key: str) -> str:
+    above = "> " if scores.get(f"{key}_censored") else ""
+    return above + figure(scores.get(key))
+
+
+def rows(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[str]]]:
+    """Return, by group, a row per score: its name, then its value in each column.
+
+    A figure of which it is only known that it is larger has ``>`` before it.
 
     Args:
         columns: Scores by column title.
     """
-    present = [key for key in NAMES if any(key in scores for scores in columns.values())]
-    return [[NAMES[key], *(figure(scores.get(key)) for scores in columns.values())] for key in present]
+    keys = list(dict.fromkeys(key for scores in columns.values() for key in scores))
+    known = {key: place for place, key in enumerate(NAMES)}
+
+    def place(key: str) -> tuple[int, str, int, int]:
+        first = key.split("/")[0]
+        group = _FIRST.index(first) if first in _FIRST else len(_FIRST)
+        return group, _measurement(key), known.get(key, len(known)), keys.index(key)
+
+    result: dict[str, list[list[str]]] = {}
+    for key in sorted(keys, key=place):
+        if not key.endswith("_censored"):
+            row = [label(key), *(_cell(scores, key) for scores in columns.values())]
+            result.setdefault(group_of(key), []).append(row)
+    return result
 
 
 def result_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -48,6 +96,9 @@ def result_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("")
     for column in columns:
         table.add_column(column, justify="right")
-    for row in rows(columns):
-        table.add_row(*row)
+    for group, lines in rows(columns).items():
+        table.add_row(f"[bold]{group}[/bold]")
+        for line in lines:
+            table.add_row(*line)
+        table.add_section()
     return table

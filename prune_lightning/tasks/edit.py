@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
+from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from prune_lightning.callbacks import EditEvaluation, EditLog, RunProgress, spectra
+from prune_lightning.callbacks import EditEvaluation, EditLog, RunProgress, SpectrumMonitor, spectra
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import one_of
+from prune_lightning.evaluation.measurement import Measurement
+from prune_lightning.evaluation.stream import FORMS, entries
 from prune_lightning.jsonable import write_json
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.loading import load_language_model
+from prune_lightning.report.curves import plot_abilities, plot_editing, plot_immediate, plot_retention
 from prune_lightning.report.page import write_page
-from prune_lightning.report.plots import Spectra, plot_abilities, plot_editing, plot_spectra, save_plots, show_figure
+from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
 from prune_lightning.report.table import result_table
+from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories, log_growth
 from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, first_process, quieten, run_folder
 
 
@@ -36,13 +42,14 @@ def run(config: DictConfig) -> None:
         with progress.phase("load"):
             restraint = instantiate(config.restraint) if config.restraint else None
             further = [instantiate(callback) for callback in (config.callbacks or {}).values()]
-            evaluation = _evaluation(config)
+            log = EditLog(folder / "edits.jsonl")
+            measurements = _measurements(config)
+            evaluation = _evaluation(config, measurements, edit_log=log, cases_file=folder / "cases.jsonl")
             stream: EditStream = instantiate(config.data)
             stream.setup()
             module = _method(config)
-        log = EditLog(folder / "edits.jsonl")
         loggers = build_loggers(config, folder)
-        callbacks = [*([restraint] if restraint else []), progress, *further, evaluation, log]
+        callbacks = [*([restraint] if restraint else []), progress, *further, log, evaluation]
         trainer = build_trainer(config, callbacks, loggers)
         trainer.fit(module, datamodule=stream)
         looked_at = spectra(module.edited_matrices().values())
@@ -58,20 +65,24 @@ def run(config: DictConfig) -> None:
         "data": choice("data"),
         "protocol": stream.protocol.value,
         "seed": config.seed,
-        "edit_s": log.seconds,
-        "evaluate_s": evaluation.seconds,
+        **_times(evaluation, log),
         "baseline": evaluation.baseline,
         "final": _scores(evaluation.curve[-1]),
         "curve": evaluation.curve,
-        "control": control and {"final": _scores(control[-1]), "curve": control},
+        "intervals": evaluation.intervals,
+        "stream": _stream_summary(evaluation),
+        "spectrum": _spectrum_summary(further),
+        "control": control and _control_summary(control),
+        "case_rows_left_out": evaluation.case_rows.left_out,
         "rejected_records": len(stream.rejected),
         "method_facts": module.facts,
         "context_prefixes": list(getattr(module, "prefixes", ())),
     }
-    _report(config, folder, summary, looked_at, loggers, out)
+    _report(config, folder, summary, looked_at, loggers, evaluation, out)
     summary["wall_s"] = time.perf_counter() - started
     write_json(folder / "summary.json", summary)
-    out.print(f"The run lies in [bold]{folder}[/bold]: report.html, summary.json, edits.jsonl, metrics.csv, plots/")
+    left = "report.html, summary.json, edits.jsonl, cases.jsonl, metrics.csv, plots/"
+    out.print(f"The run lies in [bold]{folder}[/bold]: {left}")
 
 
 def _method(config: DictConfig) -> EditingModule:
@@ -83,25 +94,80 @@ def _method(config: DictConfig) -> EditingModule:
     return module
 
 
-def _evaluation(config: DictConfig) -> EditEvaluation:
-    """Return the evaluation; every entry of its configuration that has a target is a measurement."""
-    entries = [entry for entry in config.evaluation.values() if isinstance(entry, DictConfig) and "_target_" in entry]
-    return EditEvaluation(list(config.evaluation.counts), [instantiate(e, _convert_="all") for e in entries])
+def _is_measurement(entry: Any) -> bool:
+    return isinstance(entry, DictConfig) and "_target_" in entry
+
+
+def _measurements(config: DictConfig) -> list[Measurement]:
+    return [instantiate(entry, _convert_="all") for entry in config.evaluation.values() if _is_measurement(entry)]
+
+
+def _evaluation(config: DictConfig, measurements: Sequence[Measurement], **further: Any) -> EditEvaluation:
+    """Return the evaluation; what is no measurement in its configuration is an argument of it."""
+    options = OmegaConf.to_container(config.evaluation, resolve=True)
+    assert isinstance(options, dict)
+    own = {str(name): options[name] for name, entry in config.evaluation.items() if not _is_measurement(entry)}
+    return EditEvaluation(measurements=measurements, seed=config.seed, **own, **further)
 
 
 def _control(
     config: DictConfig, module: EditingModule, stream: EditStream, progress: RunProgress, main: EditEvaluation
-) -> list[dict[str, float]]:
-    """Edit the same stream again without the restraint; return the curve."""
+) -> EditEvaluation:
+    """Edit the same stream again without the restraint."""
     module.restart()
     progress.prefix = "without restraint: "
-    evaluation = EditEvaluation(main.counts, main.measurements, main.baseline)
-    build_trainer(config, [progress, evaluation], []).fit(module, datamodule=stream)
-    return evaluation.curve
+    log = EditLog(None)
+    evaluation = _evaluation(config, main.measurements, edit_log=log, earlier=main)
+    build_trainer(config, [progress, log, evaluation], []).fit(module, datamodule=stream)
+    return evaluation
+
+
+def _control_summary(control: EditEvaluation) -> dict[str, Any]:
+    return {
+        "final": _scores(control.curve[-1]),
+        "curve": control.curve,
+        "intervals": control.intervals,
+        "stream": _stream_summary(control),
+    }
+
+
+def _times(evaluation: EditEvaluation, log: EditLog) -> dict[str, Any]:
+    """Return the seconds spent on edits and on evaluation, and the share of evaluation in both together."""
+    by_name = {**evaluation.seconds, "edit log": log.scoring_seconds}
+    spent = sum(by_name.values())
+    share = spent / (spent + log.seconds)
+    return {"edit_s": log.seconds, "evaluate_s": spent, "evaluate_s_by": by_name, "evaluate_share": share}
+
+
+def _stream_summary(evaluation: EditEvaluation) -> dict[str, Any]:
+    """Return what is to say about the stream as a whole, beyond the figures that each evaluation has."""
+    groups = [measurement for measurement in evaluation.measurements if measurement.tasks]
+    abilities = [f"{m.name}/{key}" for m in groups for key in ("retention", *m.tasks)]
+    return {
+        "forms": evaluation.stream.details() if evaluation.stream else {},
+        "abilities": ability_trajectories(evaluation.curve, abilities),
+        "edits": edit_trajectories(evaluation.curve, [f"stream/{form}/final" for form in FORMS]),
+    }
+
+
+def _spectrum_summary(callbacks: Sequence[L.Callback]) -> dict[str, Any] | None:
+    monitors = [callback for callback in callbacks if isinstance(callback, SpectrumMonitor)]
+    return {"curve": monitors[0].curve, "log_growth": log_growth(monitors[0].curve)} if monitors else None
 
 
 def _scores(entry: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in entry.items() if key != "num_edits"}
+
+
+def _stream_figures(evaluation: EditEvaluation, summary: dict[str, Any], title: str) -> dict[str, Figure | None]:
+    """Return the pictures of how edits hold along the stream."""
+    if not evaluation.stream:
+        return {}
+    figures = {"immediate": plot_immediate({title: summary["curve"]}, summary["stream"]["forms"], title)}
+    for form, what in zip(FORMS, ("new answer preferred to the old one", "new answer said outright"), strict=True):
+        if evaluation.stream.matrices[form].update_called:
+            figures[f"retention_{form}"] = plot_retention(entries(evaluation.stream.matrices[form]), what)
+    return figures
 
 
 def _report(
@@ -110,6 +176,7 @@ def _report(
     summary: dict[str, Any],
     looked_at: list[Spectra],
     loggers: list[Logger],
+    evaluation: EditEvaluation,
     out: Console,
 ) -> None:
     """Print the table, draw the plots, write the page, and hand table and plots to loggers that take them."""
@@ -117,15 +184,22 @@ def _report(
     restrained = "no restraint" if summary["restraint"] == "none" else summary["restraint"]
     title = f"{summary['method']}, {restrained}: {edits} (data: {summary['data']}, model: {summary['model']})"
     columns = {"before": summary["baseline"], f"after {edits}": summary["final"]}
-    curves = {restrained: summary["curve"]}
-    if summary["control"]:
-        columns["without restraint"] = summary["control"]["final"]
-        curves["without restraint"] = summary["control"]["curve"]
-    figures = {"editing": plot_editing(curves), "spectra": plot_spectra(looked_at)}
-    if any(key.startswith("ability/") for key in summary["final"]):
-        figures = {"abilities": plot_abilities(curves), **figures}
+    curves, intervals = {restrained: summary["curve"]}, {restrained: summary["intervals"]}
+    if control := summary["control"]:
+        columns["without restraint"] = control["final"]
+        curves["without restraint"], intervals["without restraint"] = control["curve"], control["intervals"]
+    drawn = {
+        "abilities": plot_abilities(curves, intervals),
+        "editing": plot_editing(curves, intervals),
+        **_stream_figures(evaluation, summary, title),
+    }
+    figures = {name: figure for name, figure in drawn.items() if figure} | {"spectra": plot_spectra(looked_at)}
     plots = save_plots(folder / "plots", figures)
-    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True))
+    remark = (
+        f"{summary['edit_s']:.0f} s of edits, {summary['evaluate_s']:.0f} s of evaluation "
+        f"({100 * summary['evaluate_share']:.0f} % of both). Bands are 95 % bootstrap intervals over cases."
+    )
+    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), [remark])
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
         for name, figure in figures.items():

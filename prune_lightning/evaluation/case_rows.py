@@ -1,0 +1,107 @@
+"""Per-case rows of measurements: checked, written as JSON lines, and bootstrapped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prune_lightning.errors import UserError
+from prune_lightning.jsonable import jsonable
+from prune_lightning.metrics.bootstrap import Floats, resampled_means
+
+Rows = Sequence[Mapping[str, Any]]
+Keys = dict[str, set[tuple[str, int]]]
+
+
+class CaseRows:
+    """Takes the rows of each measurement at each count, one per task and case.
+
+    Args:
+        path: JSONL file, written anew: a line is a row with ``num_edits`` and ``measurement`` in front. ``None`` for no
+            file, as in all processes but the first.
+        max_mb: Size of the file in MB from which on no further rows are written; ``None`` for no limit.
+        known: Tasks and cases that each measurement had rows of on the unedited model, if they were taken before.
+
+    Attributes:
+        left_out: Rows that were not written for the sake of ``max_mb``.
+    """
+
+    def __init__(self, path: Path | None, max_mb: float | None = None, known: Keys | None = None) -> None:
+        self.path, self.max_mb = path, max_mb
+        self.known: Keys = known if known is not None else {}
+        self.left_out = 0
+        self._written = 0
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+
+    def add(self, measurement: str, num_edits: int, rows: Rows, asked: Collection[int] | None = None) -> None:
+        """Take rows.
+
+        Args:
+            measurement: Name of the measurement.
+            num_edits: Edits written so far.
+            rows: Its rows.
+            asked: The cases it was asked for; ``None`` where it has items of its own.
+
+        Raises:
+            UserError: A case comes twice, or one that was there before the first edit is missing.
+        """
+        keys = [(str(row.get("task", "")), int(row["case"])) for row in rows]
+        found = set(keys)
+        if len(found) != len(keys):
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            raise UserError(f"{measurement} after {num_edits} edits has more than one row of {_named(twice)}")
+        before = self.known.setdefault(measurement, found)
+        missing = sorted(key for key in before - found if asked is None or key[1] in asked)
+        if missing:
+            raise UserError(f"{measurement} after {num_edits} edits has no row of {_named(missing)}, but had before")
+        if self.path and rows:
+            self._write(self.path, measurement, num_edits, rows)
+
+    def _write(self, path: Path, measurement: str, num_edits: int, rows: Rows) -> None:
+        head = {"num_edits": num_edits, "measurement": measurement}
+        with path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                line = json.dumps(jsonable({**head, **row}), ensure_ascii=False) + "\n"
+                size = len(line.encode())
+                if self.max_mb is not None and self._written + size > self.max_mb * 1e6:
+                    self.left_out += 1
+                else:
+                    self._written += size
+                    file.write(line)
+
+
+def _named(keys: Sequence[tuple[str, int]]) -> str:
+    shown = ", ".join(f"{task or 'case'} {case}" for task, case in keys[:5])
+    return shown + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+def resampled(rows: Rows, names: Collection[str]) -> dict[str, Floats]:
+    """Return, by score, its mean over the cases, and then its means over resampled cases, in one array.
+
+    A value that is not finite is a failure and counts as 0; a row without the score, or with ``None``, has no part in
+    it.
+
+    Args:
+        rows: Rows of one measurement; ``weight`` is the number of cases that a row stands for, if not 1.
+        names: Its scores; those that no row has are left out of the result.
+    """
+    columns: dict[tuple[int, ...], list[str]] = {}
+    for name in names:
+        having = tuple(i for i, row in enumerate(rows) if isinstance(row.get(name), (bool, int, float)))
+        if having:
+            columns.setdefault(having, []).append(name)
+    result: dict[str, Floats] = {}
+    for having, together in columns.items():
+        values = np.array([[float(rows[i][name]) for name in together] for i in having])
+        values = np.where(np.isfinite(values), values, 0.0)
+        weight = np.array([float(rows[i].get("weight", 1.0)) for i in having])
+        means = resampled_means(values, weight)
+        whole = (weight @ values) / weight.sum()
+        result |= {name: np.concatenate([whole[k : k + 1], means[:, k]]) for k, name in enumerate(together)}
+    return result

@@ -1,0 +1,210 @@
+"""How edits hold along a stream: scored just before and just after they are written, and again later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_lightning.evaluation.counterfact import prompts_by_kind
+from prune_lightning.evaluation.measurement import Cases, Measured
+from prune_lightning.evaluation.scoring import score_pairs
+from prune_lightning.metrics import RetentionMatrix
+from prune_lightning.metrics.functional import preference
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.types import EditRequest, Probe
+
+FORMS = ("score", "accuracy")
+_PROBES_PER_PASS = 32
+
+
+@dataclass(frozen=True)
+class Success:
+    """Whether each of some requests holds, 1 or 0; NaN where the model's scores are not finite.
+
+    Args:
+        score: The new target is preferred to the old one; ``None`` where the old one is not known.
+        accuracy: Every token of the new target is the first choice.
+    """
+
+    score: list[float | None]
+    accuracy: list[float]
+
+    def as_dict(self, i: int) -> dict[str, Any]:
+        """Return the success of one request as plain data; what is not finite is a failure."""
+        score = self.score[i]
+        return {"score": None if score is None else score == 1.0, "accuracy": self.accuracy[i] == 1.0}
+
+
+def success(model: LanguageModel, requests: Sequence[EditRequest]) -> Success:
+    """Score the edited prompts of requests."""
+    triples = [prompts_by_kind(request, "efficacy")[0] for request in requests]
+    known = [i for i, (_, _, old) in enumerate(triples) if old is not None]
+    pairs = [(prompt, new) for prompt, new, _ in triples] + [(triples[i][0], str(triples[i][2])) for i in known]
+    found = score_pairs(model, pairs)
+    new, old = found.nll[: len(triples)], found.nll[len(triples) :]
+    accuracy = torch.where(torch.isfinite(new), found.hit[: len(triples)].float(), torch.nan)
+    compared = preference(new[known], old)
+    compared = torch.where(torch.isfinite(new[known]) & torch.isfinite(old), compared, torch.nan)
+    score: list[float | None] = [None] * len(requests)
+    for i, value in zip(known, compared.tolist(), strict=True):
+        score[i] = value
+    return Success(score, accuracy.tolist())
+
+
+class UnrelatedAnswers:
+    r"""What the unedited model answers where no edit is about, and whether a later model answers the same.
+
+    :math:`L(t) = \mathrm{mean}_j 1[\mathrm{out}_t(x_j) = \mathrm{out}_0(x_j)]`. The output to a probe are the model's
+    first choices at the positions of the probe's answer, which is given (EasyEdit's locality), or the first choice
+    after the prompt where the probe has none. Probes, dtype and batches are the same each time.
+
+    Args:
+        model: The unedited model.
+        probes: The probes; one that comes again counts once.
+    """
+
+    def __init__(self, model: LanguageModel, probes: Sequence[Probe]) -> None:
+        self._rows: list[tuple[list[int], int]] = []  # ids, and the position before the first token of the answer
+        for probe in dict.fromkeys(probes):
+            if probe.answer:
+                pair = model.tokens.encode_pair(probe.prompt, probe.answer)
+                self._rows.append((pair.ids[:-1], pair.target_start - 1))
+            else:
+                ids = model.tokens.encode(probe.prompt)[-model.tokens.max_length :]
+                self._rows.append((ids, len(ids) - 1))
+        self._rows.sort(key=lambda row: len(row[0]))
+        self._before = self._outputs(model)
+
+    def unchanged(self, model: LanguageModel) -> list[bool]:
+        """Return whether each probe has its first output; a model whose scores are not finite has none."""
+        now = self._outputs(model)
+        return [a is not None and a == b for a, b in zip(now, self._before, strict=True)]
+
+    @torch.no_grad()
+    def _outputs(self, model: LanguageModel) -> list[list[int] | None]:
+        outputs: list[list[int] | None] = []
+        with model.frozen_mode():
+            for start in range(0, len(self._rows), _PROBES_PER_PASS):
+                rows = self._rows[start : start + _PROBES_PER_PASS]
+                ids, mask = model.tokens.pad([row for row, _ in rows], model.device)
+                lengths = [len(row) - first for row, first in rows]
+                owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
+                where = torch.tensor([place for row, first in rows for place in range(first, len(row))])
+                logits = model.logits_at(ids, mask, owner.to(model.device), where.to(model.device))
+                finite = torch.isfinite(logits).all(-1).split(lengths)
+                choices = logits.argmax(-1).split(lengths)
+                outputs += [c.tolist() if f.all() else None for c, f in zip(choices, finite, strict=True)]
+        return outputs
+
+
+class StreamScores:
+    """Collects how edits hold over a stream, as SCORE and as ACCURACY, and what becomes of unrelated answers.
+
+    Every process scores everything, so that nothing needs to be gathered.
+
+    Attributes:
+        matrices: The retention matrix of each form.
+    """
+
+    name = "stream"
+
+    def __init__(self) -> None:
+        self.matrices = {form: RetentionMatrix(sync_on_compute=False) for form in FORMS}
+        self.unrelated: UnrelatedAnswers | None = None
+        self._commits: Sequence[int] = ()
+        self._immediate: dict[int, dict[str, float]] = {}
+
+    def begin(
+        self, model: LanguageModel, cases: Cases, commits: Sequence[int], unrelated: Sequence[Probe]
+    ) -> list[dict[str, Any]]:
+        """Score the unedited model.
+
+        Args:
+            model: The unedited model.
+            cases: The cases that will be looked at later.
+            commits: Edit count at which each case of the stream is written.
+            unrelated: Probes that no edit is about.
+
+        Returns:
+            The rows of the unedited model.
+        """
+        self._commits = commits
+        self.unrelated = UnrelatedAnswers(model, unrelated)
+        rows = self._add(0, list(cases), success(model, list(cases.values())))
+        return [{"case": i, **_final(row)} for i, row in rows.items()]
+
+    def just_before(self, cases: Sequence[int], num_edits: int, found: Success) -> None:
+        """Take the scores of cases that are about to be written; the unedited model's are known."""
+        if num_edits:
+            self._add(num_edits, cases, found)
+
+    def just_after(self, cases: Sequence[int], num_edits: int, found: Success) -> None:
+        """Take the scores of cases that have just been written."""
+        self._immediate = self._add(num_edits, cases, found)
+
+    def look(self, model: LanguageModel, cases: Cases, num_edits: int, weights: Mapping[int, float]) -> Measured:
+        """Score cases written so far; those that have just been written are not scored again.
+
+        Args:
+            model: The edited model.
+            cases: The cases to score.
+            num_edits: Edits written so far.
+            weights: How many cases each of them stands for.
+
+        Returns:
+            Figures of the stream so far, and the rows that ``final`` and ``locality_drift`` are means of.
+        """
+        assert self.unrelated is not None
+        older = [i for i in cases if self._commits[i] < num_edits]
+        rows = {i: self._immediate[i] for i in cases if self._commits[i] == num_edits}
+        if older:
+            rows |= self._add(num_edits, older, success(model, [cases[i] for i in older]))
+        table: list[dict[str, Any]] = [{"case": i, **_final(rows[i])} for i in sorted(rows)]
+        table = [row if weights[row["case"]] == 1 else {**row, "weight": weights[row["case"]]} for row in table]
+        scores = {f"{form}/{key}": value for form in FORMS for key, value in self.figures(form).items()}
+        if same := [float(value) for value in self.unrelated.unchanged(model)]:
+            scores["locality_drift"] = sum(same) / len(same)
+            table += [{"case": j, "task": "unrelated", "locality_drift": value} for j, value in enumerate(same)]
+        return Measured(scores, table)
+
+    def figures(self, form: str) -> dict[str, float]:
+        """Return the figures of one form so far; none if no case has it."""
+        matrix = self.matrices[form]
+        return {key: float(value) for key, value in matrix.compute().items()} if matrix.update_called else {}
+
+    def details(self) -> dict[str, Any]:
+        """Return what is more than a figure: retention, conditional retention and BWT by age."""
+        return {
+            form: {"by_age": [asdict(row) for row in matrix.by_age()]}
+            for form, matrix in self.matrices.items()
+            if matrix.update_called
+        }
+
+    def _add(self, num_edits: int, cases: Sequence[int], found: Success) -> dict[int, dict[str, float]]:
+        rows: dict[int, dict[str, float]] = {i: {} for i in cases}
+        given: Mapping[str, Sequence[float | None]] = {"score": found.score, "accuracy": found.accuracy}
+        for form, values in given.items():
+            known = [(i, value) for i, value in zip(cases, values, strict=True) if value is not None]
+            for i, value in known:
+                rows[i][form] = value
+            if known:
+                index, value_ = torch.tensor(known).unbind(1)
+                commit = torch.tensor([self._commits[i] for i, _ in known])
+                self.matrices[form].update(num_edits, commit, index, value_)
+        return rows
+
+
+def _final(row: Mapping[str, float]) -> dict[str, float]:
+    return {f"{form}/final": value for form, value in row.items()}
+
+
+def entries(matrix: RetentionMatrix) -> list[tuple[int, int, int, float]]:
+    """Return the entries of a matrix: count, commit, case, value."""
+    seen = matrix.observations()
+    columns: list[Tensor] = [seen.time, seen.commit, seen.case]
+    rows = zip(*(column.long().tolist() for column in columns), seen.value.tolist(), strict=True)
+    return [(t, c, i, value) for t, c, i, value in rows]
