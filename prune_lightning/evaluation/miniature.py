@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from torchmetrics.text import ROUGEScore
-
 from prune_lightning.bundled.abilities import AbilityItem, abilities, plain_text
 from prune_lightning.bundled.world import load_world
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.evaluation.scoring import greedy_continuations, score_pairs, token_nll
-from prune_lightning.metrics import CorpusPerplexity, ExactMatch
+from prune_lightning.metrics import CorpusPerplexity, ExactMatch, MeanRouge
 from prune_lightning.models.language_model import LanguageModel
-
-_ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 class MiniatureAbilities(Measurement):
@@ -45,21 +41,22 @@ class MiniatureAbilities(Measurement):
     def _measure(self, model: LanguageModel, name: str) -> Measured:
         if name == "perplexity":
             return Measured({name: self._perplexity(model)})
-        score = self._rouge if name == "summarization" else self._exact_match
-        return Measured({name: score(model, self.items[name])})
+        judge = self._rouge if name == "summarization" else self._exact_match
+        score, by_item = judge(model, self.items[name])
+        return Measured({name: score}, [{"case": i, "task": name, name: value} for i, value in enumerate(by_item)])
 
-    def _exact_match(self, model: LanguageModel, items: Sequence[AbilityItem]) -> float:
+    def _exact_match(self, model: LanguageModel, items: Sequence[AbilityItem]) -> tuple[float, list[float]]:
         metric = ExactMatch().to(model.device)
-        metric.update(score_pairs(model, [(item.prompt, item.answer) for item in items]).hit)
-        return float(metric.compute())
+        hit = score_pairs(model, [(item.prompt, item.answer) for item in items]).hit
+        metric.update(hit)
+        return float(metric.compute()), hit.double().tolist()
 
-    def _rouge(self, model: LanguageModel, items: Sequence[AbilityItem]) -> float:
-        metric = ROUGEScore(rouge_keys=_ROUGE).to(model.device)
+    def _rouge(self, model: LanguageModel, items: Sequence[AbilityItem]) -> tuple[float, list[float]]:
+        metric = MeanRouge().to(model.device)
         longest = max(len(model.tokens.encode_pair(item.prompt, item.answer).target) for item in items)
         texts = greedy_continuations(model, [item.prompt for item in items], max_new_tokens=longest + 4, stop=".")
         metric.update(texts, [item.answer for item in items])
-        result = metric.compute()
-        return sum(float(result[f"{key}_fmeasure"]) for key in _ROUGE) / len(_ROUGE)
+        return float(metric.compute()), metric.by_text()
 
     def _perplexity(self, model: LanguageModel) -> float:
         metric = CorpusPerplexity().to(model.device)
