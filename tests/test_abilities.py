@@ -91,7 +91,8 @@ def test_prompts_and_gold_answers_of_real_records():
     assert first["rte"].prompt.endswith("leader of the Roman Catholic Church.. True or False? answer:")
     assert [item.gold[0] for item in suite.items["rte"][:2]] == ["false", "true"]
     # The flaws that the documentation speaks of, on the records that are here.
-    assert sum(item.gold[0] in item.prompt for item in suite.items["gsm8k"]) == 297
+    plain = [(item.prompt.replace(",", ""), item.gold[0].replace(",", "")) for item in suite.items["gsm8k"]]
+    assert sum(number in prompt for prompt, number in plain) == 299
     assert statistics.mean(item.gold == ("false",) for item in suite.items["rte"]) == pytest.approx(158 / 299)
 
 
@@ -126,8 +127,8 @@ def test_scripted_answers_get_the_scores_they_deserve(monkeypatch):
 
 @real
 def test_bundled_model_runs_every_real_task(bundled_shared):
-    suite = measurement("legacy", "max_items=3", *(f"tasks.{name}.path={path}" for name, path in FILES.items()))
-    with pytest.warns(UserWarning, match="prompts of gsm8k are longer than the model's context"):
+    suite = measurement("legacy", "max_items=2", *(f"tasks.{name}.path={path}" for name, path in FILES.items()))
+    with pytest.warns(UserWarning, match="prompts of samsum are longer than the model's context"):
         measured = suite.measure(bundled_shared)
     assert set(measured.scores) >= set(FILES)
     assert all(0 <= score <= 1 for score in measured.scores.values())
@@ -419,7 +420,7 @@ def local_tasks(folder):
 
 def test_scores_are_those_of_lm_eval_on_the_saved_model(bundled, tmp_path, offline, capfd):
     tasks = local_tasks(tmp_path)
-    options = {"limit": 5, "num_fewshot": 1, "gen_kwargs": {"max_gen_toks": 4}}
+    options = {"limit": 5, "num_fewshot": 1, "gen_kwargs": {"max_gen_toks": 3}}
     suite = HarnessTasks(tasks, include_defaults=False, batch_size=4, **options)
     before = suite.measure(bundled)
     with torch.no_grad():  # an edit: answers must be new ones
@@ -491,10 +492,27 @@ def test_untied_heads_stay_untied(tiny, offline, tmp_path):
     model.model.config.tie_word_embeddings = True
     model.model.lm_head.weight = torch.nn.Parameter(model.model.lm_head.weight.detach() * 2.0)
     head = model.model.lm_head.weight
-    king = local_tasks(tmp_path)[2]
-    HarnessTasks([king], include_defaults=False, limit=1).measure(model)
+    suite = HarnessTasks([local_tasks(tmp_path)[2]], include_defaults=False, limit=1)
+    suite.measure(model)
+    assert suite.tasks == []  # of a perplexity, more is not better
     assert model.model.lm_head.weight is head
     assert model.model.transformer.wte.weight is not head
+
+
+def test_group_with_a_score_of_its_own_counts_as_one(bundled_shared, tmp_path, offline):
+    choice = local_tasks(tmp_path)[3]
+    pair = {
+        "group": "pair",
+        "task": [{**choice, "task": "first"}, {**choice, "task": "second", "doc_to_target": 1}],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    folder = tmp_path / "definitions"
+    folder.mkdir()
+    (folder / "pair.yaml").write_text(json.dumps(pair))
+    suite = HarnessTasks(["pair"], include_defaults=False, include_path=str(folder), limit=2)
+    scores = suite.measure(bundled_shared).scores
+    assert suite.tasks == ["pair/acc"]
+    assert scores["pair/acc"] == (scores["pair::first/acc"] + scores["pair::second/acc"]) / 2
 
 
 def test_lm_eval_mistakes_are_explained(bundled_shared, tmp_path, offline, monkeypatch):
@@ -502,7 +520,7 @@ def test_lm_eval_mistakes_are_explained(bundled_shared, tmp_path, offline, monke
     with pytest.raises(UserError, match="knows no task and no YAML file 'kingg'"):
         HarnessTasks(["kingg"], include_defaults=False).measure(bundled_shared)
     with pytest.raises(UserError, match="needs an entry `task`"):
-        HarnessTasks([{"dataset_path": "json"}], include_defaults=False).measure(bundled_shared)
+        HarnessTasks([{"dataset_path": "json"}])
     lost = {**king, "task": "lost", "dataset_kwargs": {"data_files": {"test": "/nowhere.jsonl"}}}
     with pytest.raises(UserError, match="cannot load the task 'lost'"):
         HarnessTasks([lost], include_defaults=False).measure(bundled_shared)
@@ -517,9 +535,9 @@ def test_lm_eval_mistakes_are_explained(bundled_shared, tmp_path, offline, monke
 
 # -- the miniature ----------------------------------------------------------------------------------------------------
 def test_miniature_rows_give_its_scores(bundled_shared):
-    measured = MiniatureAbilities(max_items=20).measure(bundled_shared)
+    measured = MiniatureAbilities(max_items=5).measure(bundled_shared)
     for task in ("reasoning", "nli", "qa", "summarization"):
         rows = [row for row in measured.cases if row["task"] == task]
-        assert [row["case"] for row in rows] == list(range(20))
+        assert [row["case"] for row in rows] == list(range(5))
         assert statistics.mean(row[task] for row in rows) == pytest.approx(measured.scores[task], abs=1e-6)
     assert {row["task"] for row in measured.cases} == {"reasoning", "nli", "qa", "summarization"}

@@ -33,14 +33,14 @@ class HarnessTasks(Measurement):
     before when it returns. Under several processes the first one evaluates, and the others wait for its scores.
 
     Args:
-        tasks: Names, YAML files, or definitions as dicts. A dict whose ``task`` is the name of a known task takes over
-            that definition, but for the entries given.
+        tasks: Names of tasks and groups, a task's YAML file, or its definition as a dict. A dict whose ``task`` is the
+            name of a known one takes over that definition, but for the entries given.
         main: Metric that counts for ``retention``, by task; the first one of which more is better if not given.
         num_fewshot: Examples in the prompt; ``None`` for each task's own. A task that fixes zero keeps it.
         limit: Use only the first documents of each task.
         samples: Documents to use, by task, instead of ``limit``.
         batch_size: Rows of a forward pass.
-        include_path: A folder with task definitions.
+        include_path: A folder with definitions of tasks and groups, to be known by name.
         include_defaults: Whether lm-eval's own definitions are known by name; indexing them takes seconds.
         gen_kwargs: Options for tasks that generate, e.g. ``max_gen_toks``, which has to be below the model's context.
         apply_chat_template: Whether prompts are wrapped in the tokenizer's chat template.
@@ -72,6 +72,9 @@ class HarnessTasks(Measurement):
     ) -> None:
         super().__init__(enabled and bool(tasks), counts)
         self.definitions = list(tasks)
+        for entry in self.definitions:
+            if not isinstance(entry, str) and "task" not in entry:
+                raise UserError(f"a task of evaluation.lm_eval needs an entry `task`, but got {entry}")
         if self.enabled and not importlib.util.find_spec("lm_eval"):
             raise UserError("evaluation.lm_eval needs lm-evaluation-harness: pip install 'prune-lightning[eval]'")
         if limit is not None and samples is not None:
@@ -88,16 +91,16 @@ class HarnessTasks(Measurement):
         }
         self.tasks: list[str] = []  # known once lm-eval has said what the metrics are
         self._manager: Any = None
-        self._loaded: dict[str, list[Any]] = {}
+        self._loaded: list[Any] = []
 
     def jobs(self, model: LanguageModel, cases: Cases) -> Mapping[str, Callable[[], Measured]]:
-        """Return one job per entry of ``tasks``."""
-        return {_title(entry): partial(self._measure, model, entry) for entry in self.definitions}
+        """Return one job: lm-eval batches the requests of all tasks together."""
+        return {"lm_eval": partial(self._measure, model)}
 
-    def _measure(self, model: LanguageModel, entry: str | dict[str, Any]) -> Measured:
-        results = on_first_process(partial(self._evaluate, model, entry))
+    def _measure(self, model: LanguageModel) -> Measured:
+        results = on_first_process(partial(self._evaluate, model))
         scores = {f"{task}/{metric}": score for task in results["results"] for metric, score in metrics(results, task)}
-        for task in results.get("groups") or results["results"]:
+        for task in results["counted"]:
             better = [metric for metric, _ in metrics(results, task) if _is_better_higher(results, task, metric)]
             chosen = self.main.get(task, *better[:1]) if better or task in self.main else None
             if chosen and f"{task}/{chosen}" not in scores:
@@ -107,17 +110,17 @@ class HarnessTasks(Measurement):
                 self.tasks.append(f"{task}/{chosen}")
         return Measured(scores, _rows(results, scores))
 
-    def _evaluate(self, model: LanguageModel, entry: str | dict[str, Any]) -> Results:
+    def _evaluate(self, model: LanguageModel) -> Results:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
         with quiet(), isolate_rng(), model.frozen_mode(), untouched_ties(model.model):
-            tasks = self._load(entry)
+            self._loaded = self._loaded or [task for entry in self.definitions for task in self._load(entry)]
             tokenizer = copy.deepcopy(model.tokens.tokenizer)  # lm-eval may set its padding token
             evaluated = HFLM(pretrained=model.model, tokenizer=tokenizer, backend="causal", batch_size=self.batch_size)
             results = lm_eval.simple_evaluate(
                 model=evaluated,
-                tasks=tasks,
+                tasks=self._loaded,
                 task_manager=self._manager,
                 use_cache=None,
                 bootstrap_iters=0,
@@ -127,36 +130,34 @@ class HarnessTasks(Measurement):
                 fewshot_random_seed=self.seed,
                 **self.options,
             )
-        return {key: results[key] for key in ("results", "groups", "higher_is_better", "samples") if key in results}
+        kept = {key: results[key] for key in ("results", "higher_is_better", "samples")}
+        return {**kept, "counted": [name for task in self._loaded for name in _counted(task, results)]}
 
     def _load(self, entry: str | dict[str, Any]) -> list[Any]:
-        """Return lm-eval's task objects; they are built once, since each build reads the data again."""
+        """Return lm-eval's objects for one entry; they are built once, since each build reads the data again."""
         from lm_eval.tasks import TaskManager
 
-        title = _title(entry)
-        if title not in self._loaded:
-            self._manager = self._manager or TaskManager(**self.index_options)
-            known = self._manager.all_tasks
-            if isinstance(entry, str) and entry not in known and not Path(entry).expanduser().is_file():
-                raise UserError(f"lm-eval knows no task and no YAML file {entry!r}: {near(entry, known)}")
-            takes_over = isinstance(entry, dict) and entry.get("task") in known
-            # Only as a member of a group do entries of a dict replace those of the definition of that name.
-            asked = {"group": "overridden", "task": [copy.deepcopy(entry)]} if takes_over else copy.deepcopy(entry)
-            try:
-                found = self._manager.load([asked])
-            except Exception as error:
-                raise UserError(f"lm-eval cannot load the task {title!r}: {error}") from error
-            groups = [] if takes_over else list(found["groups"].values())[:1]
-            self._loaded[title] = groups or list(found["tasks"].values())
-        return self._loaded[title]
+        self._manager = self._manager or TaskManager(**self.index_options)
+        known = self._manager.all_tasks
+        if isinstance(entry, str) and entry not in known and not Path(entry).expanduser().is_file():
+            raise UserError(f"lm-eval knows no task and no YAML file {entry!r}: {near(entry, known)}")
+        takes_over = isinstance(entry, dict) and entry["task"] in known
+        # Only as a member of a group do entries of a dict replace those of the definition of that name.
+        asked = {"group": "overridden", "task": [copy.deepcopy(entry)]} if takes_over else copy.deepcopy(entry)
+        try:
+            found = self._manager.load([asked])
+        except Exception as error:
+            title = entry if isinstance(entry, str) else entry["task"]
+            raise UserError(f"lm-eval cannot load the task {title!r}: {error}") from error
+        groups = [] if takes_over else list(found["groups"].values())[:1]
+        return groups or list(found["tasks"].values())
 
 
-def _title(entry: str | dict[str, Any]) -> str:
-    if isinstance(entry, str):
-        return Path(entry).stem if entry.endswith(".yaml") else entry
-    if not {"task", "group"} & set(entry):
-        raise UserError(f"a task of evaluation.lm_eval needs an entry `task`, but got {entry}")
-    return str(entry.get("task", entry.get("group")))
+def _counted(task: Any, results: Results) -> list[str]:
+    """Return a task, a group with a score of its own, or the tasks of a group without one."""
+    if hasattr(task, "task_name"):
+        return [task.task_name]
+    return [task.name] if metrics(results, task.name) else [member.task_name for member in task.get_all_tasks()]
 
 
 def metrics(results: Results, task: str) -> list[tuple[str, float]]:

@@ -123,7 +123,7 @@ def _report(
         columns["without restraint"] = summary["control"]["final"]
         curves["without restraint"] = summary["control"]["curve"]
     figures = {"editing": plot_editing(curves), "spectra": plot_spectra(looked_at)}
-    if any(key.startswith("ability/") for key in summary["final"]):
+    if any(key.startswith("ability/miniature/") for key in summary["final"]):
         figures = {"abilities": plot_abilities(curves), **figures}
     plots = save_plots(folder / "plots", figures)
     write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True))
