@@ -153,6 +153,9 @@ def test_tasks_without_real_records(tmp_path, monkeypatch):
     assert "(A)w(B)x(C)y(D)z A: Among A through D, the answer is" in suite.items["mutual"][0].prompt
     assert [item.gold for item in suite.items["sst2"]] == [("positive",), ("negative",)]
     assert 'text: "good answer:' in suite.items["sst2"][0].prompt
+    (tmp_path / "mutual" / "dev_11.txt").write_text('{"answers": "A"}')
+    with pytest.raises(UserError, match=r"mutual: .*dev_11.txt', line 1: the key 'article' is missing"):
+        measurement_of("mutual", tmp_path / "mutual")
     entities = [(item.kind, item.gold[0]) for item in suite.items["ner"]]
     assert entities == [
         ("organization", "EU"),

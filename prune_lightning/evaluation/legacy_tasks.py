@@ -73,28 +73,28 @@ class LegacyTask(ABC):
         """
         path = Path(self.path or "").expanduser()
         found: list[LegacyItem] = []
-        for case, (line, row) in enumerate(self.rows(path)):
+        for case, (file, (line, row)) in enumerate(self.rows(path)):
+            where = f"{name}: {str(file)!r}, line {line}"
             try:
                 if isinstance(row, str):
                     raise UserError(row)
                 found += self.items(case, row)
             except KeyError as error:
-                raise UserError(f"{name}: {str(path)!r}, line {line}: the key {error} is missing") from error
+                raise UserError(f"{where}: the key {error} is missing") from error
             except (UserError, TypeError, AttributeError, IndexError, ValueError) as error:
-                raise UserError(f"{name}: {str(path)!r}, line {line}: {error}") from error
+                raise UserError(f"{where}: {error}") from error
             if self.max_items is not None and len(found) >= self.max_items:
                 break
         if not found:
             raise UserError(f"{name}: {str(path)!r} holds no item")
         return found[: self.max_items]
 
-    def rows(self, path: Path) -> Iterator[Row]:
+    def rows(self, path: Path) -> Iterator[tuple[Path, Row]]:
         """Yield the records of a file: TSV by its ending, else JSON or JSONL; of a folder, one object a file."""
-        if path.is_dir():
-            for file in sorted(path.iterdir(), key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)]):
-                yield from read_objects(file)
-        else:
-            yield from read_table(path) if path.suffix == ".tsv" else read_objects(path)
+        files = path.iterdir() if path.is_dir() else [path]
+        for file in sorted(files, key=lambda f: [int(number) for number in re.findall(r"\d+", f.name)]):
+            for row in read_table(file) if file.suffix == ".tsv" else read_objects(file):
+                yield file, row
 
     def items(self, case: int, row: Mapping[str, Any]) -> list[LegacyItem]:
         """Turn a record into its items, mostly one."""
@@ -216,7 +216,7 @@ class EntityRecall(LegacyTask):
 
     types: dict[str, str] = field(default_factory=dict)
 
-    def rows(self, path: Path) -> Iterator[Row]:
+    def rows(self, path: Path) -> Iterator[tuple[Path, Row]]:
         """Yield the sentences."""
         words: list[tuple[str, str]] = []
         start = 1
@@ -226,7 +226,7 @@ class EntityRecall(LegacyTask):
                 start = start if words else number
                 words.append((cells[0], cells[-1]))
             elif words:
-                yield start, {self.gold: words}
+                yield path, (start, {self.gold: words})
                 words = []
 
     def items(self, case: int, row: Mapping[str, Any]) -> list[LegacyItem]:
