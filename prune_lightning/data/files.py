@@ -2,68 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prune_lightning.data.stream import BadRow, EditStream
-from prune_lightning.errors import UserError, near
+from prune_lightning.errors import UserError
+from prune_lightning.records import read_objects
 from prune_lightning.types import EditRequest
-
-
-def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield ``(line, record)`` of a JSON array or a JSONL file; a text in place of the record says what is wrong.
-
-    Args:
-        path: The file, UTF-8.
-
-    Raises:
-        UserError: There is no such file (the message names near matches), or it is not UTF-8.
-    """
-    if not path.is_file():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = f"; {near(path.name, siblings)}" if siblings else f"; there is no folder {str(path.parent)!r} either"
-        raise UserError(f"no file {str(path)!r}{hint}")
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r} is not UTF-8 text: {error}") from error
-    yield from _array(text) if text.lstrip().startswith("[") else _lines(text)
-
-
-def _checked(line: int, record: Any) -> tuple[int, dict[str, Any] | str]:
-    return line, record if isinstance(record, dict) else f"expected an object, but got {type(record).__name__}"
-
-
-def _lines(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                yield _checked(number, json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield number, f"not JSON: {error}"
-
-
-def _array(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    decoder = json.JSONDecoder()
-    position, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        if position >= len(text):
-            yield line, "the array is not closed: the file is cut off"
-            return
-        if text[position] == "]":
-            return
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            record, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield line, f"not JSON, and nothing after it can be read: {error}"
-            return
-        yield _checked(line, record)
 
 
 class FileStream(EditStream):

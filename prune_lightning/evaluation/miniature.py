@@ -6,16 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torchmetrics.functional.text import rouge_score
-
-from prune_lightning.bundled.abilities import AbilityItem, abilities, plain_text
+from prune_lightning.bundled.abilities import abilities, plain_text
 from prune_lightning.bundled.world import load_world
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.evaluation.scoring import greedy_continuations, score_pairs, token_nll
-from prune_lightning.metrics import CorpusPerplexity
+from prune_lightning.metrics import CorpusPerplexity, ExactMatch, MeanRouge
 from prune_lightning.models.language_model import LanguageModel
-
-_ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 class MiniatureAbilities(Measurement):
@@ -46,23 +42,23 @@ class MiniatureAbilities(Measurement):
     def _measure(self, model: LanguageModel, name: str) -> Measured:
         if name == "perplexity":
             return Measured({name: self._perplexity(model)})
-        rows = (self._summaries if name == "summarization" else self._exact_match)(model, self.items[name])
-        score = sum(row["score"] for row in rows) / len(rows)
-        return Measured(
-            {name: score},
-            [{"case": i, "task": name, name: row.pop("score"), **row} for i, row in enumerate(rows)],
-        )
+        judge = self._rouge if name == "summarization" else self._exact_match
+        score, rows = judge(model, name)
+        return Measured({name: score}, [{"case": i, "task": name, **row} for i, row in enumerate(rows)])
 
-    def _exact_match(self, model: LanguageModel, items: Sequence[AbilityItem]) -> list[dict[str, Any]]:
-        hits = score_pairs(model, [(item.prompt, item.answer) for item in items]).hit
-        return [{"score": float(hit)} for hit in hits.tolist()]
+    def _exact_match(self, model: LanguageModel, name: str) -> tuple[float, list[dict[str, Any]]]:
+        metric = ExactMatch().to(model.device)
+        hit = score_pairs(model, [(item.prompt, item.answer) for item in self.items[name]]).hit
+        metric.update(hit)
+        return float(metric.compute()), [{name: value} for value in hit.double().tolist()]
 
-    def _summaries(self, model: LanguageModel, items: Sequence[AbilityItem]) -> list[dict[str, Any]]:
+    def _rouge(self, model: LanguageModel, name: str) -> tuple[float, list[dict[str, Any]]]:
+        metric, items = MeanRouge().to(model.device), self.items[name]
         longest = max(len(model.tokens.encode_pair(item.prompt, item.answer).target) for item in items)
         texts = greedy_continuations(model, [item.prompt for item in items], max_new_tokens=longest + 4, stop=".")
-        found = [rouge_score(text, item.answer, rouge_keys=_ROUGE) for text, item in zip(texts, items, strict=True)]
-        f1 = [sum(float(result[f"{key}_fmeasure"]) for key in _ROUGE) / len(_ROUGE) for result in found]
-        return [{"score": score, "generated": text} for score, text in zip(f1, texts, strict=True)]
+        metric.update(texts, [item.answer for item in items])
+        rows = zip(metric.by_text(), texts, strict=True)
+        return float(metric.compute()), [{name: value, "generated": text} for value, text in rows]
 
     def _perplexity(self, model: LanguageModel) -> float:
         metric = CorpusPerplexity().to(model.device)

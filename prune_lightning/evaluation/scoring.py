@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from prune_lightning.errors import UserError
 from prune_lightning.models.language_model import LanguageModel
 
 TOKEN_BUDGET = 8192
@@ -87,29 +89,73 @@ def score_pairs(model: LanguageModel, pairs: Sequence[tuple[str, str]], token_bu
     return PairScores(nll, hit, lengths)[index]
 
 
+@dataclass(frozen=True)
+class Continuations:
+    """Greedy continuations of ``n`` prompts.
+
+    Args:
+        texts: Without the prompt, stripped of surrounding blanks; empty where the logits were not finite.
+        finite: Whether all logits of a row were finite; the first choice among NaN means nothing.
+        truncated: Whether a prompt was too long for the model's context and lost its beginning.
+    """
+
+    texts: list[str]
+    finite: list[bool]
+    truncated: list[bool]
+
+
+class _FiniteRows(LogitsProcessor):  # type: ignore[misc]
+    """Changes nothing, but remembers the rows whose logits held NaN or positive infinity."""
+
+    def __init__(self) -> None:
+        self.finite = torch.tensor(True)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.finite = self.finite.to(scores.device) & torch.isfinite(scores.float().logsumexp(-1))
+        return scores
+
+
 @torch.no_grad()
 def greedy_continuations(
     model: LanguageModel, prompts: Sequence[str], max_new_tokens: int, stop: str, token_budget: int = TOKEN_BUDGET
 ) -> list[str]:
+    """Return the texts of :func:`continue_greedily`."""
+    return continue_greedily(model, prompts, max_new_tokens, stop, token_budget).texts
+
+
+@torch.no_grad()
+def continue_greedily(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    stop: str | None = None,
+    token_budget: int = TOKEN_BUDGET,
+) -> Continuations:
     """Continue each prompt greedily until ``stop``, the end token, or ``max_new_tokens``.
+
+    Rows are padded on the left and grouped by length. A prompt that leaves no room for the new tokens loses its
+    beginning.
 
     Args:
         model: The language model.
         prompts: Texts to continue.
         max_new_tokens: Longest continuation, in tokens.
-        stop: The continuation is cut after the first occurrence of this text.
+        stop: The continuation is cut after the first occurrence of this text, if one is given.
         token_budget: Padded tokens per forward pass.
-
-    Returns:
-        The continuations without the prompt, stripped of surrounding blanks.
     """
-    encoded = [model.tokens.encode(prompt) for prompt in prompts]
-    results = [""] * len(prompts)
+    room = model.tokens.max_length - max_new_tokens
+    if room < 1:
+        raise UserError(f"{max_new_tokens} new tokens leave no room in a context of {model.tokens.max_length}")
+    whole = [model.tokens.encode(prompt) for prompt in prompts]
+    encoded = [ids[-room:] for ids in whole]
+    texts, finite = [""] * len(prompts), [True] * len(prompts)
+    stopping = {"tokenizer": model.tokens.tokenizer, "stop_strings": [stop]} if stop else {}
     with model.frozen_mode():
         for group in _batches([len(ids) + max_new_tokens for ids in encoded], token_budget):
             rows = [encoded[i] for i in group]
             longest = max(map(len, rows))
             ids, mask = model.tokens.pad([row[::-1] for row in rows], model.device)
+            watch = _FiniteRows()
             generated = model.model.generate(
                 input_ids=ids.flip(1),
                 attention_mask=mask.flip(1),
@@ -117,28 +163,32 @@ def greedy_continuations(
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=model.tokens.pad_id,
-                tokenizer=model.tokens.tokenizer,
-                stop_strings=[stop],
+                logits_processor=LogitsProcessorList([watch]),
+                **stopping,
             )
-            for i, row in zip(group, generated, strict=True):
-                text = model.tokens.decode(row[longest:])
-                results[i] = (text.split(stop)[0] + stop if stop in text else text).strip()
-    return results
+            for i, row, sound in zip(group, generated, watch.finite.tolist(), strict=True):
+                text = model.tokens.decode(row[longest:]) if sound else ""
+                texts[i] = (text.split(stop)[0] + stop if stop and stop in text else text).strip()
+                finite[i] = sound
+    return Continuations(texts, finite, [len(a) > len(b) for a, b in zip(whole, encoded, strict=True)])
 
 
 @torch.no_grad()
-def token_nll(model: LanguageModel, texts: Sequence[str], token_budget: int = TOKEN_BUDGET) -> tuple[Tensor, Tensor]:
+def token_nll(
+    model: LanguageModel, texts: Sequence[str], token_budget: int = TOKEN_BUDGET, special_tokens: bool = True
+) -> tuple[Tensor, Tensor]:
     """Return each text's summed negative log-likelihood (its first token is given) and its number of scored tokens.
 
     Args:
         model: The language model.
-        texts: Texts of at least two tokens.
+        texts: Texts; one of a single token has none to score.
         token_budget: Padded tokens per forward pass.
+        special_tokens: Whether the special tokens that the model expects stand in front.
 
     Returns:
         Two tensors of shape ``(len(texts),)``.
     """
-    encoded = [model.tokens.encode(text)[: model.tokens.max_length] for text in texts]
+    encoded = [model.tokens.encode(text, special_tokens)[: model.tokens.max_length] for text in texts]
     nll = torch.zeros(len(texts), device=model.device)
     count = torch.tensor([len(ids) - 1 for ids in encoded], device=model.device)
     with model.frozen_mode():

@@ -50,3 +50,12 @@ def retention(now: dict[str, float], before: dict[str, float]) -> float:
     """
     ratios = [(0.0 if now[task] != now[task] else now[task]) / score for task, score in before.items() if score > 0]
     return sum(ratios) / len(ratios) if ratios else float("nan")
+
+
+def perplexity(mean_nll: Tensor) -> Tensor:
+    r"""Return :math:`\exp(\mathrm{nll})` of mean negative log-likelihoods per token; NaN is infinite, not left out.
+
+    >>> perplexity(torch.tensor([0.0, float("nan")]))
+    tensor([1., inf])
+    """
+    return mean_nll.exp().nan_to_num(nan=float("inf"), posinf=float("inf"))

@@ -60,12 +60,12 @@ class Tokens:
                 return int(token)
         return 0
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, with the special tokens that the model expects in front of it."""
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text, with the special tokens that the model expects in front of it, or without any."""
         if not text.strip():
             raise UserError("an empty text cannot be encoded")
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids[: len(ids) - self._closing]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
+        return ids[: len(ids) - self._closing] if special_tokens else ids
 
     def encode_pair(self, prompt: str, target: str) -> EncodedPair:
         """Encode ``prompt + " " + target``.

@@ -1,0 +1,241 @@
+"""Any task of lm-evaluation-harness, on the live model."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch.utilities.seed import isolate_rng
+from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+from prune_lightning.errors import UserError, near
+from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
+from prune_lightning.models.language_model import LanguageModel
+
+Results = dict[str, Any]
+
+
+class HarnessTasks(Measurement):
+    """Tasks of lm-evaluation-harness (``pip install 'prune-lightning[eval]'``), the model staying where it is.
+
+    The scores are those of ``lm_eval.simple_evaluate`` on the saved model: ``{task}/{metric}``, with lm-eval's own
+    names (``gsm8k/exact_match,strict-match``; the filter is left out where there is none). Its cache of responses is
+    off, since it knows requests but not weights. The model's mode, its untied weights and all random states are as
+    before when it returns. Under several processes the first one evaluates, and the others wait for its scores.
+
+    Args:
+        tasks: Names of tasks and groups, a task's YAML file, or its definition as a dict. A dict whose ``task`` is the
+            name of a known one takes over that definition, but for the entries given.
+        main: Metric that counts for ``retention``, by task; the first one of which more is better if not given.
+        num_fewshot: Examples in the prompt; ``None`` for each task's own. A task that fixes zero keeps it.
+        limit: Use only the first documents of each task.
+        samples: Documents to use, by task, instead of ``limit``.
+        batch_size: Rows of a forward pass.
+        include_path: A folder with definitions of tasks and groups, to be known by name.
+        include_defaults: Whether lm-eval's own definitions are known by name; indexing them takes seconds.
+        gen_kwargs: Options for tasks that generate, e.g. ``max_gen_toks``, which has to be below the model's context.
+        apply_chat_template: Whether prompts are wrapped in the tokenizer's chat template.
+        seed: Of Python's, numpy's and torch's generators, and of the choice of few-shot examples.
+        enabled: See :class:`Measurement`; without any task nothing is taken.
+        counts: See :class:`Measurement`.
+
+    Raises:
+        UserError: lm-eval is not installed, or both ``limit`` and ``samples`` are given.
+    """
+
+    name = "ability/lm_eval"
+
+    def __init__(
+        self,
+        tasks: Sequence[str | dict[str, Any]] = (),
+        main: Mapping[str, str] | None = None,
+        num_fewshot: int | None = None,
+        limit: int | None = None,
+        samples: dict[str, list[int]] | None = None,
+        batch_size: int = 8,
+        include_path: str | None = None,
+        include_defaults: bool = True,
+        gen_kwargs: dict[str, Any] | None = None,
+        apply_chat_template: bool = False,
+        seed: int = 0,
+        enabled: bool = True,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(enabled and bool(tasks), counts)
+        self.definitions = list(tasks)
+        for entry in self.definitions:
+            if not isinstance(entry, str) and "task" not in entry:
+                raise UserError(f"a task of evaluation.lm_eval needs an entry `task`, but got {entry}")
+        if self.enabled and not importlib.util.find_spec("lm_eval"):
+            raise UserError("evaluation.lm_eval needs lm-evaluation-harness: pip install 'prune-lightning[eval]'")
+        if limit is not None and samples is not None:
+            raise UserError("evaluation.lm_eval takes either `limit` or `samples`, but both are given")
+        self.main = dict(main or {})
+        self.batch_size, self.seed = batch_size, seed
+        self.index_options = {"include_path": include_path, "include_defaults": include_defaults}
+        self.options = {
+            "num_fewshot": num_fewshot,
+            "limit": limit,
+            "samples": samples,
+            "gen_kwargs": gen_kwargs,
+            "apply_chat_template": apply_chat_template,
+        }
+        self.tasks: list[str] = []  # known once lm-eval has said what the metrics are
+        self._manager: Any = None
+        self._loaded: list[Any] = []
+
+    def jobs(self, model: LanguageModel, cases: Cases) -> Mapping[str, Callable[[], Measured]]:
+        """Return one job: lm-eval batches the requests of all tasks together."""
+        return {"lm_eval": partial(self._measure, model)}
+
+    def _measure(self, model: LanguageModel) -> Measured:
+        results = on_first_process(partial(self._evaluate, model))
+        scores = {f"{task}/{metric}": score for task in results["results"] for metric, score in metrics(results, task)}
+        for task in results["counted"]:
+            better = [metric for metric, _ in metrics(results, task) if _is_better_higher(results, task, metric)]
+            chosen = self.main.get(task, *better[:1]) if better or task in self.main else None
+            if chosen and f"{task}/{chosen}" not in scores:
+                options = near(chosen, [metric for metric, _ in metrics(results, task)])
+                raise UserError(f"evaluation.lm_eval.main: {task} has no metric {chosen!r}: {options}")
+            if chosen and f"{task}/{chosen}" not in self.tasks:
+                self.tasks.append(f"{task}/{chosen}")
+        return Measured(scores, _rows(results, scores))
+
+    def _evaluate(self, model: LanguageModel) -> Results:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        with quiet(), isolate_rng(), model.frozen_mode(), untouched_ties(model.model):
+            self._loaded = self._loaded or [task for entry in self.definitions for task in self._load(entry)]
+            tokenizer = copy.deepcopy(model.tokens.tokenizer)  # lm-eval may set its padding token
+            evaluated = HFLM(pretrained=model.model, tokenizer=tokenizer, backend="causal", batch_size=self.batch_size)
+            results = lm_eval.simple_evaluate(
+                model=evaluated,
+                tasks=self._loaded,
+                task_manager=self._manager,
+                use_cache=None,
+                bootstrap_iters=0,
+                random_seed=self.seed,
+                numpy_random_seed=self.seed,
+                torch_random_seed=self.seed,
+                fewshot_random_seed=self.seed,
+                **self.options,
+            )
+        kept = {key: results[key] for key in ("results", "higher_is_better", "samples")}
+        return {**kept, "counted": [name for task in self._loaded for name in _counted(task, results)]}
+
+    def _load(self, entry: str | dict[str, Any]) -> list[Any]:
+        """Return lm-eval's objects for one entry; they are built once, since each build reads the data again."""
+        from lm_eval.tasks import TaskManager
+
+        self._manager = self._manager or TaskManager(**self.index_options)
+        known = self._manager.all_tasks
+        if isinstance(entry, str) and entry not in known and not Path(entry).expanduser().is_file():
+            raise UserError(f"lm-eval knows no task and no YAML file {entry!r}: {near(entry, known)}")
+        takes_over = isinstance(entry, dict) and entry["task"] in known
+        # Only as a member of a group do entries of a dict replace those of the definition of that name.
+        asked = {"group": "overridden", "task": [copy.deepcopy(entry)]} if takes_over else copy.deepcopy(entry)
+        try:
+            found = self._manager.load([asked])
+        except Exception as error:
+            title = entry if isinstance(entry, str) else entry["task"]
+            raise UserError(f"lm-eval cannot load the task {title!r}: {error}") from error
+        groups = [] if takes_over else list(found["groups"].values())[:1]
+        return groups or list(found["tasks"].values())
+
+
+def _counted(task: Any, results: Results) -> list[str]:
+    """Return a task, a group with a score of its own, or the tasks of a group without one."""
+    if hasattr(task, "task_name"):
+        return [task.task_name]
+    return [task.name] if metrics(results, task.name) else [member.task_name for member in task.get_all_tasks()]
+
+
+def metrics(results: Results, task: str) -> list[tuple[str, float]]:
+    """Return the metrics of a task: lm-eval's names, ``,none`` left out."""
+    return [
+        (name.removesuffix(",none"), float(value))
+        for name, value in results["results"][task].items()
+        if "," in name and "_stderr," not in name and isinstance(value, Real)
+    ]
+
+
+def _is_better_higher(results: Results, task: str, metric: str) -> bool:
+    return bool(results["higher_is_better"].get(task, {}).get(metric.split(",")[0]))
+
+
+def _rows(results: Results, scores: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return one row per document, with the metrics that are means over documents, and what was generated."""
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for task, samples in results["samples"].items():
+        for sample in samples:
+            row = rows.setdefault((task, sample["doc_id"]), {"case": sample["doc_id"], "task": task})
+            for metric in sample["metrics"]:
+                name = f"{metric},{sample['filter']}".removesuffix(",none")
+                if isinstance(sample[metric], Real):
+                    row[f"{task}/{name}"] = float(sample[metric])
+            if isinstance(sample["resps"][0][0], str):
+                row["text"] = sample["resps"][0][0]
+    for name, score in scores.items():
+        values = [row[name] for row in rows.values() if name in row]
+        if not values or abs(sum(values) / len(values) - score) > 1e-6:
+            for row in rows.values():
+                row.pop(name, None)
+    return list(rows.values())
+
+
+def on_first_process(evaluate: Callable[[], Results]) -> Results:
+    """Run ``evaluate`` on the first process and return its outcome on all of them; an error is raised on all."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return evaluate()
+    outcome: list[Any] = [None, None]
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = evaluate()
+        except Exception as error:
+            failure = error
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if failure:
+        raise failure
+    if outcome[1] is not None:
+        raise UserError(f"the first process could not evaluate: {outcome[1]}")
+    return dict(outcome[0])
+
+
+@contextmanager
+def untouched_ties(model: Any) -> Iterator[None]:
+    """Keep lm-eval from tying weights again that an editor has untied."""
+    model.tie_weights = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars, log records and warnings of lm-eval and what it uses off the terminal."""
+    show, level = tqdm.__init__, logging.root.manager.disable
+
+    def hidden(bar: Any, *args: Any, **kwargs: Any) -> None:
+        show(bar, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = hidden
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(level)
+        tqdm.__init__ = show

@@ -1,0 +1,85 @@
+"""ME-PPL: perplexity by sentence, which shows a collapse that averages over tokens hide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from prune_lightning.errors import UserError
+from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
+from prune_lightning.evaluation.scoring import TOKEN_BUDGET, token_nll
+from prune_lightning.metrics import SentencePerplexity
+from prune_lightning.metrics.functional import perplexity
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.records import read_objects
+
+
+class SentencePerplexities(Measurement):
+    """Perplexity of each sentence of a file, the first token given, without special tokens.
+
+    Scores and flags are those of :class:`~prune_lightning.metrics.SentencePerplexity`. Sentences of one token are left
+    out.
+
+    Args:
+        path: JSON array or JSONL of objects; ``None`` leaves the measurement out.
+        key: Which entry of an object is the sentence.
+        max_items: Use only the first sentences; ``None`` for all.
+        token_budget: Padded tokens per forward pass.
+        collapse_absolute: Mean perplexity above which the model counts as collapsed.
+        collapse_relative: The same for corpus perplexity, as a multiple of the unedited model's.
+        enabled: See :class:`Measurement`.
+        counts: See :class:`Measurement`.
+
+    Raises:
+        UserError: The file cannot be used; the message has the line and the reason.
+    """
+
+    name = "ability/me_ppl"
+
+    def __init__(
+        self,
+        path: str | None,
+        key: str = "Text",
+        max_items: int | None = None,
+        token_budget: int = TOKEN_BUDGET,
+        collapse_absolute: float = 1000.0,
+        collapse_relative: float = 10.0,
+        enabled: bool = True,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(enabled and path is not None, counts)
+        self.sentences = _sentences(Path(path).expanduser(), key)[:max_items] if path and self.enabled else []
+        self.token_budget = token_budget
+        self.absolute, self.relative = collapse_absolute, collapse_relative
+        self.reference: float | None = None
+
+    def take_reference(self, model: LanguageModel, cases: Cases) -> None:
+        """Keep the unedited model's corpus perplexity."""
+        self.reference = self._measure(model).scores["corpus"]
+
+    def jobs(self, model: LanguageModel, cases: Cases) -> Mapping[str, Callable[[], Measured]]:
+        """Return the one job."""
+        return {"me_ppl": partial(self._measure, model)}
+
+    def _measure(self, model: LanguageModel) -> Measured:
+        # Every process scores all sentences, so there is nothing to add up over processes.
+        metric = SentencePerplexity(self.absolute, self.relative, self.reference, sync_on_compute=False)
+        nll, count = token_nll(model, self.sentences, self.token_budget, special_tokens=False)
+        metric.to(model.device).update(nll, count)
+        single = perplexity(nll.double() / count).tolist()
+        cases = [{"case": i, "mean": single[i]} for i, tokens in enumerate(count.tolist()) if tokens]
+        return Measured({name: float(value) for name, value in metric.compute().items()}, cases)
+
+
+def _sentences(path: Path, key: str) -> list[str]:
+    found: list[str] = []
+    for line, row in read_objects(path):
+        text = row if isinstance(row, str) else row.get(key)
+        if isinstance(row, str) or not isinstance(text, str) or not text.strip():
+            reason = row if isinstance(row, str) else f"expected a text under {key!r}, but got {text!r}"
+            raise UserError(f"me_ppl: {str(path)!r}, line {line}: {reason}")
+        found.append(text)
+    if not found:
+        raise UserError(f"me_ppl: {str(path)!r} holds no sentence")
+    return found
