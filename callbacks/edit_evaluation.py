@@ -90,6 +90,7 @@ class EditEvaluation(L.Callback):
         self._probed: dict[int, float] = {}
         self._immediate: dict[str, tuple[Metric, list[dict[str, Any]]]] = {}
         self._evaluations = 0
+        self._told = 1  # entries of the curve; the baseline is taken anew in a resumed run
 
     # -- what one evaluation is -----------------------------------------------------------------------------------
     def evaluate(
@@ -195,11 +196,11 @@ class EditEvaluation(L.Callback):
             for start, end in zip([0, *ends], ends, strict=False)
             if self._due(start, end, end == ends[-1]) is not None
         ]
-        self._evaluations = len(planned)
+        self._evaluations = sum(end > stream.skip for end in planned)
         self._probed = {i: 1.0 for end in planned for i in self.probes.chosen(end)} | dict.fromkeys(range(ends[0]), 1.0)
         self._probed = dict(sorted(self._probed.items()))
         if self.cases_file and trainer.is_global_zero:
-            self.case_rows = CaseRows(self.cases_file, self.max_case_mb, self.case_rows.known)
+            self.case_rows = CaseRows(self.cases_file, self.max_case_mb, self.case_rows.known, stream.skip)
         cases = {i: self._requests[i] for i in self._probed}
         self.stream = StreamScores() if self.edit_log and not from_base else None
         if not self.baseline:
@@ -249,6 +250,24 @@ class EditEvaluation(L.Callback):
 
         due = [m for m in self.measurements if reached(self.counts if m.counts is None else m.counts)]
         return due if due or reached(self.counts) else None
+
+    def step(self) -> dict[str, Any]:
+        """Return what was measured since this was called last."""
+        fresh = self.stream.fresh() if self.stream else []
+        measured = {"scores": self.curve[self._told :], "intervals": self.intervals[self._told :]}
+        self._told = len(self.curve)
+        return {"stream": fresh} | (measured if measured["scores"] else {})
+
+    def take_up(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from what was measured in earlier steps."""
+        if self._immediate:
+            raise UserError("a stream whose steps go back to the unedited model is not resumed: run it anew")
+        for step in steps:
+            if self.stream:
+                self.stream.take_up(step["stream"])
+            self.curve += step.get("scores", [])
+            self.intervals += step.get("intervals", [])
+        self._told = len(self.curve)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

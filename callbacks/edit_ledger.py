@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 from typing_extensions import override
@@ -15,7 +15,18 @@ from prune_lightning.ledger.replay import originals
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch
 
-from .edit_log import EditLog
+
+@runtime_checkable
+class SpeaksOfSteps(Protocol):
+    """A callback that has something to say of each step, with which it can go on in a resumed run."""
+
+    def step(self) -> Mapping[str, Any]:
+        """Return what it has to say of what happened since it was asked last, JSON-able; empty for nothing."""
+        ...
+
+    def take_up(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from what it said of earlier steps, in order."""
+        ...
 
 
 class EditLedger(L.Callback):
@@ -52,6 +63,10 @@ class EditLedger(L.Callback):
         replay(module, self.ledger.records(module.device))
         if module.trainer.is_global_zero:
             self.ledger.cut()
+        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SpeaksOfSteps):
+                name = type(callback).__name__
+                callback.take_up([line["callbacks"][name] for line in self.ledger.lines if name in line["callbacks"]])
         self._resumed = False
 
     @override
@@ -69,7 +84,7 @@ class EditLedger(L.Callback):
         assert isinstance(pl_module, EditingModule)
         report = pl_module.last_report
         assert report is not None
-        success = next((c.latest for c in trainer.callbacks if isinstance(c, EditLog)), [])  # type: ignore[attr-defined]
+        said = {type(c).__name__: c.step() for c in trainer.callbacks if isinstance(c, SpeaksOfSteps)}  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             assert self.ledger is not None
             self.ledger.append(
@@ -79,7 +94,7 @@ class EditLedger(L.Callback):
                     requests=[request.as_dict() for request in batch.requests],
                     applied=report.applied,
                     from_base=batch.from_base,
-                    success=success,
+                    callbacks={name: words for name, words in said.items() if words},
                     events={name: matrix.journal for name, matrix in pl_module.edited_matrices().items()},
                     observed=pl_module.observed,
                 )

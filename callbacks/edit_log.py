@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from prune_lightning.evaluation.stream import StreamScores, Success, success
@@ -36,6 +38,7 @@ class EditLog(L.Callback):
         self.scoring_seconds = 0.0
         self.stream: StreamScores | None = None
         self._before: Success | None = None
+        self._lines: list[dict[str, Any]] = []
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -89,10 +92,26 @@ class EditLog(L.Callback):
             }
             for i, request in enumerate(batch.requests)
         ]
-        if self.path and trainer.is_global_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(jsonable(line), ensure_ascii=False) + "\n" for line in lines)
+        self._lines = [jsonable(line) for line in lines]
+        if trainer.is_global_zero:
+            self._write(self._lines)
         for logger in trainer.loggers:
             logger.log_metrics(
                 {"edit/update_norm": report.update_norm, "edit/seconds": report.seconds}, step=pl_module.num_edits
             )
+
+    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def step(self) -> dict[str, Any]:
+        """Return the lines of the latest step."""
+        return {"lines": self._lines}
+
+    def take_up(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Write the lines of earlier steps again."""
+        for step in steps:
+            self.seconds += step["lines"][0]["seconds"]
+            if rank_zero_only.rank == 0:
+                self._write(step["lines"])

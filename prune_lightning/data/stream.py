@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -60,6 +60,10 @@ class EditStream(L.LightningDataModule, ABC):
         unique_subjects: Keep only the first request about each subject (case ignored).
         bad_rows: ``fail`` refuses to start on unusable records, ``skip`` warns and goes on; both list them by line.
 
+    Attributes:
+        requests: The stream's requests, once it is set up.
+        skip: Requests at its beginning that were written before, whole batches of them; set by whoever resumes a run.
+
     Raises:
         UserError: Unknown protocol or policy, or a batch size that the protocol excludes.
     """
@@ -91,6 +95,7 @@ class EditStream(L.LightningDataModule, ABC):
             )
         self.num_edits, self.batch_size, self.seed = num_edits, batch_size, seed
         self.shuffle, self.unique_subjects, self.bad_rows = shuffle, unique_subjects, bad_rows
+        self.skip = 0
         self.requests: list[EditRequest] = []
         self.rejected: list[BadRow] = []
 
@@ -147,6 +152,33 @@ class EditStream(L.LightningDataModule, ABC):
             for start in starts
         ]
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> EditLoader:
         """Return a loader that yields one :class:`~prune_lightning.types.EditBatch` per step, in order."""
-        return DataLoader(self.batches(), batch_size=None)  # type: ignore[arg-type]
+        return EditLoader(self.batches()[-(-self.skip // self.batch_size) :])
+
+
+class EditLoader(DataLoader[Any]):
+    """Yields batches of edits in order, and goes on where it was when a checkpoint is resumed.
+
+    Args:
+        batches: The steps.
+    """
+
+    def __init__(self, batches: Sequence[EditBatch]) -> None:
+        super().__init__(batches, batch_size=None)  # type: ignore[arg-type]
+        self._batches = batches
+        self._next = 0
+
+    def __iter__(self) -> Iterator[EditBatch]:  # type: ignore[override]
+        while self._next < len(self._batches):
+            self._next += 1
+            yield self._batches[self._next - 1]
+        self._next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where it is."""
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self._next = state["next"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,22 @@ class CaseRows:
             file, as in all processes but the first.
         max_mb: Size of the file in MB from which on no further rows are written; ``None`` for no limit.
         known: Tasks and cases that each measurement had rows of on the unedited model, if they were taken before.
+        keep: A run that is resumed: rows in the file of 1 to ``keep`` edits stay.
 
     Attributes:
         left_out: Rows that were not written for the sake of ``max_mb``.
     """
 
-    def __init__(self, path: Path | None, max_mb: float | None = None, known: Keys | None = None) -> None:
+    def __init__(self, path: Path | None, max_mb: float | None = None, known: Keys | None = None, keep: int = 0) -> None:
         self.path, self.max_mb = path, max_mb
         self.known: Keys = known if known is not None else {}
         self.left_out = 0
         self._written = 0
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
+            kept = [line for line in _lines(path) if 0 < line["num_edits"] <= keep] if keep else []
+            path.write_text("", "utf-8")
+            self._append(path, kept)
 
     def add(self, measurement: str, num_edits: int, rows: Rows, asked: Collection[int] | None = None) -> None:
         """Take rows.
@@ -65,15 +69,25 @@ class CaseRows:
 
     def _write(self, path: Path, measurement: str, num_edits: int, rows: Rows) -> None:
         head = {"num_edits": num_edits, "measurement": measurement}
+        self._append(path, [jsonable({**head, **row}) for row in rows])
+
+    def _append(self, path: Path, lines: Rows) -> None:
         with path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                line = json.dumps(jsonable({**head, **row}), ensure_ascii=False) + "\n"
+            for row in lines:
+                line = json.dumps(row, ensure_ascii=False) + "\n"
                 size = len(line.encode())
                 if self.max_mb is not None and self._written + size > self.max_mb * 1e6:
                     self.left_out += 1
                 else:
                     self._written += size
                     file.write(line)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole lines of a file whose writer may have been stopped."""
+    for text in path.read_bytes().split(b"\n") if path.exists() else ():
+        with suppress(ValueError):
+            yield json.loads(text)
 
 
 def _named(keys: Sequence[tuple[str, int]]) -> str:

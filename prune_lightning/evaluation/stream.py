@@ -117,6 +117,7 @@ class StreamScores:
         self.unrelated: UnrelatedAnswers | None = None
         self._commits: Sequence[int] = ()
         self._immediate: dict[int, dict[str, float]] = {}
+        self._fresh: list[dict[str, Any]] = []
 
     def begin(
         self, model: LanguageModel, cases: Cases, commits: Sequence[int], unrelated: Sequence[Probe]
@@ -135,6 +136,7 @@ class StreamScores:
         self._commits = commits
         self.unrelated = UnrelatedAnswers(model, unrelated)
         rows = self._add(0, list(cases), success(model, list(cases.values())))
+        self._fresh = []
         return [{"case": i, **_final(row)} for i, row in rows.items()]
 
     def just_before(self, cases: Sequence[int], num_edits: int, found: Success) -> None:
@@ -184,7 +186,19 @@ class StreamScores:
             if matrix.update_called
         }
 
+    def fresh(self) -> list[dict[str, Any]]:
+        """Return, as plain data, the scores taken since this was called last."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
+    def take_up(self, scores: Sequence[Mapping[str, Any]]) -> None:
+        """Take scores again that an earlier run had taken; what was not finite is a failure."""
+        for found in scores:
+            self._add(found["num_edits"], found["cases"], Success(found["score"], found["accuracy"]))
+        self._fresh = []
+
     def _add(self, num_edits: int, cases: Sequence[int], found: Success) -> dict[int, dict[str, float]]:
+        self._fresh.append({"num_edits": num_edits, "cases": list(cases), **asdict(found)})
         rows: dict[int, dict[str, float]] = {i: {} for i in cases}
         given: Mapping[str, Sequence[float | None]] = {"score": found.score, "accuracy": found.accuracy}
         for form, values in given.items():

@@ -26,7 +26,7 @@ class StepRecord:
         requests: The step's requests, as plain data.
         applied: Whether the update was written.
         from_base: The unedited model was put back after the step.
-        success: Per request what is known of its success right after the step.
+        callbacks: What callbacks have to say of the step, by their class's name; JSON-able.
         events: What happened to each matrix, in order, by the name of its weight.
         observed: What the method remembers of the step.
     """
@@ -36,30 +36,32 @@ class StepRecord:
     requests: Sequence[Mapping[str, Any]]
     applied: bool = True
     from_base: bool = False
-    success: Sequence[Any] = ()
+    callbacks: Mapping[str, Any] = field(default_factory=dict)
     events: Mapping[str, Sequence[MatrixEvent]] = field(default_factory=dict)
     observed: Mapping[str, Tensor] = field(default_factory=dict)
 
     def flatten(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return a JSON-able line and the tensors that it speaks of, on the CPU."""
         tensors = {f"{_OBSERVED}/{name}": _stored(tensor) for name, tensor in self.observed.items()}
+        forms_by_name: dict[str, list[list[str]]] = {}
         line = {
             "step": self.step,
             "num_edits": self.num_edits,
             "applied": self.applied,
             "from_base": self.from_base,
             "requests": list(self.requests),
-            "success": list(self.success),
-            "events": {},
+            "callbacks": dict(self.callbacks),
+            "events": forms_by_name,
         }
         for name, events in self.events.items():
-            forms, latest = [], None
+            forms: list[list[str]] = []
+            latest: MatrixUpdate | None = None
             for number, event in enumerate(events):
                 form, parts = _pack(event.change, latest)
                 forms.append([event.kind, form])
                 tensors |= {f"{name}/{number}/{part}": _stored(tensor) for part, tensor in parts.items()}
                 latest = event.change if event.kind == "add" else latest
-            line["events"][name] = forms
+            forms_by_name[name] = forms
         return line, tensors
 
     @classmethod
@@ -77,7 +79,7 @@ class StepRecord:
                 latest = change if kind == "add" else latest
         start = f"{_OBSERVED}/"
         observed = {k.removeprefix(start): t.to(device) for k, t in tensors.items() if k.startswith(start)}
-        plain = {key: line[key] for key in ("step", "num_edits", "requests", "applied", "from_base", "success")}
+        plain = {key: line[key] for key in ("step", "num_edits", "requests", "applied", "from_base", "callbacks")}
         return cls(**plain, events=events, observed=observed)
 
 
