@@ -4,6 +4,7 @@ The adapter for the Hugging Face Trainer is in ``prune_lightning.callbacks.huggi
 """
 
 from .edit_evaluation import EditEvaluation
+from .edit_ledger import EditLedger
 from .edit_log import EditLog
 from .progress import RunProgress
 from .prune import PRUNE
@@ -16,6 +17,7 @@ __all__ = [
     "PRUNE",
     "RECT",
     "EditEvaluation",
+    "EditLedger",
     "EditLog",
     "Restraint",
     "RunProgress",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from prune_lightning.evaluation.stream import StreamScores, Success, success
@@ -39,11 +38,13 @@ class EditLog(L.Callback):
         self.stream: StreamScores | None = None
         self._before: Success | None = None
         self._lines: list[dict[str, Any]] = []
+        self._writes = False
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the file."""
-        if self.path and trainer.is_global_zero:
+        self._writes = trainer.is_global_zero
+        if self.path and self._writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
 
@@ -93,7 +94,7 @@ class EditLog(L.Callback):
             for i, request in enumerate(batch.requests)
         ]
         self._lines = [jsonable(line) for line in lines]
-        if trainer.is_global_zero:
+        if self._writes:
             self._write(self._lines)
         for logger in trainer.loggers:
             logger.log_metrics(
@@ -113,5 +114,5 @@ class EditLog(L.Callback):
         """Write the lines of earlier steps again."""
         for step in steps:
             self.seconds += step["lines"][0]["seconds"]
-            if rank_zero_only.rank == 0:
+            if self._writes:
                 self._write(step["lines"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -56,11 +56,12 @@ class SpectrumMonitor(L.Callback):
         self.curve: list[dict[str, float]] = []
         self._original: dict[str, Tensor] = {}
         self._steps = -1
+        self._told = 0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget another module's matrices."""
-        self.matrices, self.curve, self._original, self._steps = {}, [], {}, -1
+        self.matrices, self.curve, self._original, self._steps, self._told = {}, [], {}, -1, 0
 
     @override
     def on_train_batch_start(
@@ -69,7 +70,18 @@ class SpectrumMonitor(L.Callback):
         """Before the first step, when every restraint has taken hold, find the matrices and take a first look."""
         if not self.matrices:
             self.matrices = self._find(trainer, pl_module)
-            self._look(trainer, pl_module)
+            if not self.curve:
+                self._look(trainer, pl_module)
+
+    def step(self) -> dict[str, Any]:
+        """Return the looks since this was called last."""
+        fresh, self._told = self.curve[self._told :], len(self.curve)
+        return {"looks": fresh} if fresh else {}
+
+    def take_up(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from earlier looks."""
+        self.curve = [look for step in steps for look in step["looks"]]
+        self._told = len(self.curve)
 
     def _find(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, RestrainedMatrix]:
         if isinstance(module, HasEditedMatrices):

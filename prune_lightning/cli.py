@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from prune_lightning.errors import UserError, near
+from prune_lightning.tasks.resuming import full_arguments
 
 
 def config_folder() -> str:
@@ -43,6 +44,7 @@ def main() -> None:
     """Run the command line; exit with 2, without a traceback, on an error that is the user's to mend."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, so that they can be told apart here
     try:
+        sys.argv[1:] = full_arguments(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=config_folder(), config_name="train")(_run)()
     except Exception as error:
         reason = _user_error(error)

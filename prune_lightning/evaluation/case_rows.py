@@ -32,7 +32,9 @@ class CaseRows:
         left_out: Rows that were not written for the sake of ``max_mb``.
     """
 
-    def __init__(self, path: Path | None, max_mb: float | None = None, known: Keys | None = None, keep: int = 0) -> None:
+    def __init__(
+        self, path: Path | None, max_mb: float | None = None, known: Keys | None = None, keep: int = 0
+    ) -> None:
         self.path, self.max_mb = path, max_mb
         self.known: Keys = known if known is not None else {}
         self.left_out = 0

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from prune_lightning.callbacks import EditEvaluation, EditLog, RunProgress, SpectrumMonitor, spectra
+from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog, RunProgress, SpectrumMonitor, spectra
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import one_of
 from prune_lightning.evaluation.measurement import Measurement
@@ -27,6 +27,7 @@ from prune_lightning.report.page import write_page
 from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
 from prune_lightning.report.table import result_table
 from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories, log_growth
+from prune_lightning.tasks.resuming import earlier_metrics, ledger_to_go_on_with, log_again
 from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, first_process, quieten, run_folder
 
 
@@ -34,7 +35,7 @@ def run(config: DictConfig) -> None:
     """Edit, evaluate, and leave the results in the run folder."""
     started = time.perf_counter()
     quieten()
-    folder = run_folder()
+    folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
     out = Console()
     progress = RunProgress(Console(stderr=True, quiet=not (config.progress and first_process())))
@@ -47,11 +48,17 @@ def run(config: DictConfig) -> None:
             evaluation = _evaluation(config, measurements, edit_log=log, cases_file=folder / "cases.jsonl")
             stream: EditStream = instantiate(config.data)
             stream.setup()
+            ledger = ledger_to_go_on_with(config.resume, folder, stream)
             module = _method(config)
+        before = earlier_metrics(folder / "metrics.csv", stream.skip)
         loggers = build_loggers(config, folder)
+        log_again(loggers[0], before)
         callbacks = [*([restraint] if restraint else []), progress, *further, log, evaluation]
+        if config.ledger:
+            callbacks.append(EditLedger(folder / "ledger", _base(config), ledger))
         trainer = build_trainer(config, callbacks, loggers)
         trainer.fit(module, datamodule=stream)
+        stream.skip = 0
         looked_at = spectra(module.edited_matrices().values())
         control = _control(config, module, stream, progress, evaluation) if restraint and config.control else None
     if not trainer.is_global_zero:
@@ -92,6 +99,19 @@ def _method(config: DictConfig) -> EditingModule:
     one_of("non_finite", config.non_finite, ("skip", "raise"))
     module.non_finite = config.non_finite
     return module
+
+
+def _base(config: DictConfig) -> dict[str, Any]:
+    """Return what the ledger has to say of the run, besides the fingerprints of the weights."""
+    return {
+        "model": {key: config.model[key] for key in ("path", "revision", "dtype")},
+        "method": choice("method"),
+        "restraint": choice("restraint"),
+        "data": choice("data"),
+        "seed": config.seed,
+        "method_options": OmegaConf.to_container(config.method, resolve=True),
+        "restraint_options": OmegaConf.to_container(config.restraint, resolve=True) if config.restraint else None,
+    }
 
 
 def _is_measurement(entry: Any) -> bool:

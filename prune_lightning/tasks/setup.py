@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-RESULTS = ("summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "plots", "report.html", "error.txt")
+RESULTS = ("ledger", "summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "plots", "report.html", "error.txt")
 
 # Remarks of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
 _BESIDE_THE_POINT = (
@@ -36,9 +36,11 @@ def first_process() -> bool:
     return not getattr(rank_zero_only, "rank", 0)
 
 
-def run_folder() -> Path:
-    """Return the run's folder; results of an earlier run in it are moved aside, not overwritten."""
+def run_folder(resumed: bool = False) -> Path:
+    """Return the run's folder; results of an earlier run in it are moved aside, unless that is gone on with."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if resumed:
+        return folder
     earlier = [folder / name for name in RESULTS if (folder / name).exists()]
     if earlier and first_process():
         aside = folder / f"earlier_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
