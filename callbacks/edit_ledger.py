@@ -11,9 +11,11 @@ from typing_extensions import override
 
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger, StepRecord, check_base, replay
-from prune_lightning.ledger.replay import originals
+from prune_lightning.ledger.replay import originals, weights_fingerprint
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch
+
+from .restraint import Restraint
 
 
 @runtime_checkable
@@ -60,7 +62,8 @@ class EditLedger(L.Callback):
     def _put_back(self, module: EditingModule) -> None:
         assert self.ledger is not None
         check_base(self.ledger, module)
-        replay(module, self.ledger.records(module.device))
+        restraints = [c for c in module.trainer.callbacks if isinstance(c, Restraint)]  # type: ignore[attr-defined]
+        replay(module, self.ledger.records(module.device), restraints[-1].restrain if restraints else None)
         if module.trainer.is_global_zero:
             self.ledger.cut()
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
@@ -97,5 +100,6 @@ class EditLedger(L.Callback):
                     callbacks={name: words for name, words in said.items() if words},
                     events={name: matrix.journal for name, matrix in pl_module.edited_matrices().items()},
                     observed=pl_module.observed,
+                    weights=weights_fingerprint(pl_module),
                 )
             )

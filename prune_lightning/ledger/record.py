@@ -14,6 +14,7 @@ from prune_lightning.methods.edited_matrix import MatrixEvent
 from prune_lightning.types import DenseUpdate, MatrixUpdate, WeightUpdate
 
 _OBSERVED = "observed"
+_KEPT_RANK = 4  # corrections up to so many times the rank of their step's update are kept
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class StepRecord:
         requests: The step's requests, as plain data.
         applied: Whether the update was written.
         from_base: The unedited model was put back after the step.
+        weights: Fingerprint of the edited weights after the step.
         callbacks: What callbacks have to say of the step, by their class's name; JSON-able.
         events: What happened to each matrix, in order, by the name of its weight.
         observed: What the method remembers of the step.
@@ -36,6 +38,7 @@ class StepRecord:
     requests: Sequence[Mapping[str, Any]]
     applied: bool = True
     from_base: bool = False
+    weights: str | None = None
     callbacks: Mapping[str, Any] = field(default_factory=dict)
     events: Mapping[str, Sequence[MatrixEvent]] = field(default_factory=dict)
     observed: Mapping[str, Tensor] = field(default_factory=dict)
@@ -50,6 +53,7 @@ class StepRecord:
             "applied": self.applied,
             "from_base": self.from_base,
             "requests": list(self.requests),
+            "weights": self.weights,
             "callbacks": dict(self.callbacks),
             "events": forms_by_name,
         }
@@ -57,7 +61,7 @@ class StepRecord:
             forms: list[list[str]] = []
             latest: MatrixUpdate | None = None
             for number, event in enumerate(events):
-                form, parts = _pack(event.change, latest)
+                form, parts = ("recomputed", {}) if _is_large(event, latest) else _pack(event.change, latest)
                 forms.append([event.kind, form])
                 tensors |= {f"{name}/{number}/{part}": _stored(tensor) for part, tensor in parts.items()}
                 latest = event.change if event.kind == "add" else latest
@@ -75,16 +79,30 @@ class StepRecord:
                 start = f"{name}/{number}/"
                 parts = {k.removeprefix(start): t.to(device) for k, t in tensors.items() if k.startswith(start)}
                 change = _unpack(form, parts, latest)
-                events[name].append(MatrixEvent(kind, change))
+                events[name].append(MatrixEvent(kind, change, recomputed=form == "recomputed"))
                 latest = change if kind == "add" else latest
         start = f"{_OBSERVED}/"
         observed = {k.removeprefix(start): t.to(device) for k, t in tensors.items() if k.startswith(start)}
-        plain = {key: line[key] for key in ("step", "num_edits", "requests", "applied", "from_base", "callbacks")}
+        plain = {
+            key: line[key] for key in ("step", "num_edits", "requests", "applied", "from_base", "weights", "callbacks")
+        }
         return cls(**plain, events=events, observed=observed)
 
 
 def _stored(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
+
+
+def _is_large(event: MatrixEvent, update: MatrixUpdate | None) -> bool:
+    """Whether a correction would make the ledger grow faster than the stream.
+
+    A spectral restraint takes away as many directions as exceed its reference, in the end as many as there are edits.
+    It computes the same from the same change, so the correction is not kept then.
+    """
+    if event.kind == "add" or not isinstance(event.change, WeightUpdate):
+        return False
+    known = update.left.shape[1] if isinstance(update, WeightUpdate) else 1
+    return event.change.left.shape[1] > _KEPT_RANK * known
 
 
 def _pack(change: MatrixUpdate | None, update: MatrixUpdate | None) -> tuple[str, dict[str, Tensor]]:
@@ -106,7 +124,7 @@ def _pack(change: MatrixUpdate | None, update: MatrixUpdate | None) -> tuple[str
 
 
 def _unpack(form: str, parts: Mapping[str, Tensor], update: MatrixUpdate | None) -> MatrixUpdate | None:
-    if form == "nothing":
+    if form in ("nothing", "recomputed"):
         return None
     if form == "factors":
         return WeightUpdate(parts["left"], parts["right"])

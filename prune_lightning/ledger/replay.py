@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from prune_lightning.errors import UserError
-from prune_lightning.fingerprint import fingerprint
+from prune_lightning.fingerprint import fingerprint, sampled_fingerprint
 from prune_lightning.ledger.record import StepRecord
 from prune_lightning.ledger.store import Ledger
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.types import MatrixUpdate
+
+Restrain = Callable[[EditedMatrix], None]
 
 
 def originals(module: EditingModule) -> dict[str, str]:
@@ -36,19 +39,52 @@ def check_base(ledger: Ledger, module: EditingModule) -> None:
             )
 
 
-def replay(module: EditingModule, records: Iterable[StepRecord]) -> None:
+def weights_fingerprint(module: EditingModule) -> str:
+    """Return a cheap fingerprint of the edited weights as they are."""
+    return sampled_fingerprint({name: matrix.weight() for name, matrix in module.edited_matrices().items()})
+
+
+def replay(module: EditingModule, records: Iterable[StepRecord], restrain: Restrain | None = None) -> None:
     """Bring a module to where it was after these steps, bit for bit: weights, change, and what the method remembers.
 
     Args:
         module: On its unedited model, prepared.
         records: The first steps of its stream, in order.
+        restrain: Restrains one matrix; needed where the run's restraint took away more than was worth keeping.
+
+    Raises:
+        UserError: ``restrain`` is needed, or the weights come out otherwise than they were.
     """
+    matrices = module.edited_matrices()
+    last: StepRecord | None = None
     for record in records:
         if not record.from_base:
             for name, events in record.events.items():
-                module.edited_matrices()[name].replay(events)
+                matrices[name].replay(events)
+                if any(event.recomputed and event.kind == "subtract" for event in events):
+                    _needed(restrain)(matrices[name])
             module.remember(record.observed)
         module.num_edits, module.num_steps = record.num_edits, record.step
+        last = record
+    if last is None or last.from_base:
+        return
+    for name, matrix in matrices.items():
+        matrix.write()
+        events = last.events.get(name, ())
+        if events and events[-1].recomputed and events[-1].kind == "withhold":
+            _needed(restrain)(matrix)
+        matrix.begin_step()
+    if last.weights not in (None, weights_fingerprint(module)):
+        raise UserError(
+            f"the weights after edit {last.num_edits} come out otherwise than they were: another device, another "
+            "version of the libraries, or other settings of the restraint"
+        )
+
+
+def _needed(restrain: Restrain | None) -> Restrain:
+    if restrain is None:
+        raise UserError("the run was restrained, and most of what was taken away has to be computed again: restrain=")
+    return restrain
 
 
 def without(

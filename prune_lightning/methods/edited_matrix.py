@@ -22,10 +22,12 @@ class MatrixEvent:
         kind: ``add`` an update, ``subtract`` a correction for good, ``withhold`` one from the weight (in place of what
             was withheld before).
         change: The update or correction; ``None`` to withhold nothing any more.
+        recomputed: The correction was not kept: whoever replays the event has the restraint compute it again.
     """
 
     kind: str
     change: MatrixUpdate | None
+    recomputed: bool = False
 
 
 class EditedMatrix:
@@ -128,9 +130,19 @@ class EditedMatrix:
             self.change.subtract(event.change.matrix if isinstance(event.change, DenseUpdate) else event.change)
 
     def replay(self, events: Iterable[MatrixEvent]) -> None:
-        """Do again, bit for bit, what earlier steps did, and write the weight once."""
+        """Do again, bit for bit, what an earlier step did; :meth:`write` writes the weight afterwards.
+
+        Corrections that were not kept are left to the caller.
+        """
         for event in events:
-            self._apply(event)
+            if event.kind == "add":
+                assert event.change is not None
+                self._last = event.change
+            if not event.recomputed:
+                self._apply(event)
+
+    def write(self) -> None:
+        """Write the weight from the change and what is withheld of it."""
         self._write()
 
     def _write(self) -> None:
