@@ -16,7 +16,7 @@ FLOORS = [
     {"spectral", "metrics"},
     {"models", "bundled"},
     {"data", "evaluation", "methods"},
-    {"report"},
+    {"report", "export"},
     {"callbacks"},
     {"tasks"},
     {"cli"},

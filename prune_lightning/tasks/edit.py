@@ -21,6 +21,7 @@ from prune_lightning.models.loading import load_language_model
 from prune_lightning.report.page import write_page
 from prune_lightning.report.plots import Spectra, plot_abilities, plot_editing, plot_spectra, save_plots, show_figure
 from prune_lightning.report.table import result_table
+from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
 from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, first_process, quieten, run_folder
 
 
@@ -39,6 +40,7 @@ def run(config: DictConfig) -> None:
             evaluation = _evaluation(config)
             stream: EditStream = instantiate(config.data)
             stream.setup()
+            formats = formats_wanted(config, stream)
             module = _method(config)
         log = EditLog(folder / "edits.jsonl")
         loggers = build_loggers(config, folder)
@@ -46,6 +48,7 @@ def run(config: DictConfig) -> None:
         trainer = build_trainer(config, callbacks, loggers)
         trainer.fit(module, datamodule=stream)
         looked_at = spectra(module.edited_matrices().values())
+        exports = export_all(formats if trainer.is_global_zero else [], config, folder, module, stream, out)
         control = _control(config, module, stream, progress, evaluation) if restraint and config.control else None
     if not trainer.is_global_zero:
         return
@@ -64,6 +67,7 @@ def run(config: DictConfig) -> None:
         "final": _scores(evaluation.curve[-1]),
         "curve": evaluation.curve,
         "control": control and {"final": _scores(control[-1]), "curve": control},
+        "exports": exports,
         "rejected_records": len(stream.rejected),
         "method_facts": module.facts,
         "context_prefixes": list(getattr(module, "prefixes", ())),
@@ -72,6 +76,7 @@ def run(config: DictConfig) -> None:
     summary["wall_s"] = time.perf_counter() - started
     write_json(folder / "summary.json", summary)
     out.print(f"The run lies in [bold]{folder}[/bold]: report.html, summary.json, edits.jsonl, metrics.csv, plots/")
+    raise_failed(exports)
 
 
 def _method(config: DictConfig) -> EditingModule:

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-RESULTS = ("summary.json", "metrics.csv", "edits.jsonl", "plots", "report.html", "error.txt")
+RESULTS = ("summary.json", "metrics.csv", "edits.jsonl", "plots", "report.html", "error.txt", "export")
 
 # Remarks of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
 _BESIDE_THE_POINT = (
