@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 RESULTS = ("summary.json", "metrics.csv", "edits.jsonl", "plots", "report.html", "error.txt", "export")
+RESULTS += ("check.json", "plan.json")
 
 # Remarks of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
 _BESIDE_THE_POINT = (
