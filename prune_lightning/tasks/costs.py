@@ -1,8 +1,8 @@
 r"""What a run will need, as formulas in shapes. Every one of them is here.
 
 Notation: an edited matrix is :math:`m \times n` (out, in), :math:`w` bytes per weight, :math:`p = \max(w, 4)` bytes
-per entry of a master, :math:`L` edited layers, :math:`N` edits, :math:`k = \min(N, \tfrac34\min(m, n))` directions up to
-which a change is kept in factors, :math:`b` requests per batch.
+per entry of a master, :math:`N` edits, :math:`k = \min(N, \tfrac34\min(m, n))` directions up to which a change is kept
+in factors, :math:`b` requests per batch.
 """
 
 from __future__ import annotations
