@@ -43,7 +43,7 @@ def test_work_on_the_meta_device_is_the_work_of_the_model(shapes, bundled_shared
     assert counted.flops == pytest.approx(real.flops, rel=0.02)  # attention on the CPU is one kernel, not counted
     weights = sum(p.numel() for n, p in bundled_shared.model.named_parameters() if n.startswith("transformer.h"))
     assert counted.flops == pytest.approx(2 * 33 * (weights + 2048 * 192), rel=0.03)
-    assert counted.operations == pytest.approx(real.operations, rel=0.1)
+    assert real.operations <= counted.operations < 2 * real.operations, "attention falls into its parts there"
     step = shapes.step(1, 3, 11, 33)
     assert counted.flops < 2 * step.flops < 3 * counted.flops, "half of the blocks, forwards and backwards"
 
