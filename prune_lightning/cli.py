@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,17 +30,28 @@ def config_folder() -> str:
 
 def _run(config: DictConfig) -> None:
     """Run the configured task; a reason is left in the run folder if the user has to mend something."""
-    missing = sorted(OmegaConf.missing_keys(config))
     try:
-        if missing:
+        if missing := sorted(OmegaConf.missing_keys(config)):
             raise UserError("these settings need a value: " + ", ".join(f"{key}=..." for key in missing))
-        hydra.utils.get_method(config.task)(config)
+        _task(config.task)(config)
     except Exception as error:
         reason = _user_error(error)
         if reason is None:
             raise
         Path(HydraConfig.get().runtime.output_dir, "error.txt").write_text(reason + "\n", "utf-8")
         _give_up(reason)
+
+
+def _task(name: Any) -> Callable[[DictConfig], None]:
+    """Return the function that a configuration names as its task."""
+    module, _, function = str(name).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(f"there is no task {str(name)!r}: {error}") from error
+    if not inspect.isfunction(found):
+        raise UserError(f"the task {str(name)!r} is no function that takes the configuration")
+    return found
 
 
 def main() -> None:
@@ -47,10 +61,17 @@ def main() -> None:
         sys.argv[1:] = full_arguments(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=config_folder(), config_name="train")(_run)()
     except Exception as error:
-        reason = _user_error(error)
+        reason = _user_error(error) or _composing(error)
         if reason is None:
             raise
         _give_up(reason)
+
+
+def _composing(error: Exception) -> str | None:
+    """Return what Hydra says of a configuration that it could not compose; ``None`` once the task has begun."""
+    if any(frame.f_code is _run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+        return None
+    return f"the configuration cannot be composed: {next(iter(str(error).splitlines()), type(error).__name__)}"
 
 
 def _give_up(reason: str) -> NoReturn:
@@ -81,7 +102,8 @@ def _user_error(error: BaseException) -> str | None:
             return str(cause).splitlines()[0]
         if isinstance(cause, HydraException) and isinstance(cause.__cause__, TypeError):
             return f"{str(cause).splitlines()[0]} ({cause.__cause__})"
-        if isinstance(cause, HydraException) and cause.__cause__ is None:
+        unknown = str(cause).startswith("Error locating target")
+        if isinstance(cause, HydraException) and (cause.__cause__ is None or unknown):
             return str(cause).splitlines()[0]
     return None
 

@@ -17,7 +17,7 @@ def read_objects(path: Path) -> Iterator[Row]:
     """Yield the rows of a JSON array or a JSONL file.
 
     Args:
-        path: The file, UTF-8.
+        path: The file, UTF-8, with or without a byte-order mark.
 
     Raises:
         UserError: See :func:`read_text`.
@@ -49,16 +49,19 @@ def read_text(path: Path) -> str:
     """Return a file's text.
 
     Raises:
-        UserError: There is no such file (the message names near matches), or it is not UTF-8.
+        UserError: There is no such file (the message names near matches), or it is not UTF-8, or cannot be read.
     """
-    if not path.is_file():
+    try:
+        text = path.read_text("utf-8-sig") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(path)!r} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    if text is None:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = f"; {near(path.name, siblings)}" if siblings else f"; there is no folder {str(path.parent)!r} either"
         raise UserError(f"no file {str(path)!r}{hint}")
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r} is not UTF-8 text: {error}") from error
+    return text
 
 
 def _checked(line: int, record: Any) -> Row:
@@ -66,11 +69,11 @@ def _checked(line: int, record: Any) -> Row:
 
 
 def _lines(text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # nothing else ends a line in JSONL
         if line.strip():
             try:
                 yield _checked(number, json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 yield number, f"not JSON: {error}"
 
 
@@ -88,7 +91,7 @@ def _array(text: str) -> Iterator[Row]:
         line, counted = line + text.count("\n", counted, position), position
         try:
             record, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             yield line, f"not JSON, and nothing after it can be read: {error}"
             return
         yield _checked(line, record)

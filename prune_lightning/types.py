@@ -61,6 +61,11 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise UserError(f"`{name}` is expected to be a non-empty text, but got {value!r}")
+        if isinstance(self.case_id, bool) or not isinstance(self.case_id, (int, str)):
+            raise UserError(f"`case_id` is expected to be a whole number or a text, but got {self.case_id!r}")
+        answers = (self.target_old, *(probe.answer for probe in (*self.locality, *self.portability)))
+        if not all(text is None or (isinstance(text, str) and text.strip()) for text in answers):
+            raise UserError("the old target and the answers of probes are expected to be non-empty texts, or absent")
         texts = (*self.paraphrases, *(probe.prompt for probe in (*self.locality, *self.portability)))
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError("paraphrases and probe prompts are expected to be non-empty texts")

@@ -36,36 +36,37 @@ def bundled_shared() -> LanguageModel:
     return load_language_model(BUNDLED)
 
 
+def build_tiny(model_type: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    """Return a random model of a family whose edited matrices are square, so that a wrong orientation shows."""
+    family = ModelFamily.find(model_type)
+    tokenizer = AutoTokenizer.from_pretrained(load_path())
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        **({"intermediate_size": 32} | dict(family.tiny)),
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.2)
+    return LanguageModel(model, tokenizer, family)
+
+
 @pytest.fixture
 def tiny() -> Callable[..., LanguageModel]:
-    """A random two-layer model of a family whose edited matrices are square, so that a wrong orientation shows."""
-
-    def build(model_type: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
-        family = ModelFamily.find(model_type)
-        tokenizer = AutoTokenizer.from_pretrained(load_path())
-        config = AutoConfig.for_model(
-            model_type,
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=128,
-            pad_token_id=0,
-            bos_token_id=0,
-            eos_token_id=0,
-            **({"intermediate_size": 32} | dict(family.tiny)),
-        )
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.normal_(std=0.2)
-        return LanguageModel(model, tokenizer, family)
-
-    return build
+    """Builds a random small model; see :func:`build_tiny`."""
+    return build_tiny
 
 
 def quiet_trainer(*callbacks: L.Callback, **kwargs: Any) -> L.Trainer:

@@ -17,6 +17,7 @@ FLOORS = [
     {"models", "bundled"},
     {"data", "evaluation", "methods"},
     {"report", "ledger"},
+    {"export"},
     {"callbacks"},
     {"tasks"},
     {"cli"},

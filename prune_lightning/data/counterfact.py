@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prune_lightning.data.files import FileStream
+from prune_lightning.data.files import FileStream, listed
 from prune_lightning.types import EditRequest, Probe
 
 
@@ -24,8 +24,8 @@ class CounterFact(FileStream):
             prompt=rewrite["prompt"].replace("{}", rewrite["subject"]).rstrip(),
             target_new=rewrite["target_new"]["str"].strip(),
             target_old=old,
-            paraphrases=tuple(row.get("paraphrase_prompts", ())),
-            locality=tuple(Probe(prompt, old) for prompt in row.get("neighborhood_prompts", ())),
+            paraphrases=tuple(listed(row, "paraphrase_prompts")),
+            locality=tuple(Probe(prompt, old) for prompt in listed(row, "neighborhood_prompts")),
         )
 
     def _easyedit(self, row: dict[str, Any], case_id: int) -> EditRequest:

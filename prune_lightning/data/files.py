@@ -13,6 +13,27 @@ from prune_lightning.records import read_objects
 from prune_lightning.types import EditRequest
 
 
+def listed(row: dict[str, Any], key: str) -> list[Any]:
+    """Return a key's list; nothing where the record has none.
+
+    Raises:
+        UserError: It is something else; a text would be taken for the list of its letters.
+    """
+    value = row.get(key)
+    if value is not None and not isinstance(value, list):
+        raise UserError(f"`{key}` is expected to be a list, but got {value!r}")
+    return value or []
+
+
+def _encodable(request: EditRequest) -> EditRequest:
+    """Refuse what JSON can escape and no file or tokenizer can hold: half of a surrogate pair."""
+    try:
+        json.dumps(request.as_dict(), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"a text holds half of a surrogate pair: {error}") from error
+    return request
+
+
 class FileStream(EditStream):
     """Base of the file readers; a format implements :meth:`parse`.
 
@@ -23,7 +44,10 @@ class FileStream(EditStream):
 
     def __init__(self, path: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.path = Path(path).expanduser()
+        try:
+            self.path = Path(path).expanduser()
+        except RuntimeError as error:
+            raise UserError(f"data.path={path!r}: {error}") from error
 
     @abstractmethod
     def parse(self, row: dict[str, Any], case_id: int) -> EditRequest:
@@ -44,7 +68,7 @@ class FileStream(EditStream):
                 yield BadRow(line, row)
                 continue
             try:
-                yield self.parse(row, case_id)
+                yield _encodable(self.parse(row, case_id))
             except KeyError as error:
                 yield BadRow(line, f"the key {error} is missing")
             except (UserError, TypeError, AttributeError, IndexError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prune_lightning.data.files import FileStream
+from prune_lightning.data.files import FileStream, listed
 from prune_lightning.errors import UserError, near
 from prune_lightning.types import EditRequest, Probe
 
@@ -32,6 +32,6 @@ class JSONLines(FileStream):
             prompt=row["prompt"].rstrip(),
             target_new=row["target_new"].strip(),
             target_old=row["target_old"].strip() if row.get("target_old") else None,
-            paraphrases=tuple(row.get("paraphrases", ())),
-            locality=tuple(Probe(probe["prompt"], probe["answer"]) for probe in row.get("locality", ())),
+            paraphrases=tuple(listed(row, "paraphrases")),
+            locality=tuple(Probe(probe["prompt"], probe["answer"]) for probe in listed(row, "locality")),
         )

@@ -87,6 +87,8 @@ class EditStream(L.LightningDataModule, ABC):
         for name, value in (("num_edits", 1 if num_edits is None else num_edits), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"data.{name} is expected to be a whole number of at least 1, but got {value!r}")
+        if not isinstance(seed, int):
+            raise UserError(f"data.seed is expected to be a whole number, but got {seed!r}")
         self.protocol = Protocol(protocol)
         if self.protocol.one_by_one and batch_size != 1:
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prune_lightning.data.files import FileStream
+from prune_lightning.data.files import FileStream, listed
 from prune_lightning.errors import UserError, near
 from prune_lightning.types import EditRequest, Probe
 
@@ -26,13 +26,16 @@ class ZsRE(FileStream):
 
     def parse(self, row: dict[str, Any], case_id: int) -> EditRequest:
         """Turn one record into a request; the locality question gets its question mark."""
-        old = row["answers"][0] if self.target == "alt" else row.get("pred")
+        answers = listed(row, "answers")
+        if not answers:
+            raise UserError("`answers` is missing or empty")
+        old = answers[0] if self.target == "alt" else row.get("pred")
         locality = (Probe(row["loc"].rstrip("?") + "?", row["loc_ans"], "unrelated"),) if row.get("loc") else ()
         return EditRequest(
             case_id=row.get("case_id", case_id),
             subject=row["subject"],
             prompt=row["src"].rstrip(),
-            target_new=(row["alt"] if self.target == "alt" else row["answers"][0]).strip(),
+            target_new=(row["alt"] if self.target == "alt" else answers[0]).strip(),
             target_old=old.strip() or None if old else None,
             paraphrases=(row["rephrase"],) if row.get("rephrase") else (),
             locality=locality,

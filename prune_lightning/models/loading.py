@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from prune_lightning.errors import UserError, near
 from prune_lightning.models.family import ModelFamily
@@ -23,6 +23,47 @@ def local_path(path: str) -> Path:
     return Path(path).expanduser()
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """Return a dtype of weights by its name.
+
+    Raises:
+        UserError: There is no such dtype.
+    """
+    if name not in _DTYPES:
+        raise UserError(f"unknown model.dtype {name!r}: {near(name, _DTYPES)}")
+    return _DTYPES[name]
+
+
+def located(path: str) -> tuple[str, bool]:
+    """Return what to hand to ``from_pretrained``, and whether it is a local folder.
+
+    Raises:
+        UserError: The path looks local, and there is no such folder.
+    """
+    folder = local_path(path)
+    looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        hint = f"; {near(folder.name, siblings)}" if siblings else ""
+        raise UserError(f"model.path: no folder {path!r}{hint}")
+    return (str(folder), True) if folder.is_dir() else (path, False)
+
+
+def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
+    """Load a model's configuration alone; see :func:`load_language_model`.
+
+    Raises:
+        UserError: No such folder or model, or it cannot be reached.
+    """
+    name, local = located(path)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision, local_files_only=local)
+    except (OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.path: the configuration of {path!r} could not be loaded: {reason}") from error
+    return config
+
+
 def load_language_model(path: str, dtype: str = "float32", revision: str | None = None) -> LanguageModel:
     """Load a model.
 
@@ -36,22 +77,14 @@ def load_language_model(path: str, dtype: str = "float32", revision: str | None 
     Raises:
         UserError: No such folder or model, an unknown dtype, or a family without a YAML.
     """
-    if dtype not in _DTYPES:
-        raise UserError(f"unknown model.dtype {dtype!r}: {near(dtype, _DTYPES)}")
-    folder = local_path(path)
-    looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1
-    if looks_local and not folder.is_dir():
-        siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        hint = f"; {near(folder.name, siblings)}" if siblings else ""
-        raise UserError(f"model.path: no folder {path!r}{hint}")
-    local = folder.is_dir()
-    name = str(folder) if local else path
+    weights_dtype = dtype_named(dtype)
+    name, local = located(path)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=local)
         family = ModelFamily.find(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local)
         model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, local_files_only=local, dtype=_DTYPES[dtype]
+            name, revision=revision, local_files_only=local, dtype=weights_dtype
         )
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, UserError):

@@ -27,6 +27,7 @@ from prune_lightning.report.page import write_page
 from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
 from prune_lightning.report.table import result_table
 from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories, log_growth
+from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
 from prune_lightning.tasks.resuming import earlier_metrics, ledger_to_go_on_with, log_again
 from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, first_process, quieten, run_folder
 
@@ -49,6 +50,7 @@ def run(config: DictConfig) -> None:
             stream: EditStream = instantiate(config.data)
             stream.setup()
             ledger = ledger_to_go_on_with(config.resume, folder, stream)
+            formats = formats_wanted(config, stream)
             module = _method(config)
         before = earlier_metrics(folder / "metrics.csv", stream.skip)
         loggers = build_loggers(config, folder)
@@ -60,6 +62,7 @@ def run(config: DictConfig) -> None:
         trainer.fit(module, datamodule=stream)
         stream.skip = 0
         looked_at = spectra(module.edited_matrices().values())
+        exports = export_all(formats if trainer.is_global_zero else [], config, folder, module, stream, out)
         control = _control(config, module, stream, progress, evaluation) if restraint and config.control else None
     if not trainer.is_global_zero:
         return
@@ -81,6 +84,7 @@ def run(config: DictConfig) -> None:
         "spectrum": _spectrum_summary(further),
         "control": control and _control_summary(control),
         "case_rows_left_out": evaluation.case_rows.left_out,
+        "exports": exports,
         "rejected_records": len(stream.rejected),
         "method_facts": module.facts,
         "context_prefixes": list(getattr(module, "prefixes", ())),
@@ -88,8 +92,9 @@ def run(config: DictConfig) -> None:
     _report(config, folder, summary, looked_at, loggers, evaluation, out)
     summary["wall_s"] = time.perf_counter() - started
     write_json(folder / "summary.json", summary)
-    left = "report.html, summary.json, edits.jsonl, cases.jsonl, metrics.csv, plots/"
+    left = "report.html, summary.json, edits.jsonl, cases.jsonl, metrics.csv, plots/, ledger/"
     out.print(f"The run lies in [bold]{folder}[/bold]: {left}")
+    raise_failed(exports)
 
 
 def _method(config: DictConfig) -> EditingModule:

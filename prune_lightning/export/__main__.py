@@ -1,0 +1,39 @@
+"""Export what a run has left.
+
+python -m prune_lightning.export RUN --to FOLDER --format full|lora|delta
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from prune_lightning.errors import UserError
+from prune_lightning.export.exporting import export
+from prune_lightning.export.formats import FORMATS
+from prune_lightning.export.sources import load_run
+
+
+def main() -> None:
+    """Run the command line; exit with 2 and one line on an error that is the user's to mend."""
+    title = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m prune_lightning.export", description=title)
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--format", choices=FORMATS, default="full")
+    parser.add_argument("--rank", type=int, help="approximate each change by one of this rank (lora, delta)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    options = parser.parse_args()
+    try:
+        report = export(load_run(options.run), options.to, options.format, options.rank, options.overwrite)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    Console().print(report.line(), markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""What an export starts from: an edited model, and for each edited weight its original and its change."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_lightning.errors import UserError
+from prune_lightning.export.lowrank import lowest_rank
+from prune_lightning.fingerprint import fingerprint, sampled_fingerprint
+from prune_lightning.methods.base import EditingModule
+from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.types import EditRequest, WeightUpdate
+
+
+@dataclass(frozen=True)
+class ExportedMatrix:
+    r"""One edited weight :math:`W = W_0 + \Delta`, as ``out_features x in_features``.
+
+    Args:
+        name: Qualified name of the weight in the ``transformers`` model.
+        original: :math:`W_0`.
+        change: :math:`\Delta`, what the live weight carries; in factors where they are known, dense otherwise.
+        transposed: The weight is stored ``in x out``.
+    """
+
+    name: str
+    original: Tensor
+    change: WeightUpdate | Tensor
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, matrix: EditedMatrix) -> ExportedMatrix:
+        """Take a matrix under edit: the sum of its updates, less what a restraint withholds."""
+        factored = matrix.change.factored()
+        change: WeightUpdate | Tensor = matrix.delta()
+        if factored is not None:
+            parts = [WeightUpdate(factored.left.vectors @ factored.core, factored.right.vectors)]
+            if matrix.withheld is not None:
+                parts.append(WeightUpdate(-matrix.withheld.left.double(), matrix.withheld.right.double()))
+            change = WeightUpdate.sum(parts)
+        return cls(matrix.name, matrix.original(), change, matrix.transposed)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Return a matrix in the orientation in which the model stores it."""
+        return matrix.T if self.transposed else matrix
+
+    def dense_change(self) -> Tensor:
+        r"""Return :math:`\Delta` as a matrix, fp32 at least."""
+        dense = self.change if isinstance(self.change, Tensor) else self.change.dense()
+        return dense.to(torch.promote_types(self.original.dtype, torch.float32))
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the original as the model stores it."""
+        return fingerprint(self.stored(self.original))
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an edited model comes from, for its card and its metadata.
+
+    Args:
+        base_model: Folder or hub name of the base.
+        revision: Its hub revision.
+        method: Name of the editing method.
+        restraint: Name of the restraint, ``none`` without one.
+        requests: The edits that were written, in order.
+    """
+
+    base_model: str
+    revision: str | None = None
+    method: str = ""
+    restraint: str = "none"
+    requests: Sequence[EditRequest] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """An edited model with what is needed to write it in any format.
+
+    Args:
+        language_model: The model; its weights are the edited ones.
+        matrices: The edited weights.
+        provenance: Where they come from.
+    """
+
+    language_model: LanguageModel
+    matrices: Sequence[ExportedMatrix]
+    provenance: Provenance
+
+    @classmethod
+    def from_module(cls, module: EditingModule, provenance: Provenance) -> ExportSource:
+        """Take the matrices of an editing module."""
+        matrices = [ExportedMatrix.of(matrix) for matrix in module.edited_matrices().values()]
+        return cls(module.language_model, matrices, provenance)
+
+    def base_fingerprint(self) -> str:
+        """Return the fingerprint of the unedited model, the one under which its statistics are kept."""
+        originals = {matrix.name: matrix.stored(matrix.original) for matrix in self.matrices}
+        return sampled_fingerprint({**dict(self.language_model.model.named_parameters()), **originals})
+
+    def truncated(self, rank: int) -> ExportSource:
+        """Return the source with changes of at most this rank, the best ones in the Frobenius norm."""
+        return replace(self, matrices=[replace(m, change=lowest_rank(m.change, rank)) for m in self.matrices])
+
+    @contextmanager
+    def in_place(self, changed: bool) -> Iterator[None]:
+        """Let the live model hold, inside the block, the originals or the originals with these changes.
+
+        Every bit is put back afterwards.
+
+        Args:
+            changed: Whether to add the changes.
+        """
+        parameters = {matrix.name: self.language_model.model.get_parameter(matrix.name) for matrix in self.matrices}
+        saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        try:
+            with torch.no_grad():
+                for matrix in self.matrices:
+                    delta = matrix.dense_change() if changed else 0.0
+                    parameters[matrix.name].copy_(matrix.stored(matrix.original + delta))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(saved[name])
+
+    def base_copy(self) -> Any:
+        """Return a copy of the ``transformers`` model with its original weights."""
+        with self.in_place(changed=False):
+            return copy.deepcopy(self.language_model.model)
+
+    def weights_metadata(self) -> Mapping[str, Any]:
+        """Return, per edited weight, what a base has to have there."""
+        return {
+            matrix.name: {
+                "fingerprint": matrix.fingerprint(),
+                "shape": list(matrix.stored(matrix.original).shape),
+                "dtype": str(matrix.original.dtype).removeprefix("torch."),
+                "transposed": matrix.transposed,
+            }
+            for matrix in self.matrices
+        }
+
+
+def load_run(path: str | Path) -> ExportSource:
+    """Return the edited model that a run has left.
+
+    Args:
+        path: The run's folder.
+
+    Raises:
+        UserError: There is no such folder, or it holds no ledger of edits from which the model could be rebuilt.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"no run folder {str(folder)!r}")
+    raise UserError(
+        f"this run holds no ledger ({folder / 'ledger'}), from which its edited weights could be rebuilt; "
+        "export at the end of a run with export=full, lora or delta"
+    )

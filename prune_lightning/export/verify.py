@@ -1,0 +1,54 @@
+"""Whether a reloaded export says what the live model says: logits on a fixed set of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_lightning.export.sources import ExportSource
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.types import EditRequest
+
+_EDITS = 16  # of the edits at most, evenly spaced
+_OTHERS = ("The", "In the morning they", "The largest city of the country is", "She was born in", "One, two, three,")
+
+
+def prompts_for(requests: Sequence[EditRequest]) -> list[str]:
+    """Return the prompts of some edits, a paraphrase and a locality prompt of each, and a few about nothing edited."""
+    chosen = requests[:: -(-len(requests) // _EDITS) or 1]
+    prompts = [
+        text
+        for request in chosen
+        for text in (request.prompt, *request.paraphrases[:1], *(probe.prompt for probe in request.locality[:1]))
+    ]
+    return [*dict.fromkeys(prompts), *_OTHERS]
+
+
+@torch.no_grad()
+def next_token_logits(model: LanguageModel, prompts: Sequence[str]) -> Tensor:
+    """Return the logits behind each prompt, shape ``(prompts, vocabulary)``, fp64 on the CPU."""
+    found = []
+    with model.frozen_mode():
+        for prompt in prompts:
+            ids, mask = model.tokens.pad([model.tokens.encode(prompt)[-model.tokens.max_length :]], model.device)
+            last = torch.tensor([int(mask.sum()) - 1], device=model.device)
+            found.append(model.logits_at(ids, mask, torch.zeros_like(last), last)[0].double().cpu())
+    return torch.stack(found)
+
+
+def reloaded_logits(source: ExportSource, reloaded: Any, prompts: Sequence[str]) -> Tensor:
+    """Return the logits of a model that was loaded from an export."""
+    live = source.language_model
+    return next_token_logits(LanguageModel(reloaded, live.tokens.tokenizer, live.family), prompts)
+
+
+def tolerance(logits: Tensor, dtype: torch.dtype) -> float:
+    r"""Return the largest error that rounding explains, :math:`\epsilon^{2/3} \max|z|` for weights of a dtype.
+
+    A change in factors, or in two parts, is rounded at other places than the live weight is; that grows on its way
+    through the layers. 2.4e-5 of the largest logit in fp32, 4 % in bf16, where the rounding of the weights is as large.
+    """
+    return float(torch.finfo(dtype).eps ** (2 / 3) * logits.abs().max())

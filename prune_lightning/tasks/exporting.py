@@ -1,0 +1,70 @@
+"""Exports at the end of an editing run, into ``export/FORMAT`` of its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from prune_lightning.data.stream import EditStream
+from prune_lightning.errors import UserError, one_of
+from prune_lightning.export.exporting import as_json, export
+from prune_lightning.export.formats import FORMATS
+from prune_lightning.export.sources import ExportSource, Provenance
+from prune_lightning.methods.base import EditingModule
+from prune_lightning.tasks.setup import choice
+
+
+def formats_wanted(config: DictConfig, stream: EditStream) -> list[str]:
+    """Return the formats of ``config.export``, so that a mistake shows before the first edit.
+
+    Raises:
+        UserError: An unknown format, or a protocol that puts the unedited model back.
+    """
+    wanted = [config.export] if isinstance(config.export, str) else list(config.export or ())
+    for name in wanted:
+        one_of("export", str(name), FORMATS)
+    if wanted and stream.protocol.from_base:
+        raise UserError(
+            f"data.protocol={stream.protocol.value} leaves no edited model; export belongs to sequential protocols"
+        )
+    return wanted
+
+
+def export_all(
+    wanted: list[str], config: DictConfig, folder: Path, module: EditingModule, stream: EditStream, out: Console
+) -> list[dict[str, Any]]:
+    """Export the live module; one that fails is reported, not raised, so that the run keeps its results.
+
+    Returns:
+        One report per format; a failed one has the key ``failed``.
+    """
+    if not wanted:
+        return []
+    lines = (folder / "edits.jsonl").read_text("utf-8").splitlines()
+    written = [json.loads(line)["applied"] for line in lines]
+    requests = [request for request, applied in zip(stream.requests, written, strict=False) if applied]
+    origin = Provenance(
+        config.model.path, config.model.revision, choice("method"), choice("restraint"), tuple(requests)
+    )
+    source = ExportSource.from_module(module, origin)
+    reports: list[dict[str, Any]] = []
+    for name in wanted:
+        try:
+            report = export(source, folder / "export" / name, name, overwrite=True)
+        except UserError as error:
+            reports.append({"format": name, "failed": str(error)})
+            continue
+        out.print(report.line(), markup=False)
+        reports.append(as_json(report))
+    return reports
+
+
+def raise_failed(reports: list[dict[str, Any]]) -> None:
+    """Raise a :class:`UserError` that names the exports which failed, if any did."""
+    failed = [f"export={report['format']} failed: {report['failed']}" for report in reports if "failed" in report]
+    if failed:
+        raise UserError("the run is complete, but " + "; ".join(failed))
