@@ -7,7 +7,7 @@ import torch
 
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.scoring import greedy_continuations, score_pairs, token_nll
-from prune_lightning.metrics import CorpusPerplexity, EditingScore, ExactMatch
+from prune_lightning.metrics import CorpusPerplexity, CounterFactScore, ExactMatch
 from prune_lightning.metrics.functional import retention
 from prune_lightning.models.tokenization import Tokens
 from prune_lightning.types import EditRequest
@@ -62,15 +62,15 @@ def test_nan_model_fails_every_score(bundled):
         bundled.rewrite_module(1).weight.fill_(float("nan"))
     scores = score_pairs(bundled, PAIRS)
     assert not scores.hit.any()
-    metric = EditingScore()
+    metric = CounterFactScore()
     metric.update("efficacy", scores.nll, scores.nll, scores.hit, torch.arange(len(PAIRS)))
     assert float(metric.compute()["efficacy_score"]) == 0.0
-    assert int(metric.num_nonfinite) == len(PAIRS)
+    assert int(metric.compute()["num_nonfinite"]) == len(PAIRS)
     assert retention({"a": float("nan")}, {"a": 0.9}) == 0.0
 
 
 def test_editing_score_by_hand():
-    metric = EditingScore()
+    metric = CounterFactScore()
     metric.update(
         "generalization",
         nll_wanted=torch.tensor([1.0, 3.0, 1.0]),

@@ -1,6 +1,9 @@
-"""torchmetrics for editing; they take tensors and know no model, so they work anywhere."""
+"""torchmetrics for editing; they know no model, so they work anywhere."""
 
-from prune_lightning.metrics.editing import EditingScore
+from prune_lightning.metrics.cases import CaseMeans
+from prune_lightning.metrics.counterfact import CounterFactScore
+from prune_lightning.metrics.generation import GenerationScore
 from prune_lightning.metrics.language import CorpusPerplexity, ExactMatch
+from prune_lightning.metrics.tokens import TokenMatch
 
-__all__ = ["CorpusPerplexity", "EditingScore", "ExactMatch"]
+__all__ = ["CaseMeans", "CorpusPerplexity", "CounterFactScore", "ExactMatch", "GenerationScore", "TokenMatch"]
