@@ -58,9 +58,9 @@ LAYERS = {"gpt2": {"rome": [5], "memit": [3, 4, 5, 6, 7]}, "llama-3-8b": {"rome"
 WORDS = ("The", "river", "runs", "slowly", "through", "an", "old", "town", "where", "nobody", "has", "lived", "for")
 
 
-def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    """Return a model of a shape with random weights and the bundled model's tokenizer."""
-    settings = dict(SHAPES[shape])
+def random_model(shape: str, dtype: torch.dtype, device: torch.device, **changes: Any) -> LanguageModel:
+    """Return a model of a shape, changed or not, with random weights and the bundled model's tokenizer."""
+    settings = SHAPES[shape] | changes
     config = AutoConfig.for_model(
         settings.pop("model_type"), pad_token_id=0, bos_token_id=0, eos_token_id=0, **settings
     )
