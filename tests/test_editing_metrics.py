@@ -165,7 +165,8 @@ def test_what_a_metric_cannot_keep_is_refused(arguments, message):
 
 
 def test_nothing_seen_is_no_number():
-    result = CounterFactScore().compute()
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        result = CounterFactScore().compute()
     assert math.isnan(result["efficacy_score"])
     assert math.isnan(result["harmonic_score"])
     assert result["num_nonfinite"] == 0

@@ -14,6 +14,29 @@ NAMES = {
     "edit/counterfact/generalization_accuracy": "generalization, said",
     "edit/counterfact/locality_score": "locality, preferred",
     "edit/counterfact/locality_accuracy": "locality, said",
+    "edit/counterfact/harmonic_score": "harmonic mean, preferred",
+    "edit/zsre/efficacy": "zsRE efficacy, tokens",
+    "edit/zsre/generalization": "zsRE generalization, tokens",
+    "edit/zsre/specificity": "zsRE specificity, tokens",
+    "edit/zsre/harmonic": "zsRE harmonic mean",
+    "edit/easyedit/rewrite_acc": "EasyEdit rewrite, tokens",
+    "edit/easyedit/rephrase_acc": "EasyEdit rephrase, tokens",
+    "edit/easyedit/portability_acc": "EasyEdit portability, tokens",
+    "edit/easyedit/locality_acc": "EasyEdit locality, tokens",
+    **{
+        f"edit/wild/{context}_{score}": f"WILD {context}: {name}"
+        for context in ("bare", "instruction", "chat")
+        for score, name in {
+            "efficacy_exact_match": "efficacy, exact",
+            "efficacy_judge": "efficacy, judged",
+            "generalization_exact_match": "generalization, exact",
+            "generalization_judge": "generalization, judged",
+            "portability_exact_match": "portability, exact",
+            "locality": "locality, unchanged",
+        }.items()
+    },
+    "edit/generation/fluency": "fluency",
+    "edit/generation/consistency": "consistency",
     "ability/miniature/reasoning": "reasoning",
     "ability/miniature/nli": "inference",
     "ability/miniature/qa": "open-domain questions",
