@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
             expected = self(plain, torch.ones_like(plain)).double()
             try:
                 tree = self(**inputs)[0].double()
-            except (RuntimeError, TypeError, ValueError):  # takes no positions, or no mask of four dimensions
+            except (IndexError, RuntimeError, TypeError, ValueError):  # takes no positions or no such mask
                 return 0
         error = max(float((tree[path] - expected[i]).abs().max()) for i, path in rows[0].paths.items())
         rounding = max(1000 * torch.finfo(torch.float32).eps, 8 * torch.finfo(self.model.dtype).eps)
