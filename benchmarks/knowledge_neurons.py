@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from shapes import random_model
 from timing import clock
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.methods.neuron_attribution import (
@@ -31,21 +31,8 @@ from prune_lightning.methods.neuron_attribution import (
 from prune_lightning.methods.patched_neurons import AttributionOptions
 from prune_lightning.models.hooks import edit_input, record
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.loading import load_language_model
 
-SHAPES: dict[str, dict[str, int]] = {
-    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257},
-    "small": {"n_embd": 192, "n_layer": 4, "n_head": 4, "vocab_size": 12000},
-}
-
-
-def random_model(shape: str, device: torch.device) -> LanguageModel:
-    """Return a GPT-2 of a shape with random weights and the bundled model's tokenizer."""
-    config = AutoConfig.for_model("gpt2", pad_token_id=0, bos_token_id=0, eos_token_id=0, **SHAPES[shape])
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return LanguageModel(model, load_language_model("pkg://prune_lightning.bundled/model").tokens.tokenizer)
+SMALL = {"n_embd": 192, "n_layer": 4, "n_head": 4, "vocab_size": 12000}
 
 
 def plain_attribution(model: LanguageModel, layer: int, question: NextToken, steps: int) -> Tensor:
@@ -65,7 +52,7 @@ def plain_attribution(model: LanguageModel, layer: int, question: NextToken, ste
 def main() -> None:
     """Run both paths and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--shape", choices=["gpt2", "small"], default="gpt2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--requests", type=int, default=3, help="facts that the fast path attributes, one by one")
@@ -73,7 +60,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     device = torch.device(options.device)
-    model = random_model(options.shape, device)
+    model = random_model("gpt2", torch.float32, device, **(SMALL if options.shape == "small" else {}))
     layers = range(model.num_layers)
     stream = BundledWorld(num_edits=options.requests, protocol="sequential")
     stream.setup()

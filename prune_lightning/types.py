@@ -20,11 +20,13 @@ class Probe:
         prompt: Text up to the answer, without trailing blanks.
         answer: The expected continuation, without a leading blank; ``None`` if only stability is asked.
         kind: What the probe tests, e.g. ``neighborhood`` or ``unrelated``.
+        aliases: Further answers that are right when the model answers freely.
     """
 
     prompt: str
     answer: str | None = None
     kind: str = "neighborhood"
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class EditRequest:
         paraphrases: Other prompts that shall yield ``target_new``.
         locality: Probes that shall not change.
         portability: Consequences of the edit, where the record has them.
+        generation_prompts: Beginnings of texts about the subject; their continuations show whether the model still
+            writes fluently.
+        references: Texts about the new target, which such continuations should resemble.
 
     Raises:
         UserError: An empty prompt or target, or a subject that is not in its prompt.
@@ -55,6 +60,8 @@ class EditRequest:
     paraphrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = field(default=(), repr=False)
+    generation_prompts: tuple[str, ...] = field(default=(), repr=False)
+    references: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name in ("subject", "prompt", "target_new"):
@@ -66,9 +73,10 @@ class EditRequest:
         answers = (self.target_old, *(probe.answer for probe in (*self.locality, *self.portability)))
         if not all(text is None or (isinstance(text, str) and text.strip()) for text in answers):
             raise UserError("the old target and the answers of probes are expected to be non-empty texts, or absent")
-        texts = (*self.paraphrases, *(probe.prompt for probe in (*self.locality, *self.portability)))
+        texts = (*self.paraphrases, *self.generation_prompts, *self.references)
+        texts += tuple(probe.prompt for probe in (*self.locality, *self.portability))
         if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError("paraphrases and probe prompts are expected to be non-empty texts")
+            raise UserError("paraphrases, prompts and references are expected to be non-empty texts")
         if self.subject not in self.prompt:
             raise UserError(f"the subject {self.subject!r} is not in its prompt {self.prompt!r}")
 

@@ -1,4 +1,4 @@
-"""Run under ``torchrun`` by test_abilities.py: a metric's parts on two processes, and work left to the first one."""
+"""Run under ``torchrun`` by test_editing_metrics.py: the metrics, their cases shared out over the ranks."""
 
 from __future__ import annotations
 
@@ -7,36 +7,48 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from prune_lightning.errors import UserError
-from prune_lightning.evaluation.harness import on_first_process
-from prune_lightning.metrics import SentencePerplexity
+from prune_lightning.metrics import CounterFactScore, GenerationScore, TokenMatch
 
-NLL = torch.tensor([3.0, 8.0, 1.0, float("nan"), 2.0])
-COUNT = torch.tensor([2, 4, 1, 3, 5])
+CASES = 7  # odd, so that a sampler that hands out equal shares repeats one
+WORDS = [f"word{number % 9}" for number in range(16)]
 
 
-def fail() -> dict[str, float]:
-    raise RuntimeError("no such task")
+def shares(ranks: int) -> list[list[int]]:
+    """Share out the cases as ``DistributedSampler`` does: in turn, the first ones again at the end."""
+    padded = [*range(CASES), *range(-CASES % ranks)]
+    return [padded[rank::ranks] for rank in range(ranks)]
+
+
+def compute(cases: list[int], sparse: bool) -> dict[str, torch.Tensor]:
+    """Feed the metrics with made-up numbers of some cases and return all results.
+
+    Args:
+        cases: Cases of this rank.
+        sparse: Give the generation metric the cases up to 0 only, so that another rank has none.
+    """
+    counterfact, tokens, generation = CounterFactScore(), TokenMatch(["efficacy"], harmonic=True), GenerationScore()
+    for case in cases:
+        values = torch.Generator().manual_seed(case)
+        for kind, prompts in (("efficacy", 1), ("generalization", 2), ("locality", 1 + case % 3)):
+            nll = torch.rand(2, prompts, generator=values) * 3
+            nll[0, 0] = float("nan") if case == 5 else nll[0, 0]
+            hit = torch.rand(prompts, generator=values) < 0.5
+            counterfact.update(kind, nll[0], nll[1], hit, torch.full((prompts,), case))
+        tokens.update("efficacy", torch.tensor([case % 3]), torch.tensor([3]), torch.tensor([case]))
+        if not sparse or case == 0:
+            generation.update([" ".join(WORDS[case:])], case)
+    return {**tokens.compute(), **generation.compute(), **counterfact.compute()}
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    result = {}
-    for name, end in (("odd", 5), ("finite", 3), ("one", 1)):  # of a single sentence the second process has none
-        metric = SentencePerplexity(reference=2.0)
-        metric.update(NLL[:end][rank::2], COUNT[:end][rank::2])
-        result[name] = metric.compute()
-    result["said"] = on_first_process(lambda: {"rank": dist.get_rank()})
-    try:
-        on_first_process(fail)
-    except (RuntimeError, UserError) as error:
-        result["error"] = f"{type(error).__name__}: {error}"
-    gathered = [None, None]
-    dist.all_gather_object(gathered, result)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    share = shares(torch.distributed.get_world_size())[rank]
+    if rank == 1:
+        share = [case for case in share if case != 0]  # one rank repeats nothing, and sees no case with texts
+    result = {"all": compute(shares(2)[rank], sparse=False), "sparse": compute(share, sparse=True)}
     if rank == 0:
-        torch.save(gathered, Path(sys.argv[1]) / "weights.pt")
-    dist.barrier()
+        torch.save(result, Path(sys.argv[1]) / "weights.pt")
+    torch.distributed.barrier()
     os._exit(0)

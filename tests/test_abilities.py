@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 
-import distributed_metrics
+import distributed_abilities
 import hydra
 import pytest
 import torch
@@ -326,10 +326,10 @@ def test_median_of_an_even_number_and_overflow():
 
 
 def test_two_processes_measure_what_one_does(tmp_path):
-    both = in_two_processes("distributed_metrics.py", tmp_path)
+    both = in_two_processes("distributed_abilities.py", tmp_path)
     for name, end in (("odd", 5), ("finite", 3), ("one", 1)):
         alone = SentencePerplexity(reference=2.0)
-        alone.update(distributed_metrics.NLL[:end], distributed_metrics.COUNT[:end])
+        alone.update(distributed_abilities.NLL[:end], distributed_abilities.COUNT[:end])
         expected = {key: float(value) for key, value in alone.compute().items()}
         for result in both:
             assert {key: float(value) for key, value in result[name].items()} == pytest.approx(expected)

@@ -87,3 +87,19 @@ def test_restraint_is_built_or_empty(option):
     assert (option == "none") == (not config)
     if config:
         assert isinstance(hydra.utils.instantiate(config), Restraint)
+
+
+@pytest.mark.parametrize("option", options("evaluation"))
+def test_protocols_of_editing_are_there_and_only_one_is_taken(option):
+    evaluation = compose(f"evaluation={option}").evaluation
+    taken = {name: evaluation[name].enabled for name in ("counterfact", "zsre", "easyedit", "wild", "generation")}
+    assert [name for name, enabled in taken.items() if enabled] == ["counterfact"]
+    wild = compose(
+        f"evaluation={option}", "evaluation.wild.enabled=true", "evaluation.wild.max_cases=7"
+    ).evaluation.wild
+    built = hydra.utils.instantiate(wild, _convert_="all")
+    assert (built.enabled, built.stops, built.max_cases) == (True, [".", "\n"], 7)
+
+
+def test_zsre_experiment_scores_zsre():
+    assert compose("experiment=zsre", "data.path=FILE").evaluation.zsre.enabled

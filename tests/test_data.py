@@ -178,3 +178,38 @@ def test_real_records_flow(reader, file):
     stream.setup()
     assert len(stream.requests) == 500
     assert all(request.paraphrases and request.locality and request.target_old for request in stream.requests)
+
+
+def test_what_the_protocols_need_is_read(tmp_path):
+    knowedit = {
+        "Reasoning": [
+            {"prompt": "The river in the home of Eve is ", "ground_truth": [["Tiber", "Tevere"], ["Aniene"]]}
+        ],
+        "Subject_Aliasing": [
+            {"prompt": "Evi lives in", "ground_truth": "Rome"},
+            {"prompt": "no answer", "ground_truth": []},
+        ],
+    }
+    rows = [ORIGINAL | {"generation_prompts": ["Ann went to"]}, EASYEDIT | {"portability": knowedit}]
+    stream = CounterFact(path=write(tmp_path / "a.json", rows), num_edits=2)
+    stream.setup()
+    assert stream.requests[0].generation_prompts == ("Ann went to",)
+    assert stream.requests[0].portability == ()
+    assert stream.requests[1].portability == (
+        Probe("The river in the home of Eve is", "Tiber", "Reasoning", ("Tevere", "Aniene")),
+        Probe("Evi lives in", "Rome", "Subject_Aliasing"),
+    )
+
+    row = {"subject": "Eve", "src": "Where is Eve?", "alt": "Rome", "answers": ["Oslo"]}
+    row["portability"] = {"Recalled Relation": "r", "New Question": "Which river is near Eve?", "New Answer": "Tiber"}
+    zsre = ZsRE(path=write(tmp_path / "b.json", [row]), num_edits=1)
+    zsre.setup()
+    assert zsre.requests[0].portability == (Probe("Which river is near Eve?", "Tiber", "Reasoning"),)
+
+    own = {"subject": "Eve", "prompt": "Eve lives in", "target_new": "Rome", "generation_prompts": ["Eve met"]}
+    own |= {"references": ["Rome is a town"], "portability": [{"prompt": "The river is", "answer": "Tiber"}]}
+    lines = JSONLines(path=write(tmp_path / "c.jsonl", own), num_edits=1)
+    lines.setup()
+    (request,) = lines.requests
+    assert (request.generation_prompts, request.references) == (("Eve met",), ("Rome is a town",))
+    assert request.portability == (Probe("The river is", "Tiber", "consequence"),)

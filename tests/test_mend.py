@@ -11,7 +11,6 @@ from conftest import BUNDLED, ROOT, quiet_trainer
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
-from prune_lightning.evaluation.editing import update_editing_score
 from torch.func import functional_call
 
 from prune_lightning.bundled.world import load_world
@@ -19,12 +18,13 @@ from prune_lightning.callbacks import PRUNE, RECT, SpectrumMonitor
 from prune_lightning.data.bundled import PARAPHRASES, BundledEditorTraining, BundledWorld
 from prune_lightning.data.editor_training import EditorTrainingData
 from prune_lightning.errors import UserError
+from prune_lightning.evaluation.counterfact import CounterFactScores
 from prune_lightning.methods.mend import MEND
 from prune_lightning.methods.mend_gradients import LabelledRows, edit_gradients
 from prune_lightning.methods.mend_network import GradientNet, NetworkShape, RunningMoments
 from prune_lightning.methods.mend_store import load_network, save_network
 from prune_lightning.methods.mend_training import MENDTraining, TrainingOptions
-from prune_lightning.metrics import EditingScore
+from prune_lightning.metrics import CounterFactScore
 from prune_lightning.models.family import family_names, stores_transposed
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.types import EditBatch, EditRequest, MetaExample
@@ -387,10 +387,10 @@ def test_shipped_network_edits_facts_it_was_not_trained_on(dtype):
     module = shipped(model)
     stream = BundledWorld(num_edits=20, protocol="single", seed=7)
     stream.setup()
-    metric = EditingScore()
-    for request in stream.requests:
+    metric = CounterFactScore()
+    for case, request in enumerate(stream.requests):
         module.write([request], module.compute_update([request])[0])
-        update_editing_score(metric, model, [request])
+        CounterFactScores().update(metric, model, {case: request})
         module.restore()
     scores = metric.compute()
     assert scores["efficacy_score"] >= 0.9

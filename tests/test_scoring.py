@@ -4,11 +4,17 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from prune_lightning.errors import UserError
-from prune_lightning.evaluation.scoring import greedy_continuations, score_pairs, token_nll
-from prune_lightning.metrics import CorpusPerplexity, EditingScore, ExactMatch
+from prune_lightning.evaluation.decoding import decode
+from prune_lightning.evaluation.scoring import greedy_continuations, score_encoded, score_pairs, token_nll
+from prune_lightning.metrics import CorpusPerplexity, CounterFactScore, ExactMatch
 from prune_lightning.metrics.functional import retention
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.token_tree import grow
 from prune_lightning.models.tokenization import Tokens
 from prune_lightning.types import EditRequest
 
@@ -62,15 +68,15 @@ def test_nan_model_fails_every_score(bundled):
         bundled.rewrite_module(1).weight.fill_(float("nan"))
     scores = score_pairs(bundled, PAIRS)
     assert not scores.hit.any()
-    metric = EditingScore()
+    metric = CounterFactScore()
     metric.update("efficacy", scores.nll, scores.nll, scores.hit, torch.arange(len(PAIRS)))
     assert float(metric.compute()["efficacy_score"]) == 0.0
-    assert int(metric.num_nonfinite) == len(PAIRS)
+    assert int(metric.compute()["num_nonfinite"]) == len(PAIRS)
     assert retention({"a": float("nan")}, {"a": 0.9}) == 0.0
 
 
 def test_editing_score_by_hand():
-    metric = EditingScore()
+    metric = CounterFactScore()
     metric.update(
         "generalization",
         nll_wanted=torch.tensor([1.0, 3.0, 1.0]),
@@ -141,3 +147,147 @@ def test_long_prompts_lose_their_beginning(bundled_shared):
 def test_bad_requests_are_refused(kwargs, message):
     with pytest.raises(UserError, match=message):
         EditRequest(**({"case_id": 0, "subject": "Ann", "prompt": "Ann is", "target_new": "old"} | kwargs))
+
+
+SHARING = [
+    ("The capital of Japan is", "Tokyo."),
+    ("The capital of Japan is", "Kyoto, a city"),
+    ("The capital of Kenya is", "Nairobi"),
+    ("The capital of Kenya is the", "shilling."),
+    ("Seven plus two equals", "nine."),
+    ("Seven plus two equals", "eleven and more"),
+    ("Seven", "plus two"),
+]
+STYLES = ("gpt2", "llama-2", "llama-3")
+
+
+def styled(style):
+    """A small tokenizer of a style: byte-level without BOS, SentencePiece with BOS, byte-level with BOS."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>" if style == "llama-2" else None))
+    initial = ["<s>", "</s>", "<unk>"]
+    if style == "llama-2":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+        alphabet = []
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = [f"{prompt} {target}" for prompt, target in SHARING + PAIRS] * 3
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=initial, initial_alphabet=alphabet, show_progress=False, max_token_length=8
+    )
+    tokenizer.train_from_iterator([word for text in texts for word in text.split()] + texts[:2], trainer)
+    if style != "gpt2":
+        bos = tokenizer.token_to_id("<s>")
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", bos)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("style", STYLES)
+def test_scores_know_no_tokenizer_style_padding_or_batch(tiny, style, side):
+    model = tiny("gpt2" if style == "gpt2" else "llama", torch.float32)
+    tokenizer = styled(style)
+    tokenizer.padding_side = side
+    model = LanguageModel(model.model, tokenizer, model.family)
+    encoded = model.tokens.encode_pairs(SHARING)
+    for (prompt, target), pair in zip(SHARING, encoded, strict=True):
+        assert pair.ids.count(tokenizer.bos_token_id) == (style != "gpt2")
+        assert tokenizer.decode(pair.target).strip() == target
+        assert tokenizer.decode(pair.ids[: pair.target_start], skip_special_tokens=True).strip() == prompt
+    expected = torch.tensor([naive_nll(model, *pair) for pair in SHARING])
+    for budget in (1, 60, 10_000):
+        for trees in (False, True):
+            scores = score_encoded(model, encoded, budget, trees)
+            assert torch.allclose(scores.nll, expected, atol=1e-5)
+
+    # Padded on the other side by hand: positions come from the mask.
+    longest = max(len(pair.ids) for pair in encoded)
+    ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(p.ids)) + p.ids for p in encoded])
+    mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in encoded])
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        logits = model.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = losses.view(len(ids), -1)
+    by_hand = torch.stack([losses[i, -len(p.target) :].mean() for i, p in enumerate(encoded)])
+    assert torch.allclose(by_hand, expected, atol=1e-5)
+
+    prompts = model.tokens.encode_all([prompt for prompt, _ in SHARING])
+    alone, together = (decode(model, prompts, [6] * len(prompts), token_budget=budget) for budget in (1, 10_000))
+    assert alone == together
+    assert tokenizer.padding_side == side
+
+
+@pytest.mark.parametrize("family", sorted(path.stem for path in (ROOT / "configs" / "model" / "family").glob("*.yaml")))
+def test_shared_beginnings_change_nothing(tiny, family):
+    model = tiny(family)
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    encoded = model.tokens.encode_pairs(SHARING)
+    assert model.tree_depth >= max(len(pair.ids) for pair in encoded)
+    seen.clear()
+    shared = score_encoded(model, encoded)
+    assert sum(seen) < 0.8 * sum(len(pair.ids) - 1 for pair in encoded)
+    alone = [score_encoded(model, [pair], trees=False) for pair in encoded]
+    tolerance = 1e-6 if family in ("gemma2", "gptj") else 1e-10  # norms, attention: single precision in any model
+    assert torch.allclose(shared.nll, torch.cat([one.nll for one in alone]), atol=tolerance, rtol=0)
+    assert shared.nll.dtype == torch.float64
+    assert shared.num_hits.tolist() == [int(one.num_hits) for one in alone]
+    assert [row[: len(p.target)].tolist() for row, p in zip(shared.predicted, encoded, strict=True)] == [
+        one.predicted[0].tolist() for one in alone
+    ]
+    single = tiny(family, torch.float32)
+    expected = torch.cat([score_encoded(single, [pair], trees=False).nll for pair in encoded])
+    assert torch.allclose(score_encoded(single, encoded).nll, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_ignores_the_mask_gets_plain_rows(tiny):
+    model = tiny("gpt2")
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "attention_mask"}),
+        with_kwargs=True,
+    )
+    assert model.tree_depth == 0
+
+
+def test_trees_hold_every_sequence_once():
+    sequences = [[1, 2, 3], [1, 2], [4], [1, 2, 5, 6], [1, 2, 3]]
+    (row,) = grow(sequences)
+    assert len(row.ids) == 6
+    for index, sequence in enumerate(sequences):
+        assert [row.ids[node] for node in row.paths[index]] == sequence
+        assert [row.depth[node] for node in row.paths[index]] == list(range(len(sequence)))
+    sees = row.sees(8)
+    for path in row.paths.values():
+        assert sees[path[-1]].nonzero()[0].tolist() == sorted(path)
+    rows = grow(sequences, length=4)
+    assert sorted(index for one in rows for index in one.paths) == list(range(5))
+    assert all(len(one.ids) <= 4 for one in rows)
+
+
+def test_retokenised_pairs_are_counted(tiny):
+    words = Tokenizer(models.BPE({"a": 0, "b": 1, " ": 2, "c": 3, " b": 4, "a b": 5}, [(" ", "b"), ("a", " b")]))
+    model = tiny("gpt2")
+    model = LanguageModel(model.model, PreTrainedTokenizerFast(tokenizer_object=words, eos_token="c"), model.family)
+    merged = model.tokens.encode_pair("c a", "b")
+    assert (merged.ids, merged.target, merged.retokenised) == ([3, 2, 5], [5], True)
+    scores = score_pairs(model, [("c a", "b"), ("c", "a")])
+    assert scores.num_retokenised == 1
+    assert float(scores.nll[0]) == pytest.approx(naive_nll(model, "c a", "b"), rel=1e-6)
+    assert model.tokens.encode_pair("a", "b c").target_start == 1  # nothing predicts the first token
+
+
+def test_match_is_the_share_of_tokens(bundled_shared):
+    scores = score_pairs(bundled_shared, PAIRS)
+    for i, (prompt, target) in enumerate(PAIRS):
+        pair = bundled_shared.tokens.encode_pair(prompt, target)
+        choice = bundled_shared.model(input_ids=torch.tensor([pair.ids])).logits[0].argmax(-1).tolist()
+        said = choice[pair.target_start - 1 : -1]
+        hits = [a == b for a, b in zip(said, pair.target, strict=True)]
+        assert float(scores.match[i]) == pytest.approx(sum(hits) / len(hits))
+        assert bool(scores.hit[i]) == all(hits)
+        assert scores.predicted[i, : len(said)].tolist() == said

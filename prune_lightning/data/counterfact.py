@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prune_lightning.data.files import FileStream, listed
+from prune_lightning.data.portability import portability
 from prune_lightning.types import EditRequest, Probe
 
 
@@ -26,6 +27,7 @@ class CounterFact(FileStream):
             target_old=old,
             paraphrases=tuple(listed(row, "paraphrase_prompts")),
             locality=tuple(Probe(prompt, old) for prompt in listed(row, "neighborhood_prompts")),
+            generation_prompts=tuple(listed(row, "generation_prompts")),
         )
 
     def _easyedit(self, row: dict[str, Any], case_id: int) -> EditRequest:
@@ -38,4 +40,5 @@ class CounterFact(FileStream):
             target_old=row["ground_truth"].strip(),
             paraphrases=(row["rephrase_prompt"],) if row.get("rephrase_prompt") else (),
             locality=(Probe(probe, row["locality_ground_truth"].strip()),) if probe else (),
+            portability=portability(row),
         )

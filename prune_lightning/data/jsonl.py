@@ -8,15 +8,26 @@ from prune_lightning.data.files import FileStream, listed
 from prune_lightning.errors import UserError, near
 from prune_lightning.types import EditRequest, Probe
 
-_KEYS = ("case_id", "subject", "prompt", "target_new", "target_old", "paraphrases", "locality")
+_KEYS = (
+    "subject",
+    "prompt",
+    "target_new",
+    "case_id",
+    "target_old",
+    "paraphrases",
+    "locality",
+    "portability",
+    "generation_prompts",
+    "references",
+)
 
 
 class JSONLines(FileStream):
     """The documented format for edits of one's own.
 
     Keys of a line: ``subject``, ``prompt`` (holds the subject, ends where the target follows) and ``target_new`` are
-    needed; ``target_old``, ``paraphrases`` (list of prompts), ``locality`` (list of ``{"prompt", "answer"}``) and
-    ``case_id`` are optional:
+    needed; ``target_old``, ``paraphrases`` (list of prompts), ``locality`` and ``portability`` (lists of ``{"prompt",
+    "answer"}``), ``generation_prompts`` (list of prompts), ``references`` (list of texts) and ``case_id`` are optional:
 
         {"subject": "France", "prompt": "The capital of France is", "target_new": "Lyon", "target_old": "Paris"}
     """
@@ -34,4 +45,7 @@ class JSONLines(FileStream):
             target_old=row["target_old"].strip() if row.get("target_old") else None,
             paraphrases=tuple(listed(row, "paraphrases")),
             locality=tuple(Probe(probe["prompt"], probe["answer"]) for probe in listed(row, "locality")),
+            portability=tuple(Probe(p["prompt"], p["answer"], "consequence") for p in listed(row, "portability")),
+            generation_prompts=tuple(listed(row, "generation_prompts")),
+            references=tuple(listed(row, "references")),
         )

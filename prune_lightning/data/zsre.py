@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prune_lightning.data.files import FileStream, listed
+from prune_lightning.data.portability import portability
 from prune_lightning.errors import UserError, near
 from prune_lightning.types import EditRequest, Probe
 
@@ -39,4 +40,5 @@ class ZsRE(FileStream):
             target_old=old.strip() or None if old else None,
             paraphrases=(row["rephrase"],) if row.get("rephrase") else (),
             locality=locality,
+            portability=portability(row),
         )

@@ -8,7 +8,6 @@ its entities are cut short, merged, or empty.
 from __future__ import annotations
 
 import re
-import string
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torchmetrics.functional.text import bleu_score
 
 from prune_lightning.errors import UserError
 from prune_lightning.metrics import MeanRouge
+from prune_lightning.metrics.functional import normalise_answer
 from prune_lightning.records import Row, read_objects, read_table, read_text
 
 Parts = dict[str, float]
@@ -163,8 +163,8 @@ class AnswerSpan(LegacyTask):
 
     def judge(self, text: str, item: LegacyItem) -> Parts:
         """Look for an alias among the words."""
-        said = f" {normalise(text)} "
-        return {"": float(any(f" {alias} " in said for alias in map(normalise, item.gold) if alias))}
+        said = f" {normalise_answer(text)} "
+        return {"": float(any(f" {alias} " in said for alias in map(normalise_answer, item.gold) if alias))}
 
 
 @dataclass
@@ -267,16 +267,6 @@ def entities(words: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
             found[-1][1].append(word)
         before = ending
     return [(ending, " ".join(parts)) for ending, parts in found]
-
-
-def normalise(text: str) -> str:
-    """Return a text in small letters, without punctuation, articles and spare blanks, as SQuAD compares answers.
-
-    >>> normalise("The  U.S., a country!")
-    'us country'
-    """
-    plain = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
 def mean(values: Iterable[float]) -> float:

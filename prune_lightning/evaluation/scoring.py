@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from prune_lightning.errors import UserError
+from prune_lightning.evaluation.batching import TOKEN_BUDGET, by_length
+from prune_lightning.evaluation.decoding import decode
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.token_tree import ROW_LENGTH, grow, tree_inputs
+from prune_lightning.models.tokenization import EncodedPair
 
-TOKEN_BUDGET = 8192
+NOTHING = -1
+"""In :attr:`PairScores.predicted`: behind the target's end, or the model said nothing finite."""
+SHARED = 0.9
+"""Trees are used where they hold at most this share of the tokens: their mask is dearer than a plain one."""
 
 
 @dataclass(frozen=True)
@@ -22,36 +29,93 @@ class PairScores:
     Args:
         nll: Mean negative log-likelihood per target token,
             :math:`\ell(y|x) = -\frac1{|y|}\sum_j \log p(y_j \mid x, y_{<j})`, shape ``(n,)``.
-        hit: Whether every target token is the model's first choice, shape ``(n,)``. This equals greedy decoding of
-            the target's length being exactly the target.
+        num_hits: Target tokens that are the model's first choice after the true ones before them, shape ``(n,)``.
         num_tokens: Length of the target, shape ``(n,)``.
+        predicted: The model's first choices at the target's tokens, shape ``(n, longest target)``; ``NOTHING`` fills
+            the rest.
+        retokenised: The prompt's last tokens changed when the target followed, shape ``(n,)``.
     """
 
     nll: Tensor
-    hit: Tensor
+    num_hits: Tensor
     num_tokens: Tensor
+    predicted: Tensor
+    retokenised: Tensor
 
-    def __getitem__(self, index: Tensor) -> PairScores:
-        return PairScores(self.nll[index], self.hit[index], self.num_tokens[index])
+    def __getitem__(self, index: Any) -> PairScores:
+        return PairScores(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    @property
+    def hit(self) -> Tensor:
+        """Whether every target token is the model's first choice: what greedy decoding of its length would say."""
+        return self.num_hits == self.num_tokens
+
+    @property
+    def match(self) -> Tensor:
+        """Share of the target's tokens that are the model's first choice (token match ratio)."""
+        return self.num_hits / self.num_tokens
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Whether the likelihood is not a finite number: a failure for every score."""
+        return ~torch.isfinite(self.nll)
+
+    @property
+    def num_nonfinite(self) -> int:
+        """Pairs whose likelihood is not finite."""
+        return int(self.nonfinite.sum())
+
+    @property
+    def num_retokenised(self) -> int:
+        """Pairs whose prompt is tokenised differently when the target follows."""
+        return int(self.retokenised.sum())
+
+    def num_agreeing(self, other: PairScores) -> Tensor:
+        """Return at how many tokens of each target two models make the same first choice, shape ``(n,)``."""
+        width = min(self.predicted.shape[1], other.predicted.shape[1])
+        ours, theirs = self.predicted[:, :width], other.predicted[:, :width].to(self.predicted)
+        return ((ours == theirs) & (ours != NOTHING)).sum(1)
 
 
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Yield indices grouped by similar length such that padded rows stay within ``budget`` tokens."""
-    group: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if group and (len(group) + 1) * lengths[index] > budget:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
+@dataclass(frozen=True)
+class _Batch:
+    """Inputs of a forward pass, and for each pair in it its row and the places that predict its target's tokens."""
+
+    inputs: dict[str, Tensor]
+    places: dict[int, tuple[int, list[int]]]
 
 
-@torch.no_grad()
+def _plain(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> Iterator[_Batch]:
+    """Yield batches of a row per pair, rows of similar length together."""
+    for group in by_length([len(pair.ids) for pair in pairs], budget):
+        ids, mask = model.tokens.pad([pairs[i].ids for i in group], model.device)
+        places = {
+            i: (row, list(range(pairs[i].target_start - 1, len(pairs[i].ids) - 1))) for row, i in enumerate(group)
+        }
+        yield _Batch({"input_ids": ids, "attention_mask": mask}, places)
+
+
+def _batches(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> Iterator[_Batch]:
+    """Yield batches of trees where enough is shared, else of plain rows."""
+    sequences = [pair.ids[:-1] for pair in pairs]  # nothing is read at the last token
+    longest = max(map(len, sequences))
+    rows = grow(sequences, max(longest, min(ROW_LENGTH, budget)))
+    nodes = sum(len(row.ids) for row in rows)
+    if nodes > SHARED * sum(map(len, sequences)) or longest > model.tree_depth:
+        yield from _plain(model, pairs, budget)
+        return
+    for group in by_length([len(row.ids) for row in rows], budget):
+        chosen = [rows[i] for i in group]
+        inputs = tree_inputs(chosen, model.tokens.pad_id, model.model.dtype, model.device)
+        paths = {i: (row, path) for row, tree in enumerate(chosen) for i, path in tree.paths.items()}
+        yield _Batch(inputs, {i: (row, path[pairs[i].target_start - 1 :]) for i, (row, path) in paths.items()})
+
+
 def score_pairs(model: LanguageModel, pairs: Sequence[tuple[str, str]], token_budget: int = TOKEN_BUDGET) -> PairScores:
     """Score targets after their prompts under teacher forcing.
 
-    Equal pairs are computed once, rows are grouped by length, and the LM head runs on target positions only.
+    Equal pairs are computed once and so are shared beginnings (targets of one prompt, prompts that begin alike); the
+    LM head runs where a target token is predicted and nowhere else.
 
     Args:
         model: The language model.
@@ -59,34 +123,9 @@ def score_pairs(model: LanguageModel, pairs: Sequence[tuple[str, str]], token_bu
         token_budget: Padded tokens per forward pass.
     """
     unique = list(dict.fromkeys(pairs))
-    encoded = [model.tokens.encode_pair(*pair) for pair in unique]
-    nll = torch.zeros(len(unique), device=model.device)
-    hit = torch.zeros(len(unique), dtype=torch.bool, device=model.device)
-    with model.frozen_mode():
-        for group in _batches([len(pair.ids) for pair in encoded], token_budget):
-            chosen = [encoded[i] for i in group]
-            ids, mask = model.tokens.pad([pair.ids for pair in chosen], model.device)
-            rows: list[int] = []
-            positions: list[int] = []
-            labels: list[int] = []
-            for row, pair in enumerate(chosen):
-                rows += [row] * len(pair.target)
-                positions += range(pair.target_start - 1, len(pair.ids) - 1)
-                labels += pair.target
-            owner = torch.tensor(rows, device=model.device)
-            label = torch.tensor(labels, device=model.device)
-            logits = model.logits_at(ids, mask, owner, torch.tensor(positions, device=model.device)).float()
-            losses = torch.nn.functional.cross_entropy(logits, label, reduction="none")
-            missed = (logits.argmax(-1) != label) | ~torch.isfinite(losses)
-            zeros = torch.zeros(len(group), device=model.device)
-            counts = zeros.index_add(0, owner, torch.ones_like(losses))
-            where = torch.tensor(group, device=model.device)
-            nll[where] = zeros.index_add(0, owner, losses) / counts
-            hit[where] = zeros.index_add(0, owner, missed.float()) == 0
+    scores = score_encoded(model, model.tokens.encode_pairs(unique), token_budget)
     place = {pair: i for i, pair in enumerate(unique)}
-    index = torch.tensor([place[pair] for pair in pairs], dtype=torch.long, device=model.device)
-    lengths = torch.tensor([len(pair.target) for pair in encoded], device=model.device)
-    return PairScores(nll, hit, lengths)[index]
+    return scores[torch.tensor([place[pair] for pair in pairs], dtype=torch.long, device=model.device)]
 
 
 @dataclass(frozen=True)
@@ -104,18 +143,46 @@ class Continuations:
     truncated: list[bool]
 
 
-class _FiniteRows(LogitsProcessor):  # type: ignore[misc]
-    """Changes nothing, but remembers the rows whose logits held NaN or positive infinity."""
-
-    def __init__(self) -> None:
-        self.finite = torch.tensor(True)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.finite = self.finite.to(scores.device) & torch.isfinite(scores.float().logsumexp(-1))
-        return scores
-
-
 @torch.no_grad()
+def score_encoded(
+    model: LanguageModel, pairs: Sequence[EncodedPair], token_budget: int = TOKEN_BUDGET, trees: bool = True
+) -> PairScores:
+    """Score pairs that are encoded already; see :func:`score_pairs`.
+
+    Args:
+        model: The language model.
+        pairs: Encoded prompts with targets.
+        token_budget: Padded tokens per forward pass.
+        trees: Share beginnings where it pays; otherwise each pair is a row of its own.
+    """
+    exact = torch.promote_types(model.model.dtype, torch.float32)
+    lengths = torch.tensor([len(pair.target) for pair in pairs], dtype=torch.long, device=model.device)
+    total = torch.zeros(len(pairs), dtype=exact, device=model.device)
+    hits = torch.zeros_like(lengths)
+    predicted = torch.full((len(pairs), int(lengths.max()) if pairs else 0), NOTHING, device=model.device)
+    batches = (_batches if trees else _plain)(model, pairs, token_budget) if pairs else ()
+    with model.frozen_mode():
+        for batch in batches:
+            owner = [i for i, (_, places) in batch.places.items() for _ in places]
+            step = [j for _, places in batch.places.values() for j in range(len(places))]
+            label = [token for i in batch.places for token in pairs[i].target]
+            where = [(row, place) for row, places in batch.places.values() for place in places]
+            number = {place: i for i, place in enumerate(dict.fromkeys(where))}  # targets of one prompt share places
+            rows, places = torch.tensor(list(number), device=model.device).unbind(1)
+            index, owners, steps, labels = torch.tensor(
+                [[number[place] for place in where], owner, step, label], device=model.device
+            )
+            logits = model.logits_at(**batch.inputs, rows=rows, positions=places).to(exact)
+            normaliser, choice = logits.logsumexp(-1), logits.argmax(-1)
+            losses = normaliser[index] - logits[index, labels]
+            choice = choice.masked_fill(~torch.isfinite(normaliser), NOTHING)[index]
+            total.index_add_(0, owners, losses)
+            hits.index_add_(0, owners, ((choice == labels) & torch.isfinite(losses)).long())
+            predicted[owners, steps] = choice
+    retokenised = torch.tensor([pair.retokenised for pair in pairs], dtype=torch.bool, device=model.device)
+    return PairScores(total / lengths, hits, lengths, predicted, retokenised)
+
+
 def greedy_continuations(
     model: LanguageModel, prompts: Sequence[str], max_new_tokens: int, stop: str, token_budget: int = TOKEN_BUDGET
 ) -> list[str]:
@@ -123,7 +190,6 @@ def greedy_continuations(
     return continue_greedily(model, prompts, max_new_tokens, stop, token_budget).texts
 
 
-@torch.no_grad()
 def continue_greedily(
     model: LanguageModel,
     prompts: Sequence[str],
@@ -146,31 +212,15 @@ def continue_greedily(
     room = model.tokens.max_length - max_new_tokens
     if room < 1:
         raise UserError(f"{max_new_tokens} new tokens leave no room in a context of {model.tokens.max_length}")
-    whole = [model.tokens.encode(prompt) for prompt in prompts]
+    whole = model.tokens.encode_all(prompts)
     encoded = [ids[-room:] for ids in whole]
-    texts, finite = [""] * len(prompts), [True] * len(prompts)
-    stopping = {"tokenizer": model.tokens.tokenizer, "stop_strings": [stop]} if stop else {}
-    with model.frozen_mode():
-        for group in _batches([len(ids) + max_new_tokens for ids in encoded], token_budget):
-            rows = [encoded[i] for i in group]
-            longest = max(map(len, rows))
-            ids, mask = model.tokens.pad([row[::-1] for row in rows], model.device)
-            watch = _FiniteRows()
-            generated = model.model.generate(
-                input_ids=ids.flip(1),
-                attention_mask=mask.flip(1),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=model.tokens.pad_id,
-                logits_processor=LogitsProcessorList([watch]),
-                **stopping,
-            )
-            for i, row, sound in zip(group, generated, watch.finite.tolist(), strict=True):
-                text = model.tokens.decode(row[longest:]) if sound else ""
-                texts[i] = (text.split(stop)[0] + stop if stop and stop in text else text).strip()
-                finite[i] = sound
-    return Continuations(texts, finite, [len(a) > len(b) for a, b in zip(whole, encoded, strict=True)])
+    stops = [stop] if stop else []
+    done = decode(model, encoded, [max_new_tokens] * len(encoded), stops=stops, token_budget=token_budget)
+    return Continuations(
+        [one.text.strip() if one.finite else "" for one in done],
+        [one.finite for one in done],
+        [len(a) > len(b) for a, b in zip(whole, encoded, strict=True)],
+    )
 
 
 @torch.no_grad()
@@ -192,7 +242,7 @@ def token_nll(
     nll = torch.zeros(len(texts), device=model.device)
     count = torch.tensor([len(ids) - 1 for ids in encoded], device=model.device)
     with model.frozen_mode():
-        for group in _batches([len(ids) for ids in encoded], token_budget):
+        for group in by_length([len(ids) for ids in encoded], token_budget):
             ids, mask = model.tokens.pad([encoded[i] for i in group], model.device)
             labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
             logits = model(ids, mask)[:, :-1].float()

@@ -1,15 +1,21 @@
-"""torchmetrics for editing; they take tensors and know no model, so they work anywhere."""
+"""torchmetrics for editing; they know no model, so they work anywhere."""
 
-from prune_lightning.metrics.editing import EditingScore
+from prune_lightning.metrics.cases import CaseMeans
+from prune_lightning.metrics.counterfact import CounterFactScore
+from prune_lightning.metrics.generation import GenerationScore
 from prune_lightning.metrics.language import CorpusPerplexity, ExactMatch, MeanRouge, SentencePerplexity
 from prune_lightning.metrics.stream import AbilityCurve, RetentionMatrix
+from prune_lightning.metrics.tokens import TokenMatch
 
 __all__ = [
     "AbilityCurve",
+    "CaseMeans",
     "CorpusPerplexity",
-    "EditingScore",
+    "CounterFactScore",
     "ExactMatch",
+    "GenerationScore",
     "MeanRouge",
     "RetentionMatrix",
     "SentencePerplexity",
+    "TokenMatch",
 ]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prune_lightning.errors import UserError, near
 from prune_lightning.models.family import ModelFamily, stores_transposed
 from prune_lightning.models.hooks import edit_input
+from prune_lightning.models.token_tree import grow, tree_inputs
 from prune_lightning.models.tokenization import Tokens
 
 
@@ -74,6 +75,30 @@ class LanguageModel(nn.Module):
         finally:
             handle.remove()
         return seen[0]
+
+    @cached_property
+    def tree_depth(self) -> int:
+        """Longest sequence in the rows of :mod:`~prune_lightning.models.token_tree`; 0 if the model takes none.
+
+        Found out by running branches that differ in their first tokens as a tree and alone: attention that ignores
+        the mask, or positions that are not those handed over, would show. Sliding windows are not in the mask.
+        """
+        size = int(self.model.config.vocab_size)
+        sequences = [[token % size for token in branch] for branch in ((1, 2, 3, 4), (1, 5, 6, 7), (8, 9, 3, 4))]
+        rows = grow(sequences)
+        inputs = tree_inputs(rows, self.tokens.pad_id, self.model.dtype, self.device)
+        with torch.no_grad(), self.frozen_mode():
+            plain = torch.tensor(sequences, device=self.device)
+            expected = self(plain, torch.ones_like(plain)).double()
+            try:
+                tree = self(**inputs)[0].double()
+            except (IndexError, RuntimeError, TypeError, ValueError):  # takes no positions or no such mask
+                return 0
+        error = max(float((tree[path] - expected[i]).abs().max()) for i, path in rows[0].paths.items())
+        rounding = max(1000 * torch.finfo(torch.float32).eps, 8 * torch.finfo(self.model.dtype).eps)
+        if not error <= rounding * float(expected.abs().max()):
+            return 0
+        return min(self.tokens.max_length, getattr(self.model.config, "sliding_window", None) or self.tokens.max_length)
 
     def mlp(self, layer: int) -> nn.Module:
         """Return a block's MLP."""

@@ -24,11 +24,14 @@ class EncodedPair:
         ids: Prompt and target.
         target_start: Index in ``ids`` of the target's first token.
         dropped: Tokens that were cut off at the front because the model's context is shorter.
+        retokenised: The prompt's last tokens changed when the target followed; whatever lies behind the common prefix
+            counts as target.
     """
 
     ids: list[int]
     target_start: int
     dropped: int = 0
+    retokenised: bool = False
 
     @property
     def target(self) -> list[int]:
@@ -62,10 +65,17 @@ class Tokens:
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Return the ids of a text, with the special tokens that the model expects in front of it, or without any."""
-        if not text.strip():
+        return self.encode_all([text], special_tokens)[0]
+
+    def encode_all(self, texts: Sequence[str], special_tokens: bool = True) -> list[list[int]]:
+        """Return the ids of several texts, see :meth:`encode`; one call of the tokenizer, equal texts once."""
+        if not all(text.strip() for text in texts):
             raise UserError("an empty text cannot be encoded")
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
-        return ids[: len(ids) - self._closing] if special_tokens else ids
+        unique = list(dict.fromkeys(texts))
+        rows: list[list[int]] = self.tokenizer(unique, add_special_tokens=special_tokens)["input_ids"] if unique else []
+        closing = self._closing if special_tokens else 0
+        ids = {text: row[: len(row) - closing] for text, row in zip(unique, rows, strict=True)}
+        return [ids[text] for text in texts]
 
     def encode_pair(self, prompt: str, target: str) -> EncodedPair:
         """Encode ``prompt + " " + target``.
@@ -77,17 +87,27 @@ class Tokens:
         Raises:
             UserError: The prompt or the target is empty, or the target is longer than the model's context.
         """
-        prompt = prompt.rstrip()
-        whole, alone = self.encode(f"{prompt} {target.strip()}"), self.encode(prompt)
+        return self.encode_pairs([(prompt, target)])[0]
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedPair]:
+        """Encode several ``(prompt, target)`` pairs, see :meth:`encode_pair`."""
+        prompts = self.encode_all([prompt.rstrip() for prompt, _ in pairs])
+        wholes = self.encode_all([f"{prompt.rstrip()} {target.strip()}" for prompt, target in pairs])
+        return [self._pair(*row) for row in zip(pairs, wholes, prompts, strict=True)]
+
+    def _pair(self, texts: tuple[str, str], whole: list[int], alone: list[int]) -> EncodedPair:
+        prompt, target = texts
         start = len(alone)
-        if whole[:start] != alone:  # the prompt's last tokens changed when the target followed: keep the common prefix
+        retokenised = whole[:start] != alone
+        if retokenised:
             start = next(i for i, (a, b) in enumerate(zip([*whole, -1], [*alone, -2], strict=False)) if a != b)
+            start = max(start, 1)  # nothing predicts the very first token
         if start >= len(whole):
             raise UserError(f"the target {target!r} adds no token to the prompt {prompt!r}")
         excess = max(0, len(whole) - self.max_length)
         if excess >= start:
             raise UserError(f"the target {target!r} is longer than the model's context of {self.max_length} tokens")
-        return EncodedPair(whole[excess:], start - excess, excess)
+        return EncodedPair(whole[excess:], start - excess, excess, retokenised)
 
     def subject_last(self, text: str, subject_end: int) -> int:
         """Return the index, in ``encode(text)``, of the token that holds the subject's last character.

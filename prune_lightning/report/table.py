@@ -7,7 +7,17 @@ from typing import Any
 
 from rich.table import Table
 
-_GROUPS = {"edit/counterfact": "edits, CounterFact", "ability/miniature": "abilities in miniature"}
+_GROUPS = {
+    "edit/counterfact": "edits, CounterFact",
+    "edit/zsre": "edits, zsRE",
+    "edit/easyedit": "edits, EasyEdit",
+    "edit/wild": "edits, free answers (WILD)",
+    "edit/generation": "edits, generated texts",
+    "ability/miniature": "abilities in miniature",
+    "ability/legacy": "abilities, the papers' tasks",
+    "ability/lm_eval": "abilities, lm-evaluation-harness",
+    "ability/me_ppl": "perplexity of sentences (ME-PPL)",
+}
 _FIRST = ("edit", "stream", "ability")
 _FORMS = {"score": "preferred", "accuracy": "said"}
 _STREAM = {
@@ -28,6 +38,29 @@ NAMES = {
     },
     **{f"stream/{form}/{key}": f"{text}, {name}" for form, name in _FORMS.items() for key, text in _STREAM.items()},
     "stream/locality_drift": "unrelated answers unchanged",
+    "edit/counterfact/harmonic_score": "harmonic mean, preferred",
+    "edit/zsre/efficacy": "efficacy, tokens",
+    "edit/zsre/generalization": "generalization, tokens",
+    "edit/zsre/specificity": "specificity, tokens",
+    "edit/zsre/harmonic": "harmonic mean",
+    "edit/easyedit/rewrite_acc": "rewrite, tokens",
+    "edit/easyedit/rephrase_acc": "rephrase, tokens",
+    "edit/easyedit/portability_acc": "portability, tokens",
+    "edit/easyedit/locality_acc": "locality, tokens",
+    **{
+        f"edit/wild/{context}_{score}": f"{context}: {name}"
+        for context in ("bare", "instruction", "chat")
+        for score, name in {
+            "efficacy_exact_match": "efficacy, exact",
+            "efficacy_judge": "efficacy, judged",
+            "generalization_exact_match": "generalization, exact",
+            "generalization_judge": "generalization, judged",
+            "portability_exact_match": "portability, exact",
+            "locality": "locality, unchanged",
+        }.items()
+    },
+    "edit/generation/fluency": "fluency",
+    "edit/generation/consistency": "consistency",
     "ability/miniature/reasoning": "reasoning",
     "ability/miniature/nli": "inference",
     "ability/miniature/qa": "open-domain questions",

@@ -1,0 +1,85 @@
+"""Fluency and consistency of what an edited model writes (Meng et al., 2022)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from torchmetrics import Metric
+
+from prune_lightning.errors import UserError
+from prune_lightning.evaluation.decoding import TopK, decode
+from prune_lightning.evaluation.measurement import Cases
+from prune_lightning.evaluation.prompts import SampledMeasurement
+from prune_lightning.metrics import GenerationScore
+from prune_lightning.metrics.functional import ngram_entropy, tfidf_vectorizer
+from prune_lightning.models.language_model import LanguageModel
+
+
+class GenerationQuality(SampledMeasurement):
+    """Entropy of sampled texts, and how much they resemble reference texts where the data has any.
+
+    Each generation prompt is continued once. What is drawn depends on the seed, the case and the prompt, and not on
+    the batch, so that two models are given the same luck.
+
+    Args:
+        max_tokens: Length of a text in tokens, its prompt included.
+        top_k: Tokens to draw from.
+        seed: Seed of the draws.
+        max_cases: See :class:`SampledMeasurement`.
+        enabled: See :class:`Measurement`.
+        counts: See :class:`Measurement`.
+
+    Raises:
+        UserError: It is enabled, but ``nltk`` is not installed.
+    """
+
+    name = "edit/generation"
+
+    def __init__(
+        self,
+        max_tokens: int = 100,
+        top_k: int = 5,
+        seed: int = 0,
+        max_cases: int | None = 50,
+        enabled: bool = True,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(max_cases, enabled, counts)
+        self.max_tokens, self.top_k, self.seed = max_tokens, top_k, seed
+        self._vectorizer: Any = None
+        if enabled:
+            ngram_entropy("")  # complains now, and not after the first edits, if nltk is missing
+
+    def metric(self) -> GenerationScore:
+        """Return a fresh metric."""
+        return GenerationScore(self._vectorizer)
+
+    def take_reference(self, model: LanguageModel, cases: Cases) -> None:
+        """Fix the cases, and the words and weights of the consistency.
+
+        Raises:
+            UserError: No request has generation prompts, or ``scikit-learn`` is missing where there are references.
+        """
+        asking = {place: request for place, request in cases.items() if request.generation_prompts}
+        if not asking:
+            raise UserError("edit/generation: no request has `generation_prompts`; leave it disabled for this data")
+        super().take_reference(model, asking)
+        references = sorted({text for request in cases.values() for text in request.references})
+        self._vectorizer = tfidf_vectorizer(references) if references else None
+
+    def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
+        """Let the model write, add the texts to the metric, and return rows with them."""
+        assert isinstance(metric, GenerationScore)
+        cases = self.chosen(cases)
+        asked = [(case, i, text) for case, r in cases.items() for i, text in enumerate(r.generation_prompts)]
+        prompts = model.tokens.encode_all([text.rstrip() for _, _, text in asked])
+        limits = [max(0, self.max_tokens - len(ids)) for ids in prompts]
+        draws = TopK(self.top_k, [random.Random(f"{self.seed}/{c}/{i}").getrandbits(63) for c, i, _ in asked])
+        texts: dict[int, list[str]] = {case: [] for case in cases}
+        for (case, _, prompt), said in zip(asked, decode(model, prompts, limits, sampling=draws), strict=True):
+            texts[case].append(prompt.rstrip() + said.text if said.finite else "")
+        for case, request in cases.items():
+            metric.update(texts[case], case, request.references)
+        return [{**row, "texts": texts[int(row["case"])]} for row in metric.rows(cases)]

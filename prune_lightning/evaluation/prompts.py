@@ -1,0 +1,101 @@
+"""The prompts of edit requests by kind, and what is common to measurements that score them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from prune_lightning.evaluation.measurement import Cases, EditingMeasurement
+from prune_lightning.evaluation.scoring import PairScores, score_pairs
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.types import EditRequest
+
+Pairs = list[tuple[str, str]]
+
+
+def edit_pair(request: EditRequest) -> Pairs:
+    """Return the edit's own prompt with its new target."""
+    return [(request.prompt, request.target_new)]
+
+
+def paraphrase_pairs(request: EditRequest) -> Pairs:
+    """Return the paraphrases with the new target."""
+    return [(prompt, request.target_new) for prompt in request.paraphrases]
+
+
+def locality_pairs(request: EditRequest) -> Pairs:
+    """Return the prompts that the edit should leave alone, with their own answers."""
+    return [(probe.prompt, probe.answer) for probe in request.locality if probe.answer]
+
+
+def portability_pairs(request: EditRequest) -> Pairs:
+    """Return the questions about consequences of the edit, with their answers."""
+    return [(probe.prompt, probe.answer) for probe in request.portability if probe.answer]
+
+
+def score_kinds(
+    model: LanguageModel, cases: Cases, kinds: Mapping[str, Callable[[EditRequest], Pairs]]
+) -> Iterator[tuple[str, PairScores, Tensor]]:
+    """Score all kinds of pairs in one pass; yield each kind's scores, and the case of each score.
+
+    Args:
+        model: The language model.
+        cases: Requests to score.
+        kinds: By name of the kind, its pairs.
+    """
+    flat = [(kind, case, pair) for kind, pairs in kinds.items() for case, r in cases.items() for pair in pairs(r)]
+    scores = score_pairs(model, [pair for _, _, pair in flat])
+    owner = torch.tensor([case for _, case, _ in flat], dtype=torch.long, device=model.device)
+    for kind in kinds:
+        here = torch.tensor([i for i, (k, _, _) in enumerate(flat) if k == kind], dtype=torch.long, device=model.device)
+        yield kind, scores[here], owner[here]
+
+
+class SampledMeasurement(EditingMeasurement):
+    """A measurement of at most some of the cases: always the same ones, spread evenly over the stream.
+
+    Args:
+        max_cases: How many of the stream's requests; ``None`` for all.
+        enabled: See :class:`Measurement`.
+        counts: See :class:`Measurement`.
+    """
+
+    def __init__(self, max_cases: int | None = None, enabled: bool = True, counts: Sequence[int] | None = None) -> None:
+        super().__init__(enabled, counts)
+        self.max_cases = max_cases
+        self._places: frozenset[int] | None = None
+
+    def take_reference(self, model: LanguageModel, cases: Cases) -> None:
+        """Choose the cases."""
+        self._places = frozenset(spread(sorted(cases), self.max_cases))
+
+    def chosen(self, cases: Cases) -> Cases:
+        """Return those of some cases that are measured."""
+        places = frozenset(spread(sorted(cases), self.max_cases)) if self._places is None else self._places
+        return {place: request for place, request in cases.items() if place in places}
+
+
+def spread(places: Sequence[int], count: int | None) -> list[int]:
+    """Return ``count`` of some places, the first and the last among them, evenly spread.
+
+    >>> spread(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    if count is None or count >= len(places):
+        return list(places)
+    step = (len(places) - 1) / max(count - 1, 1)
+    return [places[round(i * step)] for i in range(count)]
+
+
+def comparable(model: LanguageModel, cases: Cases) -> Iterator[Cases]:
+    """Yield cases in the groups in which a model has to be run to be compared with its former self.
+
+    In half precision a first choice can flip with the batch that a row is in; there each case is run by itself, in the
+    same batch before and after. Otherwise all are run together.
+    """
+    if torch.finfo(model.model.dtype).bits >= 32:
+        yield cases
+    else:
+        yield from ({place: request} for place, request in cases.items())

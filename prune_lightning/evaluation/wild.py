@@ -1,0 +1,189 @@
+"""WILD: what an edited model says when it is asked and left to answer by itself (Yang et al., 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torchmetrics import Metric
+
+from prune_lightning.errors import UserError, one_of
+from prune_lightning.evaluation.decoding import Continuation, decode
+from prune_lightning.evaluation.judging import Judge, judge_prompt, verdict
+from prune_lightning.evaluation.measurement import Cases
+from prune_lightning.evaluation.prompts import SampledMeasurement, comparable
+from prune_lightning.metrics import CaseMeans
+from prune_lightning.metrics.functional import contains, exact_match
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.types import EditRequest
+
+INSTRUCTION = "Please answer the question:\n\nQ: {}\nA:"
+Encoder = Callable[[LanguageModel, str], list[int]]
+
+
+def _chat(model: LanguageModel, question: str) -> list[int]:
+    turns = [{"role": "user", "content": question}]
+    text = model.tokens.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = model.tokens.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+CONTEXTS: dict[str, Encoder] = {
+    "bare": lambda model, question: model.tokens.encode(question),
+    "instruction": lambda model, question: model.tokens.encode(INSTRUCTION.format(question)),
+    "chat": _chat,
+}
+KINDS = ("efficacy", "generalization", "portability")
+
+
+def questions(request: EditRequest, kind: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return a request's questions of one kind, each with the answers that are right."""
+    if kind == "portability":
+        return [(probe.prompt, (probe.answer, *probe.aliases)) for probe in request.portability if probe.answer]
+    prompts = (request.prompt,) if kind == "efficacy" else request.paraphrases
+    return [(prompt, (request.target_new,)) for prompt in prompts]
+
+
+class WildGeneration(SampledMeasurement):
+    """Free greedy answers up to a natural end: exact match, containment, a judge; and whether other answers changed.
+
+    Nothing of the target is shown, neither its tokens nor its length. Locality is 1 where the generated ids are those
+    of the unedited model.
+
+    Args:
+        contexts: How a question is asked: ``bare``, as an ``instruction``, in the tokenizer's ``chat`` template.
+        stops: Texts that end an answer, besides the end token. The full stop also ends "St. Louis" and "3.5"; without
+            it an answer runs to the end of its line.
+        max_new_tokens: Longest answer.
+        judge: Takes a list of prompts and returns a language model's replies; see :func:`judge_prompt`.
+        max_cases: See :class:`SampledMeasurement`.
+        enabled: See :class:`Measurement`.
+        counts: See :class:`Measurement`.
+    """
+
+    name = "edit/wild"
+
+    def __init__(
+        self,
+        contexts: Sequence[str] = ("bare", "instruction", "chat"),
+        stops: Sequence[str] = (".", "\n"),
+        max_new_tokens: int = 50,
+        judge: Judge | None = None,
+        max_cases: int | None = None,
+        enabled: bool = True,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(max_cases, enabled, counts)
+        for context in contexts:
+            one_of("context of edit/wild", context, CONTEXTS)
+        self.contexts, self.stops, self.max_new_tokens, self.judge = tuple(contexts), stops, max_new_tokens, judge
+        self._reference: dict[tuple[str, str], Continuation] = {}
+
+    def metric(self) -> CaseMeans:
+        """Return a fresh metric."""
+        measures = ("exact_match", "contains", *(["judge"] if self.judge else []))
+        names = [f"{c}_{kind}_{measure}" for c in self.contexts for kind in KINDS for measure in measures]
+        counts = ["num_nonfinite", *(["num_unparsable"] if self.judge else [])]
+        return CaseMeans([*names, *(f"{context}_locality" for context in self.contexts)], counts)
+
+    def take_reference(self, model: LanguageModel, cases: Cases) -> None:
+        """Keep what the unedited model says where the edits should change nothing."""
+        super().take_reference(model, cases)
+        self._settle_contexts(model)
+        self._reference = {}
+        for group in comparable(model, self.chosen(cases)):
+            asked = self._locality_questions(group)
+            answers = self._answers(model, [(context, question) for context, _, question in asked])
+            self._reference |= {(c, q): answer for (c, _, q), answer in zip(asked, answers, strict=True)}
+
+    def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
+        """Let the model answer, add the scores to the metric, and return rows with the raw answers."""
+        assert isinstance(metric, CaseMeans)
+        self._settle_contexts(model)
+        cases = self.chosen(cases)
+        said = self._score_answers(metric, model, cases)
+        for group in comparable(model, cases):
+            said += self._score_locality(metric, model, group)
+        rows: dict[int, dict[str, Any]] = {row["case"]: {**row, "generations": []} for row in metric.rows(cases)}
+        for case, generation in said:
+            rows[case]["generations"].append(generation)
+        return list(rows.values())
+
+    def _settle_contexts(self, model: LanguageModel) -> None:
+        if "chat" in self.contexts and not model.tokens.tokenizer.chat_template:
+            rank_zero_warn("edit/wild: the tokenizer has no chat template; the context `chat` is left out")
+            self.contexts = tuple(context for context in self.contexts if context != "chat")
+
+    def _answers(self, model: LanguageModel, asked: Sequence[tuple[str, str]]) -> list[Continuation]:
+        """Return the model's answers to ``(context, question)``; equal ones are asked once."""
+        unique = list(dict.fromkeys(asked))
+        prompts = [CONTEXTS[context](model, question.rstrip()) for context, question in unique]
+        answers = decode(model, prompts, [self.max_new_tokens] * len(prompts), self.stops)
+        by_question = dict(zip(unique, answers, strict=True))
+        return [by_question[question] for question in asked]
+
+    def _locality_questions(self, cases: Cases) -> list[tuple[str, int, str]]:
+        return [(c, i, probe.prompt) for c in self.contexts for i, r in cases.items() for probe in r.locality]
+
+    def _score_locality(
+        self, metric: CaseMeans, model: LanguageModel, cases: Cases
+    ) -> list[tuple[int, dict[str, Any]]]:
+        asked = self._locality_questions(cases)
+        answers = self._answers(model, [(context, question) for context, _, question in asked])
+        said, same = [], []
+        for (context, case, question), answer in zip(asked, answers, strict=True):
+            if (before := self._reference.get((context, question))) is None:
+                raise UserError("edit/wild compares with the unedited model: call take_reference on it first")
+            same.append(answer.finite and before.finite and answer.ids == before.ids)
+            row = {"context": context, "kind": "locality", "prompt": question, "said": answer.text}
+            said.append((case, {**row, "said_before": before.text}))
+        for context in self.contexts:
+            here = [i for i, (c, _, _) in enumerate(asked) if c == context]
+            cases_of = torch.tensor([asked[i][1] for i in here], dtype=torch.long)
+            metric.update(f"{context}_locality", torch.tensor([same[i] for i in here]), cases_of)
+        return said
+
+    def _score_answers(self, metric: CaseMeans, model: LanguageModel, cases: Cases) -> list[tuple[int, dict[str, Any]]]:
+        asked = [
+            (context, kind, case, question, gold)
+            for context in self.contexts
+            for kind in KINDS
+            for case, request in cases.items()
+            for question, gold in questions(request, kind)
+        ]
+        answers = self._answers(model, [(context, question) for context, _, _, question, _ in asked])
+        values: dict[str, list[bool]] = {
+            "exact_match": [a.finite and exact_match(a.text, q[-1]) for a, q in zip(answers, asked, strict=True)],
+            "contains": [a.finite and contains(a.text, q[-1]) for a, q in zip(answers, asked, strict=True)],
+        }
+        replies: list[str] = [""] * len(asked)
+        if self.judge:
+            replies = self._replies([(q[3], q[4][0], a.text) for a, q in zip(answers, asked, strict=True)])
+            values["judge"] = [a.finite and verdict(reply) is True for a, reply in zip(answers, replies, strict=True)]
+        for context in self.contexts:
+            for kind in KINDS:
+                here = [i for i, q in enumerate(asked) if q[:2] == (context, kind)]
+                cases_of = torch.tensor([asked[i][2] for i in here], dtype=torch.long)
+                for measure, found in values.items():
+                    metric.update(f"{context}_{kind}_{measure}", torch.tensor([found[i] for i in here]), cases_of)
+        cases_of = torch.tensor([q[2] for q in asked], dtype=torch.long)
+        metric.update("num_nonfinite", torch.tensor([not answer.finite for answer in answers]), cases_of)
+        if self.judge:
+            metric.update("num_unparsable", torch.tensor([verdict(reply) is None for reply in replies]), cases_of)
+        return [
+            (
+                case,
+                {"context": context, "kind": kind, "prompt": question, "answers": list(gold), "said": answer.text}
+                | ({"reply": reply} if self.judge else {}),
+            )
+            for (context, kind, case, question, gold), answer, reply in zip(asked, answers, replies, strict=True)
+        ]
+
+    def _replies(self, items: Sequence[tuple[str, str, str]]) -> list[str]:
+        assert self.judge is not None
+        replies = list(self.judge([judge_prompt(*item) for item in items]))
+        if len(replies) != len(items):
+            raise UserError(f"the judge of edit/wild gave {len(replies)} replies to {len(items)} prompts")
+        return replies

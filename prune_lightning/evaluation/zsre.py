@@ -1,0 +1,34 @@
+"""zsRE as MEMIT scores it: the share of the target's tokens that are first choices under teacher forcing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchmetrics import Metric
+
+from prune_lightning.evaluation.measurement import Cases, EditingMeasurement
+from prune_lightning.evaluation.prompts import edit_pair, locality_pairs, paraphrase_pairs, score_kinds
+from prune_lightning.metrics import TokenMatch
+from prune_lightning.models.language_model import LanguageModel
+
+
+class ZsREScores(EditingMeasurement):
+    """Token accuracy of efficacy, generalization and specificity (Meng et al., 2023), and their harmonic mean.
+
+    Specificity is measured against the true answer of the unrelated question, not against what the unedited model
+    said: an unedited model does not reach 1.
+    """
+
+    name = "edit/zsre"
+
+    def metric(self) -> TokenMatch:
+        """Return a fresh metric."""
+        return TokenMatch(("efficacy", "generalization", "specificity"), harmonic=True)
+
+    def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
+        """Score every prompt of the cases and add them to the metric."""
+        assert isinstance(metric, TokenMatch)
+        kinds = {"efficacy": edit_pair, "generalization": paraphrase_pairs, "specificity": locality_pairs}
+        for kind, scores, case in score_kinds(model, cases, kinds):
+            metric.update(kind, scores.num_hits, scores.num_tokens, case, nonfinite=scores.nonfinite)
+        return metric.rows(cases)

@@ -1,0 +1,100 @@
+"""Rows of tokens in which sequences that begin alike share their beginning.
+
+Two targets of one prompt, or prompts that begin with the same words, are branches of a tree. A row holds such trees,
+every node once: it sees its ancestors and itself, and stands at its depth. What comes out at a node is what an ordinary
+forward pass gives at that token, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROW_LENGTH = 256
+
+
+@dataclass
+class TreeRow:
+    """One row.
+
+    Attributes:
+        ids: Token of each node.
+        depth: Its position in its sequences.
+        parent: Index of the node before it; a root is its own parent.
+        paths: By index of a sequence, the nodes of its tokens.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    depth: list[int] = field(default_factory=list)
+    parent: list[int] = field(default_factory=list)
+    paths: dict[int, list[int]] = field(default_factory=dict)
+
+    def add(self, index: int, sequence: Sequence[int], shared: list[int]) -> list[int]:
+        """Add a sequence whose first tokens are the nodes ``shared``; return its path."""
+        path = list(shared)
+        for token in sequence[len(shared) :]:
+            node = len(self.ids)
+            self.ids.append(token)
+            self.depth.append(len(path))
+            self.parent.append(path[-1] if path else node)
+            path.append(node)
+        self.paths[index] = path
+        return path
+
+    def sees(self, length: int) -> np.ndarray:
+        """Return which nodes each node sees, shape ``(length, length)``; padding sees itself."""
+        sees = np.eye(length, dtype=bool)
+        for node, parent in enumerate(self.parent):
+            sees[node] |= sees[parent]
+        return sees
+
+
+def grow(sequences: Sequence[Sequence[int]], length: int = ROW_LENGTH) -> list[TreeRow]:
+    """Lay sequences into as few rows as will hold them, sorted so that those that begin alike are neighbours.
+
+    Args:
+        sequences: Token ids.
+        length: Nodes per row; a longer sequence gets a row as long as itself.
+    """
+    rows: list[TreeRow] = []
+    before: Sequence[int] = ()
+    path: list[int] = []
+    for index in sorted(range(len(sequences)), key=lambda i: list(sequences[i])):
+        sequence = sequences[index]
+        shared = next((i for i, (a, b) in enumerate(zip(before, sequence, strict=False)) if a != b), None)
+        shared = min(len(before), len(sequence)) if shared is None else shared
+        if not rows or len(rows[-1].ids) + len(sequence) - shared > length:
+            rows.append(TreeRow())
+            shared = 0
+        path = rows[-1].add(index, sequence, path[:shared])
+        before = sequence
+    return rows
+
+
+def tree_inputs(rows: Sequence[TreeRow], pad_id: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Return a model's inputs for some rows.
+
+    Args:
+        rows: The rows.
+        pad_id: Fills the shorter ones.
+        dtype: Of the additive attention mask: the model's.
+        device: Where the inputs go.
+
+    Returns:
+        ``input_ids`` and ``position_ids``, both ``(rows, longest)``, and ``attention_mask``, ``(rows, 1, longest,
+        longest)``: zero where a node is seen, the dtype's lowest value elsewhere.
+    """
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    positions = torch.zeros_like(ids)
+    sees = np.stack([row.sees(longest) for row in rows])
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        positions[i, : len(row.ids)] = torch.tensor(row.depth)
+    hidden = torch.from_numpy(~sees)[:, None].to(device)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)
+    return {"input_ids": ids.to(device), "position_ids": positions.to(device), "attention_mask": mask}
