@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -25,9 +23,9 @@ from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.metrics.bootstrap import Floats, interval
 from prune_lightning.metrics.functional import retention
-from prune_lightning.spectral import condition_number, sigma_max
 from prune_lightning.types import EditBatch, EditRequest
 
+from ._measuring import edited_spectrum, timed
 from .edit_log import EditLog
 
 Scores = dict[str, float]
@@ -111,9 +109,9 @@ class EditEvaluation(L.Callback):
         with module.evaluation_view():
             for number in module.track(range(len(jobs)), phase, len(jobs) * rounds):
                 name, job = jobs[number]
-                with _timed(self.seconds, name):
+                with timed(self.seconds, name):
                     parts[name].append(job())
-        with _timed(self.seconds, "rows and intervals"):
+        with timed(self.seconds, "rows and intervals"):
             return self._joined(parts, weights, num_edits, due)
 
     def _joined(
@@ -152,7 +150,7 @@ class EditEvaluation(L.Callback):
         due: Sequence[Measurement],
     ) -> Iterable[tuple[str, Job]]:
         """Yield everything there is to do, each with the name of its measurement."""
-        yield "spectrum", partial(_spectrum, module)
+        yield "spectrum", partial(edited_spectrum, module)
         if self.stream and num_edits:
             yield self.stream.name, partial(self.stream.look, module.language_model, cases, num_edits, weights)
         for measurement in due:
@@ -205,13 +203,13 @@ class EditEvaluation(L.Callback):
         self.stream = StreamScores() if self.edit_log and not from_base else None
         if not self.baseline:
             for measurement in self.measurements:
-                with _timed(self.seconds, measurement.name):
+                with timed(self.seconds, measurement.name):
                     measurement.take_reference(module.language_model, cases)
             self.baseline = self.evaluate(module, self._probed, 0, self.measurements)
         self._record(trainer, 0, self.baseline)
         if self.stream and self.edit_log:
             unrelated = dict.fromkeys(probe for request in cases.values() for probe in request.locality)
-            with _timed(self.seconds, self.stream.name):
+            with timed(self.seconds, self.stream.name):
                 rows = self.stream.begin(module.language_model, cases, commits, list(unrelated)[: self.max_cases])
             self.case_rows.add(self.stream.name, 0, rows)
             self.edit_log.stream = self.stream
@@ -232,7 +230,7 @@ class EditEvaluation(L.Callback):
                 for m in self.measurements:
                     if isinstance(m, EditingMeasurement):
                         metric, rows = self._immediate[m.name]
-                        with _timed(self.seconds, m.name):
+                        with timed(self.seconds, m.name):
                             rows.extend(m.update(metric, module.language_model, cases))
         due = self._due(before, module.num_edits, trainer.is_last_batch)
         if due is not None:
@@ -282,23 +280,6 @@ class EditEvaluation(L.Callback):
         self.curve.append({"num_edits": num_edits, **scores})
         for logger in trainer.loggers:
             logger.log_metrics(scores, step=num_edits)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] += time.perf_counter() - start
-
-
-def _spectrum(module: EditingModule) -> Measured:
-    matrices = module.edited_matrices().values()
-    return Measured(
-        {
-            "sigma_max_delta": max(sigma_max(matrix.delta()) for matrix in matrices),
-            "condition_number": max(condition_number(matrix.weight()) for matrix in matrices),
-        }
-    )
 
 
 def _editing_module(module: L.LightningModule) -> EditingModule:
