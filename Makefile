@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env run test lint compare pretrain clean
+.PHONY: env run test lint compare editors forgetting pretrain clean
 
 env: .venv/.done
 
@@ -33,6 +33,18 @@ compare: env
 	rm -rf runs/compare
 	$(BIN)/python train.py -m experiment=compare method=rome,r_rome,memit restraint=none,prune,prune_end,prune_restrained
 	$(BIN)/python -m prune_lightning.report.compare runs/compare/*-*-* --out docs
+
+# The table and the figure of docs/editing.md, and the figure of docs/stream.md.
+editors: env
+	rm -rf runs/editors
+	$(BIN)/python train.py -m experiment=editors restraint=none,prune,rect \
+		method=rome,r_rome,memit,emmet,alphaedit,mend,kn,ft_l,ft_m,lora
+	$(BIN)/python -m prune_lightning.report.compare runs/editors/*-*-* --out docs/editors
+
+forgetting: env
+	rm -rf runs/forgetting
+	$(BIN)/python train.py -m experiment=forgetting method=rome,r_rome,memit,emmet,alphaedit restraint=none
+	$(BIN)/python -m prune_lightning.report.compare runs/forgetting/*-*-* --out docs --figures forgetting
 
 # Train the bundled model from scratch (about half an hour on two cores).
 pretrain: env
