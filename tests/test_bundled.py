@@ -53,11 +53,8 @@ def test_questions_and_neighbours_are_about_subjects_that_are_never_edited():
     edited = {request.subject for request in stream.requests}
     reserved = {fact.subject for fact in WORLD.facts if fact.reserved}
     assert not edited & reserved
-    asked = {
-        fact.subject
-        for fact in WORLD.facts
-        if f"Question: {fact.question} Answer:" in {item.prompt for item in abilities(WORLD)["qa"].test}
-    }
+    questions = {item.prompt for item in abilities(WORLD)["qa"].test}
+    asked = {fact.subject for fact in WORLD.facts if f"Question: {fact.question} Answer:" in questions}
     assert asked <= reserved
     known = {fact.phrasings[0]: fact for fact in WORLD.facts}
     for request in stream.requests:

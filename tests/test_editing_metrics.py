@@ -62,7 +62,7 @@ def bigram(table):
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="b")
-    return LanguageModel(Bigram(table), tokenizer, ModelFamily("bigram", "{}", "{}", "{}"))
+    return LanguageModel(Bigram(table), tokenizer, ModelFamily("bigram", "{}", "{}", "{}", []))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def test_the_method_of_the_guide_runs(tmp_path):
         path.write_text(text)
     (command,) = re.findall(r"```bash\n(.*?)```", guide, re.DOTALL)
     command = command.strip().replace("python train.py", f"'{sys.executable}' '{ROOT / 'train.py'}'")
-    quick = "evaluation.abilities.max_items=4 progress=false hydra.run.dir=run"
+    quick = "evaluation.miniature.max_items=4 progress=false hydra.run.dir=run"
     done = subprocess.run(
         f"{command} {quick}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )

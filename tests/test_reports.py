@@ -85,7 +85,7 @@ def test_plots_follow_the_scores():
         entry |= {"ability/me_ppl/mean": 20.0 + entry["num_edits"], "ability/new/task": 0.4}
     curve[-1]["ability/new/task"] = None  # not finite
     titles = [axes.get_title() for axes in plot_editing({"run": curve}).axes]
-    assert titles == ["edit/zsre", "edit/wild: contains"]
+    assert titles == ["edits, zsRE", "edits, free answers (WILD): contains"]
     abilities = plot_abilities(
         {"run": curve}, {"run": [{"num_edits": t, "ability/new/task": [0.1, 0.6]} for t in (0, 1)]}
     )

@@ -80,7 +80,9 @@ def test_run_says_how_edits_hold_how_sure_that_is_and_what_it_cost(default_run):
     summary = json.loads((folder / "summary.json").read_text())
     after = [line["after"]["accuracy"] for line in lines(folder)]
     assert summary["final"]["stream/accuracy/acquisition"] == pytest.approx(sum(after) / len(after))
-    assert summary["final"]["stream/accuracy/final"] == summary["final"]["edit/counterfact/efficacy_accuracy"]
+    assert summary["final"]["stream/accuracy/final"] == pytest.approx(
+        summary["final"]["edit/counterfact/efficacy_accuracy"]
+    )
     assert summary["stream"]["abilities"]["ability/miniature/retention"]["area"] == pytest.approx(1.0, abs=0.3)
     assert [row["youngest"] for row in summary["stream"]["forms"]["score"]["by_age"]] == [0, 1, 2]
     assert [entry["num_edits"] for entry in summary["intervals"]] == [0, 1, 2, 3]
