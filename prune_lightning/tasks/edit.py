@@ -16,7 +16,7 @@ from rich.console import Console
 
 from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog, RunProgress, SpectrumMonitor, spectra
 from prune_lightning.data.stream import EditStream
-from prune_lightning.errors import one_of
+from prune_lightning.errors import UserError, one_of
 from prune_lightning.evaluation.measurement import Measurement
 from prune_lightning.evaluation.stream import FORMS, entries
 from prune_lightning.jsonable import write_json
@@ -27,6 +27,7 @@ from prune_lightning.report.page import write_page
 from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
 from prune_lightning.report.table import result_table
 from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories, log_growth
+from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
 from prune_lightning.tasks.resuming import earlier_metrics, ledger_to_go_on_with, log_again
 from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, first_process, quieten, run_folder
@@ -61,6 +62,7 @@ def run(config: DictConfig) -> None:
         trainer = build_trainer(config, callbacks, loggers)
         trainer.fit(module, datamodule=stream)
         stream.skip = 0
+        collapses = _collapses(config, module, evaluation, trainer, restraint)
         looked_at = spectra(module.edited_matrices().values())
         exports = export_all(formats if trainer.is_global_zero else [], config, folder, module, stream, out)
         control = _control(config, module, stream, progress, evaluation) if restraint and config.control else None
@@ -80,7 +82,7 @@ def run(config: DictConfig) -> None:
         "final": _scores(evaluation.curve[-1]),
         "curve": evaluation.curve,
         "intervals": evaluation.intervals,
-        "stream": _stream_summary(evaluation),
+        "stream": {**_stream_summary(evaluation), "collapses": collapses},
         "spectrum": _spectrum_summary(further),
         "control": control and _control_summary(control),
         "case_rows_left_out": evaluation.case_rows.left_out,
@@ -133,6 +135,18 @@ def _evaluation(config: DictConfig, measurements: Sequence[Measurement], **furth
     assert isinstance(options, dict)
     own = {str(name): options[name] for name, entry in config.evaluation.items() if not _is_measurement(entry)}
     return EditEvaluation(measurements=measurements, seed=config.seed, **own, **further)
+
+
+def _collapses(
+    config: DictConfig, module: EditingModule, evaluation: EditEvaluation, trainer: L.Trainer, restraint: Any
+) -> dict[str, int]:
+    """Return the edits to collapse to the step, if that was asked for."""
+    if not config.bisect_collapse or not trainer.is_global_zero:
+        return {}
+    ledgers = [c.ledger for c in trainer.callbacks if isinstance(c, EditLedger)]  # type: ignore[attr-defined]
+    if not ledgers or ledgers[0] is None or getattr(restraint, "schedule", "") == "end":
+        raise UserError("bisect_collapse brings back earlier states: it needs ledger=true, and no restraint at the end")
+    return bisect_collapses(module, ledgers[0], evaluation, restraint.restrain if restraint else None)
 
 
 def _control(

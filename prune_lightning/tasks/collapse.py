@@ -1,0 +1,76 @@
+"""Where between two evaluated counts a model collapsed: bisection over the states that the ledger can bring back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from prune_lightning.callbacks import EditEvaluation
+from prune_lightning.evaluation.measurement import Measurement
+from prune_lightning.ledger import Ledger, replay
+from prune_lightning.ledger.replay import Restrain
+from prune_lightning.methods.base import EditingModule
+from prune_lightning.metrics.functional import retention
+from prune_lightning.report.trajectories import ability_trajectories
+
+THRESHOLD = 0.5
+
+
+def first_true(answer: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the smallest number above ``low`` with a yes, where ``high`` is known to be one and no follows no yes.
+
+    >>> first_true(lambda number: number >= 13, 10, 20)
+    13
+    """
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if answer(middle) else (middle, high)
+    return high
+
+
+def bisect_collapses(
+    module: EditingModule, ledger: Ledger, evaluation: EditEvaluation, restrain: Restrain | None
+) -> dict[str, int]:
+    """Return the edits to collapse of each group of abilities, to the step.
+
+    A group has collapsed where its retention is at most one half, at two evaluated counts in a row. Between the last
+    count before and the first of these, states are brought back and measured. The module ends as it was.
+
+    Args:
+        module: The edited module.
+        ledger: The ledger of its stream.
+        evaluation: What was measured along the stream.
+        restrain: See :func:`prune_lightning.ledger.replay`.
+    """
+    found = {}
+    for measurement in evaluation.measurements:
+        key = f"{measurement.name}/retention"
+        known = ability_trajectories(evaluation.curve, [key]).get(key, {})
+        count = known.get("edits_to_collapse", math.nan)
+        if not measurement.tasks or not count < math.inf:
+            continue
+        earlier = max(entry["num_edits"] for entry in evaluation.curve if entry["num_edits"] < count and key in entry)
+        ends = [line["num_edits"] for line in ledger.lines]
+        low, high = sum(end <= earlier for end in ends), sum(end <= count for end in ends)
+
+        def collapsed(step: int, measurement: Measurement = measurement) -> bool:
+            _go_to(module, ledger, step, restrain)
+            return not _retention(measurement, module, evaluation.baseline) > THRESHOLD
+
+        found[key] = ends[first_true(collapsed, low, high) - 1]
+    if found:
+        _go_to(module, ledger, len(ledger.lines), restrain)
+    return found
+
+
+def _go_to(module: EditingModule, ledger: Ledger, step: int, restrain: Restrain | None) -> None:
+    module.restart()
+    replay(module, ledger.records(module.device, last=step), restrain)
+
+
+def _retention(measurement: Measurement, module: EditingModule, baseline: Mapping[str, Any]) -> float:
+    names: Sequence[str] = measurement.tasks
+    scores = measurement.measure(module.language_model).scores
+    before = {name: baseline[f"{measurement.name}/{name}"] for name in names}
+    return retention({name: scores[name] for name in names}, before)
