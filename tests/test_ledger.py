@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 from conftest import ROOT, quiet_trainer
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_configs import compose
 from test_restraint import BASE, RandomEdits, edits, fit
@@ -98,18 +100,20 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(straight, tmp_path
 
 
 def test_exports_from_a_run_equal_its_live_weights(straight, tmp_path, monkeypatch, capsys):
-    live = load_file(straight / "export" / "full" / "model.safetensors")
-    names = list(edited_run(straight).module.edited_matrices())
-    for kind in ("full", "lora", "delta"):
-        words = ["export", str(straight), "--to", str(tmp_path / kind), "--format", kind]
+    for kind, options in (("full", ()), ("lora", ("--after", "2")), ("delta", ("--after", "2"))):
+        words = ["export", str(straight), "--to", str(tmp_path / kind), "--format", kind, *options]
         monkeypatch.setattr(sys, "argv", words)
         main()
         assert f"exported {kind}" in capsys.readouterr().out
-    assert all(torch.equal(load_file(tmp_path / "full" / "model.safetensors")[name], live[name]) for name in live)
+    live, full = (load_file(f / "model.safetensors") for f in (straight / "export" / "full", tmp_path / "full"))
+    assert live.keys() == full.keys()
+    assert all(torch.equal(full[name], live[name]) for name in live)
     base = load_language_model("pkg://prune_lightning.bundled/model").model
+    adapted = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").merge_and_unload()
     apply_delta(base, tmp_path / "delta")
-    for name in names:
-        assert torch.allclose(base.get_parameter(name), live[name], atol=1e-6)
+    for name, matrix in edited_run(straight, after=2).module.edited_matrices().items():
+        for model in (base, adapted):
+            assert torch.allclose(model.get_parameter(name), matrix.parameter, atol=1e-6)
     monkeypatch.setattr(sys, "argv", ["export", str(straight), "--to", str(tmp_path / "x"), "--without", "3,99"])
     with pytest.raises(SystemExit):
         main()
@@ -401,8 +405,10 @@ METHODS = {
 
 def built(name):
     model = load_language_model("pkg://prune_lightning.bundled/model")
-    config = compose(f"method={name}", *METHODS[name])
-    return instantiate(config.method, language_model=model, _convert_="all")
+    config = compose(f"method={name}", *METHODS[name]).method
+    if "contexts" in config:
+        config.contexts = {"_target_": config.contexts._target_, "fixed": ["The river. "]}
+    return instantiate(config, language_model=model, _convert_="all")
 
 
 def stream():
@@ -433,7 +439,7 @@ def test_lightning_resumes_in_the_middle_of_the_stream(name, tmp_path):
     for tensor in tensors_in(checkpoint):
         assert not any(torch.equal(tensor.to(p), p) for p in base.parameters() if p.shape == tensor.shape)
     own = [*tensors_in(checkpoint["edits"]["matrices"]), *tensors_in(checkpoint["edits"]["memory"])]
-    assert path.stat().st_size < sum(tensor.numel() * tensor.element_size() for tensor in own) + 50_000
+    assert path.stat().st_size < sum(tensor.numel() * tensor.element_size() for tensor in own) + 250_000
 
     resumed = built(name)
     trainer = quiet_trainer(*restraints())
@@ -444,15 +450,22 @@ def test_lightning_resumes_in_the_middle_of_the_stream(name, tmp_path):
     assert not torch.equal(matrix.weight(), matrix.original())
 
 
-def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path):
-    trainer = fit(CaseEdits(tiny("llama"), [1]), edits(2))
-    trainer.save_checkpoint(tmp_path / "two.ckpt")
-    other = CaseEdits(tiny("llama"), [1])
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_checkpoint_holds_for_its_own_model_only(steps, tiny, tmp_path):
+    """Also one of the end of the stream, after which there is nothing left to do but to put the edits back."""
+    path, loader = tmp_path / f"step={steps}.ckpt", DataLoader(edits(3), batch_size=None)
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    module = RandomEdits(tiny("llama"), [1])
+    fit(module, edits(3), PRUNE(BASE), saving, enable_checkpointing=True)
+    again = RandomEdits(tiny("llama"), [1])
+    quiet_trainer(PRUNE(BASE)).fit(again, loader, ckpt_path=path, weights_only=True)
+    for name, matrix in module.edited_matrices().items():
+        assert torch.equal(again.edited_matrices()[name].weight(), matrix.weight())
+    other = RandomEdits(tiny("llama"), [1])
     with torch.no_grad():
         other.language_model.rewrite_module(1).weight[0, 0] += 1
     with pytest.raises(UserError, match="written for another model"):
-        loader = DataLoader(edits(3), batch_size=None)
-        quiet_trainer().fit(other, loader, ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+        quiet_trainer(PRUNE(BASE)).fit(other, loader, ckpt_path=path, weights_only=True)
 
 
 # -- size ---------------------------------------------------------------------------------------------------------
@@ -478,11 +491,12 @@ def test_a_hundred_edits_of_gpt2_xl_take_less_than_a_hundredth_of_the_model(tmp_
         matrix.begin_step()
         left, right = (torch.randn(n, 1, generator=generator) for n in (1600, 6400))
         matrix.add(WeightUpdate(40 * left / left.norm(), right / right.norm()))
-        restraint.restrain(matrix)
+        if step < 8 or step == 100:  # corrections of more than a few directions take no room
+            restraint.restrain(matrix)
         ledger.append(StepRecord(step, step, [edits(1)[0].requests[0].as_dict()], events={"weight": matrix.journal}))
     assert matrix.withheld.left.shape[1] == 100
     size = sum(path.stat().st_size for path in (tmp_path / "ledger").iterdir())
-    assert size < 0.01 * 6.2e9, f"{size / 1e6:.2f} MB"
+    assert size < 0.001 * 6.2e9, f"{size / 1e6:.2f} MB"
     weight = matrix.weight().clone()
     matrix.restore()
     for record in Ledger.open(tmp_path / "ledger").records(weight.device):
