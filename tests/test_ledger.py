@@ -399,6 +399,7 @@ def test_what_is_no_ledger_of_this_base_is_refused(tiny, tmp_path):
 METHODS = {
     "alphaedit": ("method.value.steps=3", "method.layers=[0]"),
     "memit": ("method.value.steps=3", "method.layers=[0]", "method.accumulate_past_keys=true"),
+    "mend": ("method.restart_norm_stats=true",),
     "lora": ("method.steps=4", "method.keep=true"),
 }
 
@@ -426,7 +427,7 @@ def tensors_in(value):
 @pytest.mark.parametrize("name", METHODS)
 def test_lightning_resumes_in_the_middle_of_the_stream(name, tmp_path):
     def restraints():
-        return [PRUNE(1.5)] if name == "lora" else []
+        return [PRUNE(1.5)] if name in ("lora", "mend") else []
 
     module = built(name)
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
@@ -474,7 +475,8 @@ class OneMatrix(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(0.1 * torch.randn(6400, 1600, generator=torch.Generator().manual_seed(0)))
+        weight = 0.02 * torch.randn(6400, 1600, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(weight + 12 / 3200)  # one singular value of 12 beyond the others
         self.matrices = {"weight": EditedMatrix("weight", self.weight, transposed=True)}
         self.evaluation_view, self.num_edits = None, 0
 
