@@ -62,7 +62,7 @@ class EditLedger(L.Callback):
     def _put_back(self, module: EditingModule) -> None:
         assert self.ledger is not None
         check_base(self.ledger, module)
-        restraints = [c for c in module.trainer.callbacks if isinstance(c, Restraint)]  # type: ignore[attr-defined]
+        restraints = _restraints(module.trainer)
         replay(module, self.ledger.records(module.device), restraints[-1].restrain if restraints else None)
         if module.trainer.is_global_zero:
             self.ledger.cut()
@@ -77,7 +77,13 @@ class EditLedger(L.Callback):
         """Begin the ledger."""
         assert isinstance(pl_module, EditingModule)
         if self.ledger is None and trainer.is_global_zero:
-            self.ledger = Ledger.create(self.folder, {**self.base, "originals": originals(pl_module)})
+            about = {
+                **self.base,
+                "device": pl_module.device.type,
+                "restraints": [type(restraint).__name__ for restraint in _restraints(trainer)],
+                "originals": originals(pl_module),
+            }
+            self.ledger = Ledger.create(self.folder, about)
 
     @override
     def on_train_batch_end(
@@ -103,3 +109,7 @@ class EditLedger(L.Callback):
                     weights=weights_fingerprint(pl_module),
                 )
             )
+
+
+def _restraints(trainer: L.Trainer) -> list[Restraint]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Restraint)]  # type: ignore[attr-defined]

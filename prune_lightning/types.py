@@ -84,6 +84,16 @@ class EditRequest:
         """Return the request as plain JSON-able data."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> EditRequest:
+        """Return the request that :meth:`as_dict` took apart, whether or not it was JSON in between."""
+        lists = ("paraphrases", "generation_prompts", "references")
+        probes = {
+            name: tuple(Probe(**{**probe, "aliases": tuple(probe["aliases"])}) for probe in plain[name])
+            for name in ("locality", "portability")
+        }
+        return cls(**{**plain, **{name: tuple(plain[name]) for name in lists}, **probes})
+
 
 @dataclass(frozen=True)
 class EditBatch:

@@ -316,7 +316,7 @@ def test_live_weights_are_bit_equal_afterwards(rome, tmp_path):
 
 
 def test_command_line_names_what_is_missing(tmp_path, monkeypatch, capsys):
-    for folder, message in ((tmp_path, "this run holds no ledger"), (tmp_path / "x", "no run folder")):
+    for folder, message in ((tmp_path, "holds no ledger"), (tmp_path / "x", "no run folder")):
         monkeypatch.setattr(sys, "argv", ["export", str(folder), "--to", str(tmp_path / "out"), "--format", "lora"])
         with pytest.raises(SystemExit) as ended:
             main()

@@ -1,6 +1,8 @@
 """Export what a run has left.
 
 python -m prune_lightning.export RUN --to FOLDER --format full|lora|delta
+python -m prune_lightning.export RUN --to FOLDER --after 50
+python -m prune_lightning.export RUN --to FOLDER --without 3,17
 """
 
 from __future__ import annotations
@@ -9,12 +11,17 @@ import argparse
 import sys
 from pathlib import Path
 
+import transformers
 from rich.console import Console
 
 from prune_lightning.errors import UserError
 from prune_lightning.export.exporting import export
 from prune_lightning.export.formats import FORMATS
 from prune_lightning.export.sources import load_run
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
 
 
 def main() -> None:
@@ -24,11 +31,15 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--format", choices=FORMATS, default="full")
+    parser.add_argument("--after", type=int, metavar="T", help="the model as it was after T edits")
+    parser.add_argument("--without", type=_numbers, default=(), metavar="3,17", help="take these edits back, by number")
     parser.add_argument("--rank", type=int, help="approximate each change by one of this rank (lora, delta)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = parser.parse_args()
+    transformers.logging.disable_progress_bar()
     try:
-        report = export(load_run(options.run), options.to, options.format, options.rank, options.overwrite)
+        source = load_run(options.run, options.after, options.without)
+        report = export(source, options.to, options.format, options.rank, options.overwrite)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

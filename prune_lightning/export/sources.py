@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lightning.errors import UserError
 from prune_lightning.export.lowrank import lowest_rank
 from prune_lightning.fingerprint import fingerprint, sampled_fingerprint
+from prune_lightning.ledger import edited_run
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.models.language_model import LanguageModel
@@ -151,19 +151,18 @@ class ExportSource:
         }
 
 
-def load_run(path: str | Path) -> ExportSource:
-    """Return the edited model that a run has left.
+def load_run(path: str | Path, after: int | None = None, without: Collection[int] = ()) -> ExportSource:
+    """Return the edited model that a run has left, rebuilt from its ledger.
 
     Args:
         path: The run's folder.
+        after: As it was after so many edits; ``None`` for the end.
+        without: Numbers of edits to take back, from 1.
 
     Raises:
-        UserError: There is no such folder, or it holds no ledger of edits from which the model could be rebuilt.
+        UserError: See :func:`prune_lightning.ledger.edited_run`.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"no run folder {str(folder)!r}")
-    raise UserError(
-        f"this run holds no ledger ({folder / 'ledger'}), from which its edited weights could be rebuilt; "
-        "export at the end of a run with export=full, lora or delta"
-    )
+    run = edited_run(path, after, without)
+    model, requests = run.base["model"], tuple(EditRequest.from_dict(request) for request in run.requests)
+    provenance = Provenance(model["path"], model["revision"], run.base["method"], run.base["restraint"], requests)
+    return ExportSource.from_module(run.module, provenance)

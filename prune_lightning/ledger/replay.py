@@ -44,35 +44,45 @@ def weights_fingerprint(module: EditingModule) -> str:
     return sampled_fingerprint({name: matrix.weight() for name, matrix in module.edited_matrices().items()})
 
 
-def replay(module: EditingModule, records: Iterable[StepRecord], restrain: Restrain | None = None) -> None:
+def replay(
+    module: EditingModule, records: Iterable[StepRecord], restrain: Restrain | None = None, memory: bool = True
+) -> None:
     """Bring a module to where it was after these steps, bit for bit: weights, change, and what the method remembers.
 
     Args:
-        module: On its unedited model, prepared.
+        module: On its unedited model; prepared, unless it is not to remember anything.
         records: The first steps of its stream, in order.
         restrain: Restrains one matrix; needed where the run's restraint took away more than was worth keeping.
+        memory: Have the method remember what it did; only needed to edit further.
 
     Raises:
         UserError: ``restrain`` is needed, or the weights come out otherwise than they were.
     """
     matrices = module.edited_matrices()
+    withheld_anew: set[str] = set()  # what is withheld from these is not known yet
     last: StepRecord | None = None
     for record in records:
-        if not record.from_base:
-            for name, events in record.events.items():
-                matrices[name].replay(events)
-                if any(event.recomputed and event.kind == "subtract" for event in events):
+        for name, events in () if record.from_base else record.events.items():
+            withheld = [event for event in events if event.kind == "withhold"]
+            if name in withheld_anew and events:
+                withheld_anew.discard(name)
+                if not withheld:  # the steps that follow keep withholding it
                     _needed(restrain)(matrices[name])
+            matrices[name].replay(events)
+            if withheld and withheld[-1].recomputed:
+                withheld_anew.add(name)
+            if any(event.recomputed and event.kind == "subtract" for event in events):
+                _needed(restrain)(matrices[name])
+        if memory and not record.from_base:
             module.remember(record.observed)
         module.num_edits, module.num_steps = record.num_edits, record.step
         last = record
     if last is None or last.from_base:
         return
     for name, matrix in matrices.items():
-        matrix.write()
-        events = last.events.get(name, ())
-        if events and events[-1].recomputed and events[-1].kind == "withhold":
+        if name in withheld_anew:
             _needed(restrain)(matrix)
+        matrix.write()
         matrix.begin_step()
     if last.weights not in (None, weights_fingerprint(module)):
         raise UserError(
@@ -92,6 +102,7 @@ def without(
     records: Iterable[StepRecord],
     taken_back: Collection[int],
     after_step: Callable[[], Any] | None = None,
+    memory: bool = True,
 ) -> list[StepRecord]:
     """Replay a stream as if some steps had never been: the others' updates as they were computed, one after another.
 
@@ -102,7 +113,8 @@ def without(
         module: On its unedited model, prepared.
         records: All steps of its stream, in order.
         taken_back: Numbers of the steps to leave out.
-        after_step: Called after each step; pass a restraint's ``restrain_all``, or ``None`` where there is none.
+        after_step: Called after each step, when it is counted: restrains as the run's restraint did.
+        memory: Have the method remember what the others did; see :func:`replay`.
 
     Returns:
         The steps that were left out.
@@ -118,11 +130,12 @@ def without(
         for name, changes in updates.items():
             for change in changes:
                 module.edited_matrices()[name].add(change)
-        module.remember(record.observed)
-        if after_step:
-            after_step()
+        if memory:
+            module.remember(record.observed)
         module.num_edits += len(record.requests)
         module.num_steps += 1
+        if after_step:
+            after_step()
     return left_out
 
 

@@ -58,7 +58,7 @@ class Ledger:
         if (folder / "base.json").exists():
             raise UserError(f"{folder} holds the ledger of an earlier run; resume=RUN goes on with it")
         ledger = cls(folder, base)
-        with _disk(folder, 0):
+        with _disk(ledger):
             folder.mkdir(parents=True, exist_ok=True)
             _write(folder / "base.json", json.dumps({"format": FORMAT, **jsonable(base)}, indent=2).encode())
             _write(folder / "steps.jsonl", b"")
@@ -151,15 +151,31 @@ class Ledger:
                 return path
         return None
 
+    def _single(self, step: int) -> Path:
+        return self.folder / f"steps_{step:06d}_{step:06d}.safetensors"
+
     # -- writing --------------------------------------------------------------------------------------------------
     def cut(self) -> None:
         """Make the files end where :attr:`lines` do, before steps are appended again."""
-        with _disk(self.folder, self.num_edits):
-            for step in range(len(self.lines) + 1, len(self.lines) + 1 + _TOGETHER):
-                path = self.folder / f"steps_{step:06d}_{step:06d}.safetensors"
-                path.unlink(missing_ok=True)
+        with _disk(self):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
             _write(self.folder / "steps.jsonl", text.encode())
+            kept = len(self.lines)
+            for path in sorted(self.folder.glob("steps_*_*.safetensors")):
+                first, last = (int(number) for number in path.stem.split("_")[1:])
+                if first <= kept < last:
+                    self._take_apart(path, range(first, kept + 1))
+                if last > kept or (first == last and self._segment(last) != path):
+                    path.unlink()
+            for path in self.folder.glob("*.tmp"):
+                path.unlink()
+
+    def _take_apart(self, path: Path, steps: range) -> None:
+        """Give some steps of a segment of many a segment each."""
+        with safe_open(path, framework="pt") as file:
+            for step in steps:
+                names = [name for name in file.keys() if name.startswith(f"{step}/")]  # noqa: SIM118
+                _write_tensors(self._single(step), {name: file.get_tensor(name) for name in names})
 
     def append(self, record: StepRecord) -> None:
         """Write a step: when this returns, it outlives whatever happens to the process.
@@ -169,9 +185,10 @@ class Ledger:
         """
         line, tensors = record.flatten()
         line = jsonable({**line, "checksum": _checksum(tensors)})
-        with _disk(self.folder, self.num_edits):
-            path = self.folder / f"steps_{record.step:06d}_{record.step:06d}.safetensors"
-            _write_tensors(path, {f"{record.step}/{name}": tensor for name, tensor in tensors.items()})
+        with _disk(self):
+            _write_tensors(
+                self._single(record.step), {f"{record.step}/{name}": tensor for name, tensor in tensors.items()}
+            )
             with (self.folder / "steps.jsonl").open("ab") as file:
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
                 file.flush()
@@ -182,7 +199,7 @@ class Ledger:
 
     def _bring_together(self, last: int) -> None:
         steps = range(last - _TOGETHER + 1, last + 1)
-        singles = [self.folder / f"steps_{step:06d}_{step:06d}.safetensors" for step in steps]
+        singles = [self._single(step) for step in steps]
         together: dict[str, Tensor] = {}
         for path in singles:
             with safe_open(path, framework="pt") as file:
@@ -237,8 +254,8 @@ def _sync_folder(folder: Path) -> None:
 class _disk:
     """Turns trouble with the disk into one clear message."""
 
-    def __init__(self, folder: Path, good: int) -> None:
-        self.folder, self.good = folder, good
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
 
     def __enter__(self) -> None:
         return None
@@ -247,7 +264,8 @@ class _disk:
         if isinstance(error, (OSError, SafetensorError)):
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
             reason = "the disk is full" if full else str(error)
+            folder = self.ledger.folder
             raise UserError(
-                f"the ledger in {self.folder} cannot be written: {reason}. The last good edit is {self.good}; when "
-                f"there is room, resume={self.folder.parent} goes on from there"
+                f"the ledger in {folder} cannot be written: {reason}. The last good edit is {self.ledger.num_edits}; "
+                f"when that is mended, resume={folder.parent} goes on from there"
             ) from error

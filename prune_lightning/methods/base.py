@@ -190,6 +190,12 @@ class EditingModule(L.LightningModule, ABC):
             self.go_on()
             self.go_on = None
 
+    def on_fit_end(self) -> None:
+        """Put earlier edits back where nothing was left to do, so that training never started."""
+        if self.go_on:
+            self.go_on()
+            self.go_on = None
+
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Write one batch of requests into the weights."""
         start = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from prune_lightning.errors import UserError, near
 from prune_lightning.methods.base import EditingModule
@@ -91,6 +91,22 @@ class MEND(EditingModule):
         """Go back to before the first edit."""
         super().restart()
         self._start_moments()
+
+    def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
+        """Return the running moments, if they are estimated from the edits."""
+        return self.memory()
+
+    def remember(self, observed: Mapping[str, Tensor]) -> None:
+        """Go on with these moments."""
+        self.network.load_state_dict(dict(observed), strict=False)
+
+    def memory(self) -> Mapping[str, Tensor]:
+        """Return the running moments, if they are estimated from the edits."""
+        return {name: b.clone() for name, b in self.network.named_buffers()} if self.restart_norm_stats else {}
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Go on with these moments."""
+        self.remember(memory)
 
     def _start_moments(self) -> None:
         if self.restart_norm_stats:

@@ -138,8 +138,11 @@ class FactoredMatrix:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the three factors, and the rank at which the bases are looked at next."""
-        checked_at = torch.tensor(self._checked_at)
-        return {"left": self.left.vectors, "core": self.core, "right": self.right.vectors, "checked_at": checked_at}
+        left, right = (
+            self.left.vectors.clone(),
+            self.right.vectors.clone(),
+        )  # not the room that they may still grow into
+        return {"left": left, "core": self.core, "right": right, "checked_at": torch.tensor(self._checked_at)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state_dict` returned, bit for bit."""

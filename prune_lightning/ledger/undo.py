@@ -1,0 +1,162 @@
+"""A run's edited model from its folder: as it was left, as it was after an edit, or as if some edits never were."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from prune_lightning.errors import UserError
+from prune_lightning.ledger.replay import check_base, replay, without
+from prune_lightning.ledger.store import Ledger
+from prune_lightning.methods.base import EditingModule
+from prune_lightning.models.loading import load_language_model
+
+
+class Restraining(Protocol):
+    """What is needed of a run's restraint."""
+
+    def attach(self, module: nn.Module) -> None:
+        """Take hold of the matrices of a module on its unedited model."""
+        ...
+
+    def restrain(self, matrix: Any) -> None:
+        """Restrain one matrix now."""
+        ...
+
+    def after_step(self, steps: int, last: bool = False) -> bool:
+        """Restrain if the schedule says so."""
+        ...
+
+
+@dataclass(frozen=True)
+class EditedRun:
+    """A run's model with edits in place.
+
+    Args:
+        module: The editing module; not prepared, so that it does not edit further.
+        base: What the ledger says of the base, the method and the restraint.
+        requests: The edits in place, in order, as plain data.
+    """
+
+    module: EditingModule
+    base: Mapping[str, Any]
+    requests: list[dict[str, Any]]
+
+
+def edited_run(path: str | Path, after: int | None = None, taken_back: Collection[int] = ()) -> EditedRun:
+    """Rebuild a run's edited model from its ledger; classes that the ledger names are imported and built.
+
+    Args:
+        path: The run's folder.
+        after: Stop after so many edits, 0 for the unedited model; ``None`` for all of them.
+        taken_back: Numbers of edits to leave out, from 1; see :func:`prune_lightning.ledger.without`.
+
+    Raises:
+        UserError: No run, no ledger, another base, no such edit, one that was written together with others, a damaged
+            segment, or weights that come out otherwise than they were.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"no run folder {str(folder)!r}")
+    ledger = Ledger.open(folder / "ledger")
+    if any(line["from_base"] for line in ledger.lines):
+        raise UserError(f"{folder} put the unedited model back after every step: no edited model is left")
+    count = num_steps(ledger, after)
+    left_out = steps_of(ledger, taken_back, count)
+    module, restraint = _build(ledger)
+    check_base(ledger, module)
+    if restraint:
+        restraint.attach(module)
+    records = ledger.records(module.device, last=count)
+    if not left_out:
+        replay(module, records, restraint.restrain if restraint else None, memory=False)
+    else:
+        _replay_others(module, records, left_out, count, count == len(ledger.lines), restraint)
+    kept = [line for line in ledger.lines[:count] if line["applied"] and line["step"] not in left_out]
+    return EditedRun(module, ledger.base, [request for line in kept for request in line["requests"]])
+
+
+def _replay_others(
+    module: EditingModule,
+    records: Any,
+    left_out: Collection[int],
+    count: int,
+    whole: bool,
+    restraint: Restraining | None,
+) -> None:
+    kept = count - len(left_out)
+
+    def after_step() -> None:
+        if restraint:
+            restraint.after_step(module.num_steps, last=whole and module.num_steps == kept)
+
+    without(module, records, left_out, after_step, memory=False)
+
+
+def num_steps(ledger: Ledger, edits: int | None) -> int:
+    """Return the steps that make up so many edits.
+
+    Raises:
+        UserError: There are not so many, or the last of them was written together with others that are not among them.
+    """
+    if edits is None:
+        return len(ledger.lines)
+    ends = [0, *(line["num_edits"] for line in ledger.lines)]
+    if edits in ends:
+        return ends.index(edits)
+    if not 0 <= edits <= ends[-1]:
+        raise UserError(f"after={edits}: {ledger.folder.parent} holds {ends[-1]} edits")
+    before, behind = max(end for end in ends if end < edits), min(end for end in ends if end > edits)
+    raise UserError(
+        f"edits {before + 1} to {behind} were written in one step: give after={before} or {behind}, not {edits}"
+    )
+
+
+def steps_of(ledger: Ledger, edits: Collection[int], count: int) -> set[int]:
+    """Return the steps, among the first ``count``, that consist of these edits.
+
+    Raises:
+        UserError: An edit is not among them, or was written in one step with others that are not named.
+    """
+    left, steps = set(edits), set()
+    for line in ledger.lines[:count]:
+        members = set(range(line["num_edits"] - len(line["requests"]) + 1, line["num_edits"] + 1))
+        if named := members & left:
+            if named != members:
+                raise UserError(
+                    f"edits {min(members)} to {max(members)} were written in one step: take back all of them or none"
+                )
+            steps.add(line["step"])
+            left -= members
+    if left:
+        held = ledger.lines[count - 1]["num_edits"] if count else 0
+        raise UserError(f"there is no edit {min(left)} to take back: there are {held}")
+    return steps
+
+
+def _build(ledger: Ledger) -> tuple[EditingModule, Restraining | None]:
+    base = ledger.base
+    if not base.keys() >= {"model", "method_options", "restraint_options"}:
+        raise UserError(
+            f"{ledger.folder / 'base.json'} names no model and method: the run was not begun by train.py. Build its "
+            "module, and put the edits back with prune_lightning.ledger.replay"
+        )
+    if len(base["restraints"]) > bool(base["restraint_options"]):
+        raise UserError(
+            f"the run was restrained by {', '.join(base['restraints'])}, not all of them its `restraint`: build its "
+            "module and restraints, and put the edits back with prune_lightning.ledger.replay"
+        )
+    model = load_language_model(**{key: base["model"][key] for key in ("path", "dtype", "revision")})
+    module = instantiate(base["method_options"], language_model=model, _convert_="all")
+    if not isinstance(module, EditingModule):
+        raise UserError(f"{ledger.folder / 'base.json'} names {type(module).__name__}, which is no editing method")
+    if base["device"] == "cuda" and torch.cuda.is_available():
+        module.to("cuda")
+    options = base["restraint_options"]
+    return module, instantiate(options) if options else None

@@ -1,0 +1,508 @@
+"""The ledger: a run goes on from it bit for bit, whatever happened to it, and edits come out of it again."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import ROOT, quiet_trainer
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_configs import compose
+from test_restraint import BASE, RandomEdits, edits, fit
+from test_train import train, without_seconds
+from torch import nn
+from torch.utils.data import DataLoader
+
+from prune_lightning.callbacks import PRUNE, RECT, EditLedger
+from prune_lightning.data.bundled import BundledWorld
+from prune_lightning.errors import UserError
+from prune_lightning.export.__main__ import main
+from prune_lightning.export.delta import apply_delta
+from prune_lightning.export.sources import load_run
+from prune_lightning.ledger import Ledger, StepRecord, base_model, edited_run, replay, store, without
+from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.models.loading import load_language_model
+from prune_lightning.types import EditBatch, EditRequest, WeightUpdate
+
+EDITS = 70  # more than the steps that share a segment
+KILLS = int(os.environ.get("PRUNE_KILLS", "3"))
+RUN = (
+    "method=alphaedit",
+    "restraint=prune",
+    "control=false",
+    "evaluation=editing",
+    "progress=false",
+    f"data.num_edits={EDITS}",
+    "method.value.steps=3",
+)
+
+
+# -- a real run ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("straight")
+    done = train(f"hydra.run.dir={folder}", "export=full", *RUN)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def num_lines(folder: Path) -> int:
+    path = folder / "ledger" / "steps.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_after(folder: Path, lines: int, delay: float, arguments: tuple[str, ...]) -> None:
+    """Start or resume a run, and kill it some time after so many steps are written."""
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while num_lines(folder) < lines:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run had ended before it was killed"
+
+
+def test_a_run_killed_again_and_again_ends_as_if_it_never_was(straight, tmp_path):
+    moments = random.Random(0)
+    planned = sorted(moments.sample(range(1, EDITS - 5), KILLS))
+    arguments = (f"hydra.run.dir={tmp_path}", *RUN)
+    for lines in planned:
+        kill_after(tmp_path, max(lines, num_lines(tmp_path) + 1), moments.uniform(0, 0.12), arguments)
+        arguments = (f"resume={tmp_path}",)
+    done = train(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert without_seconds(tmp_path) == without_seconds(straight)
+    ours, theirs = (Ledger.open(folder / "ledger").lines for folder in (tmp_path, straight))
+    assert [line["weights"] for line in ours] == [line["weights"] for line in theirs]
+    assert [line["checksum"] for line in ours] == [line["checksum"] for line in theirs]
+    rebuilt, live = load_run(tmp_path), load_file(straight / "export" / "full" / "model.safetensors")
+    for matrix in rebuilt.matrices:
+        assert torch.equal(rebuilt.language_model.model.get_parameter(matrix.name), live[matrix.name])
+    finals = [json.loads((folder / "summary.json").read_text())["final"] for folder in (tmp_path, straight)]
+    assert finals[0] == finals[1]
+
+
+def test_exports_from_a_run_equal_its_live_weights(straight, tmp_path, monkeypatch, capsys):
+    for kind, options in (("full", ()), ("lora", ("--after", "2")), ("delta", ("--after", "2"))):
+        words = ["export", str(straight), "--to", str(tmp_path / kind), "--format", kind, *options]
+        monkeypatch.setattr(sys, "argv", words)
+        main()
+        assert f"exported {kind}" in capsys.readouterr().out
+    live, full = (load_file(f / "model.safetensors") for f in (straight / "export" / "full", tmp_path / "full"))
+    assert live.keys() == full.keys()
+    assert all(torch.equal(full[name], live[name]) for name in live)
+    base = load_language_model("pkg://prune_lightning.bundled/model").model
+    adapted = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").merge_and_unload()
+    apply_delta(base, tmp_path / "delta")
+    for name, matrix in edited_run(straight, after=2).module.edited_matrices().items():
+        for model in (base, adapted):
+            assert torch.allclose(model.get_parameter(name), matrix.parameter, atol=1e-6)
+    monkeypatch.setattr(sys, "argv", ["export", str(straight), "--to", str(tmp_path / "x"), "--without", "3,99"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"there is no edit 99 to take back: there are {EDITS}" in capsys.readouterr().err
+
+
+def test_a_run_is_rebuilt_as_it_was_after_an_edit_and_without_some(straight):
+    requests = [json.loads(line)["request"] for line in (straight / "edits.jsonl").read_text().splitlines()]
+    base = edited_run(straight, after=0).module
+    for matrix in base.edited_matrices().values():
+        assert torch.equal(matrix.weight(), matrix.original())
+    at_ten = edited_run(straight, after=10)
+    assert at_ten.requests == requests[:10]
+    assert (at_ten.module.num_edits, at_ten.module.num_steps) == (10, 10)
+    same = edited_run(straight, taken_back=range(11, EDITS + 1)).module  # the restraint of each step was one anew
+    for name, matrix in at_ten.module.edited_matrices().items():
+        assert torch.equal(matrix.weight(), same.edited_matrices()[name].weight())
+    fewer = edited_run(straight, after=10, taken_back=[3, 7])
+    assert fewer.requests == [r for i, r in enumerate(requests[:10], start=1) if i not in (3, 7)]
+    for name, matrix in fewer.module.edited_matrices().items():
+        assert not torch.equal(matrix.weight(), at_ten.module.edited_matrices()[name].weight())
+    with pytest.raises(UserError, match=f"holds {EDITS} edits"):
+        edited_run(straight, after=EDITS + 1)
+    with pytest.raises(UserError, match="there is no edit 11 to take back: there are 10"):
+        edited_run(straight, after=10, taken_back=[11])
+    source = load_run(straight, after=2)
+    assert [request.as_dict() for request in source.provenance.requests] == [
+        EditRequest.from_dict(request).as_dict() for request in requests[:2]
+    ]
+
+
+# -- undo ---------------------------------------------------------------------------------------------------------
+class CaseEdits(RandomEdits):
+    """Random updates that depend on the request alone, and are remembered."""
+
+    def compute_update(self, requests):
+        generator = torch.Generator().manual_seed(int(requests[0].case_id))
+        sides = [torch.randn(32, 1, generator=generator, dtype=torch.float64) for _ in range(2)]
+        return {self.language_model.rewrite_name(1): WeightUpdate(sides[0], sides[1])}, [{} for _ in requests]
+
+    def matrix(self) -> EditedMatrix:
+        (matrix,) = self.edited_matrices().values()
+        return matrix
+
+
+class Keep(L.Callback):
+    """Keeps the weight after every step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.weights.append(pl_module.matrix().weight().clone())
+
+
+def written(tiny, folder, batches, *restraints):
+    """Edit, and return the weight after every step."""
+    module, keep = CaseEdits(tiny("llama"), [1]), Keep()
+    fit(module, batches, *restraints, keep, EditLedger(folder))
+    return keep.weights
+
+
+def fresh(tiny, restraint=None):
+    module = CaseEdits(tiny("llama"), [1])
+    if restraint:
+        restraint.attach(module)
+    return module
+
+
+RESTRAINTS = {
+    "none": lambda: None,
+    "prune": lambda: PRUNE(BASE),
+    "prune restrained": lambda: PRUNE(BASE, accumulate="restrained"),
+    "prune every 3": lambda: PRUNE(BASE, schedule="every_n", every_n=3),
+    "prune end": lambda: PRUNE(BASE, schedule="end"),
+    "rect": lambda: RECT(0.2),
+}
+
+
+@pytest.mark.parametrize("name", RESTRAINTS)
+def test_the_state_after_any_edit_comes_back_bit_for_bit(name, tiny, tmp_path):
+    count, states = (100, 50) if name in ("none", "prune") else (40, 10)
+    restraint = RESTRAINTS[name]()
+    weights = written(tiny, tmp_path, edits(count), *([restraint] if restraint else []))
+    again = RESTRAINTS[name]()
+    module = fresh(tiny, again)
+    base = module.matrix().weight().clone()
+    records = list(Ledger.open(tmp_path).records(module.device))
+    for step in random.Random(1).sample(range(1, count + 1), states):
+        replay(module, records[:step], again.restrain if again else None)
+        assert torch.equal(module.matrix().weight(), weights[step - 1]), step
+        assert module.num_edits == step
+        with base_model(module):
+            assert torch.equal(module.matrix().weight(), base)
+        assert torch.equal(module.matrix().weight(), weights[step - 1])
+        module.restart()
+        assert torch.equal(module.matrix().weight(), base)
+
+
+@pytest.mark.parametrize("name", RESTRAINTS)
+def test_without_some_edits_is_the_stream_in_which_they_never_were(name, tiny, tmp_path):
+    count, kept = (100, 50) if name in ("none", "prune") else (40, 30)
+    taken_back = set(random.Random(2).sample(range(1, count + 1), count - kept))
+    restraint, other, again = (RESTRAINTS[name]() for _ in range(3))
+    written(tiny, tmp_path / "all", edits(count), *([restraint] if restraint else []))
+    rest = [batch for number, batch in enumerate(edits(count), start=1) if number not in taken_back]
+    expected = written(tiny, tmp_path / "rest", rest, *([other] if other else []))[-1]
+    module = fresh(tiny, again)
+
+    def after_step():
+        if again:
+            again.after_step(module.num_steps, last=module.num_steps == kept)
+
+    left_out = without(module, Ledger.open(tmp_path / "all").records(module.device), taken_back, after_step)
+    assert {record.step for record in left_out} == taken_back
+    assert torch.equal(module.matrix().weight(), expected)
+    assert module.num_edits == kept
+
+
+def test_edits_of_one_step_are_taken_back_together(tiny, tmp_path):
+    requests = [batch.requests[0] for batch in edits(6)]
+    batches = [EditBatch(tuple(requests[i : i + 3])) for i in (0, 3)]
+    written(tiny, tmp_path / "ledger", batches)
+    with pytest.raises(UserError, match="edits 1 to 3 were written in one step: take back all of them"):
+        edited_run(tmp_path, taken_back=[2, 4, 5, 6])
+    with pytest.raises(UserError, match="give after=3 or 6, not 4"):
+        edited_run(tmp_path, after=4)
+    with pytest.raises(UserError, match="names no model and method"):
+        edited_run(tmp_path, taken_back=[1, 2, 3])
+
+
+def test_a_correction_of_many_directions_needs_the_restraint(tiny, tmp_path):
+    written(tiny, tmp_path, edits(20), PRUNE(BASE))
+    module = fresh(tiny)
+    with pytest.raises(UserError, match="restrain="):
+        replay(module, Ledger.open(tmp_path).records(module.device))
+    other = PRUNE(BASE + 1)
+    module = fresh(tiny, other)
+    with pytest.raises(UserError, match="the weights after edit 20 come out otherwise"):
+        replay(module, Ledger.open(tmp_path).records(module.device), other.restrain)
+
+
+# -- damage -------------------------------------------------------------------------------------------------------
+def go_on(tiny, folder, batches, *restraints):
+    """Resume, and return the module."""
+    ledger = Ledger.open(folder).verified()
+    module = CaseEdits(tiny("llama"), [1])
+    fit(module, batches[len(ledger.lines) :], *restraints, EditLedger(folder, ledger=ledger))
+    return module
+
+
+def segment(folder: Path, first: int, last: int) -> Path:
+    return folder / f"steps_{first:06d}_{last:06d}.safetensors"
+
+
+def truncated(folder):
+    path = segment(folder, 5, 8)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flipped(folder):
+    path = segment(folder, 5, 8)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def flipped_early(folder):
+    path = segment(folder, 1, 4)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def torn_line(folder):
+    path = folder / "steps.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def lost_lines(folder):
+    path = folder / "steps.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:6]))
+
+
+def missing_segment(folder):
+    segment(folder, 9, 9).unlink()
+
+
+def interrupted_saves(folder):
+    (folder / "steps_000011_000011.safetensors.tmp").write_bytes(b"half")
+    (folder / "steps.jsonl.tmp").write_bytes(b"half")
+    (folder / "steps_000011_000011.safetensors").write_bytes(b"a segment without a line")
+
+
+@pytest.mark.parametrize(
+    ("damage", "good"),
+    [
+        (truncated, 4),
+        (flipped, 7),
+        (flipped_early, 3),
+        (torn_line, 9),
+        (lost_lines, 6),
+        (missing_segment, 8),
+        (interrupted_saves, 10),
+    ],
+)
+def test_a_damaged_ledger_is_gone_on_with_from_the_last_good_edit(damage, good, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_TOGETHER", 4)
+    expected = written(tiny, tmp_path / "straight", edits(14), PRUNE(BASE))[-1]
+    folder = tmp_path / "run"
+    written(tiny, folder, edits(10), PRUNE(BASE))
+    damage(folder)
+    if damage in (truncated, flipped, flipped_early):
+        with pytest.raises(UserError, match=f"the last good edit is {good}"):
+            list(Ledger.open(folder).records(torch.device("cpu")))
+    assert Ledger.open(folder).verified().num_edits == good
+    module = go_on(tiny, folder, edits(14), PRUNE(BASE))
+    assert torch.equal(module.matrix().weight(), expected)
+    ledger, restraint = Ledger.open(folder).verified(), PRUNE(BASE)
+    again = fresh(tiny, restraint)
+    replay(again, ledger.records(again.device), restraint.restrain)
+    assert torch.equal(again.matrix().weight(), expected)
+    kept = sorted(path.name for path in folder.iterdir())
+    assert kept == sorted(path.name for path in (tmp_path / "straight").iterdir())
+
+
+@pytest.mark.parametrize("how", ["fsync", "save_file"])
+@pytest.mark.parametrize("calls", [1, 7, 12, 13, 14])
+def test_a_full_disk_costs_the_latest_edit_at_most(how, calls, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_TOGETHER", 4)
+    expected = written(tiny, tmp_path / "straight", edits(14), PRUNE(BASE))
+    made = 0
+    real = os.fsync if how == "fsync" else store.save_file
+
+    def full(*arguments):
+        nonlocal made
+        made += 1
+        if made > calls + 2:  # the first files have their place
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*arguments)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fsync") if how == "fsync" else (store, "save_file")), full)
+        with pytest.raises(UserError, match="the disk is full") as raised:
+            written(tiny, folder, edits(14), PRUNE(BASE))
+    said = int(str(raised.value).split("The last good edit is ")[1].split(";")[0])
+    good = Ledger.open(folder).verified().num_edits
+    assert said <= good <= said + 1
+    assert torch.equal(go_on(tiny, folder, edits(14), PRUNE(BASE)).matrix().weight(), expected[-1])
+    assert Ledger.open(folder).verified().num_edits == 14
+
+
+def test_what_is_no_ledger_of_this_base_is_refused(tiny, tmp_path):
+    written(tiny, tmp_path / "ledger", edits(2))
+    with pytest.raises(UserError, match="earlier run; resume=RUN"):
+        Ledger.create(tmp_path / "ledger", {})
+    module = CaseEdits(tiny("llama"), [1])
+    with torch.no_grad():
+        module.language_model.rewrite_module(1).weight[3, 5] += 1e-9
+    with pytest.raises(UserError, match="belongs to another base"):
+        fit(module, edits(4)[2:], EditLedger(tmp_path / "ledger", ledger=Ledger.open(tmp_path / "ledger")))
+    with pytest.raises(UserError, match="belongs to another base"):
+        fit(
+            CaseEdits(tiny("llama"), [0]),
+            edits(4)[2:],
+            EditLedger(tmp_path, ledger=Ledger.open(tmp_path / "ledger")),
+        )
+    path = tmp_path / "ledger" / "base.json"
+    content = path.read_text()
+    path.write_text(content.replace('"format": 1', '"format": 99'))
+    with pytest.raises(UserError, match="another version"):
+        Ledger.open(tmp_path / "ledger")
+    path.write_text(content[:-30])
+    with pytest.raises(UserError, match=r"base\.json is damaged"):
+        Ledger.open(tmp_path / "ledger")
+    path.unlink()
+    with pytest.raises(UserError, match="holds no ledger"):
+        Ledger.open(tmp_path / "ledger")
+
+
+# -- Lightning's own checkpoints ----------------------------------------------------------------------------------
+METHODS = {
+    "alphaedit": ("method.value.steps=3", "method.layers=[0]"),
+    "memit": ("method.value.steps=3", "method.layers=[0]", "method.accumulate_past_keys=true"),
+    "mend": ("method.restart_norm_stats=true",),
+    "lora": ("method.steps=4", "method.keep=true"),
+}
+
+
+def built(name):
+    model = load_language_model("pkg://prune_lightning.bundled/model")
+    config = compose(f"method={name}", *METHODS[name]).method
+    if "contexts" in config:
+        config.contexts = {"_target_": config.contexts._target_, "fixed": ["The river. "]}
+    return instantiate(config, language_model=model, _convert_="all")
+
+
+def stream():
+    return BundledWorld(num_edits=8, protocol="sequential_batched", batch_size=2)
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_lightning_resumes_in_the_middle_of_the_stream(name, tmp_path):
+    def restraints():
+        return [PRUNE(1.5)] if name in ("lora", "mend") else []
+
+    module = built(name)
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    quiet_trainer(*restraints(), saving, enable_checkpointing=True).fit(module, datamodule=stream())
+    path = tmp_path / "step=2.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["state_dict"] == {}
+    assert checkpoint["edits"]["num_edits"] == 4
+    base = load_language_model("pkg://prune_lightning.bundled/model").model
+    for tensor in tensors_in(checkpoint):
+        assert not any(torch.equal(tensor.to(p), p) for p in base.parameters() if p.shape == tensor.shape)
+    own = [*tensors_in(checkpoint["edits"]["matrices"]), *tensors_in(checkpoint["edits"]["memory"])]
+    assert path.stat().st_size < sum(tensor.numel() * tensor.element_size() for tensor in own) + 250_000
+
+    resumed = built(name)
+    trainer = quiet_trainer(*restraints())
+    trainer.fit(resumed, datamodule=stream(), ckpt_path=path, weights_only=True)
+    assert (resumed.num_edits, resumed.num_steps, trainer.global_step) == (8, 4, 4)
+    for weight, matrix in module.edited_matrices().items():
+        assert torch.equal(matrix.weight(), resumed.edited_matrices()[weight].weight())
+    assert not torch.equal(matrix.weight(), matrix.original())
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_checkpoint_holds_for_its_own_model_only(steps, tiny, tmp_path):
+    """Also one of the end of the stream, after which there is nothing left to do but to put the edits back."""
+    path, loader = tmp_path / f"step={steps}.ckpt", DataLoader(edits(3), batch_size=None)
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    module = RandomEdits(tiny("llama"), [1])
+    fit(module, edits(3), PRUNE(BASE), saving, enable_checkpointing=True)
+    again = RandomEdits(tiny("llama"), [1])
+    quiet_trainer(PRUNE(BASE)).fit(again, loader, ckpt_path=path, weights_only=True)
+    for name, matrix in module.edited_matrices().items():
+        assert torch.equal(again.edited_matrices()[name].weight(), matrix.weight())
+    other = RandomEdits(tiny("llama"), [1])
+    with torch.no_grad():
+        other.language_model.rewrite_module(1).weight[0, 0] += 1
+    with pytest.raises(UserError, match="written for another model"):
+        quiet_trainer(PRUNE(BASE)).fit(other, loader, ckpt_path=path, weights_only=True)
+
+
+# -- size ---------------------------------------------------------------------------------------------------------
+class OneMatrix(nn.Module):
+    """A matrix of GPT-2 XL's shape under edit, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        weight = 0.02 * torch.randn(6400, 1600, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(weight + 12 / 3200)  # one singular value of 12 beyond the others
+        self.matrices = {"weight": EditedMatrix("weight", self.weight, transposed=True)}
+        self.evaluation_view, self.num_edits = None, 0
+
+    def edited_matrices(self):
+        return self.matrices
+
+
+def test_a_hundred_edits_of_gpt2_xl_take_less_than_a_hundredth_of_the_model(tmp_path):
+    module, restraint = OneMatrix(), PRUNE()
+    restraint.attach(module)
+    matrix, ledger = module.matrices["weight"], Ledger.create(tmp_path / "ledger", {})
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 101):
+        matrix.begin_step()
+        left, right = (torch.randn(n, 1, generator=generator) for n in (1600, 6400))
+        matrix.add(WeightUpdate(40 * left / left.norm(), right / right.norm()))
+        if step < 8 or step == 100:  # corrections of more than a few directions take no room
+            restraint.restrain(matrix)
+        ledger.append(StepRecord(step, step, [edits(1)[0].requests[0].as_dict()], events={"weight": matrix.journal}))
+    assert matrix.withheld.left.shape[1] == 100
+    size = sum(path.stat().st_size for path in (tmp_path / "ledger").iterdir())
+    assert size < 0.001 * 6.2e9, f"{size / 1e6:.2f} MB"
+    weight = matrix.weight().clone()
+    matrix.restore()
+    for record in Ledger.open(tmp_path / "ledger").records(weight.device):
+        matrix.replay(record.events["weight"])
+    matrix.write()
+    restraint.restrain(matrix)
+    assert torch.equal(matrix.weight(), weight)
