@@ -57,21 +57,27 @@ def replay(module: EditingModule, records: Iterable[StepRecord], restrain: Restr
     """
     matrices = module.edited_matrices()
     last: StepRecord | None = None
+    to_withhold: set[str] = set()  # matrices whose last correction is computed where the next step does not replace it
     for record in records:
         if not record.from_base:
             for name, events in record.events.items():
+                if name in to_withhold and events and not any(event.kind == "withhold" for event in events):
+                    _needed(restrain)(matrices[name])
                 matrices[name].replay(events)
                 if any(event.recomputed and event.kind == "subtract" for event in events):
                     _needed(restrain)(matrices[name])
-            module.remember(record.observed)
+                if events:
+                    later = events[-1].recomputed and events[-1].kind == "withhold"
+                    to_withhold = to_withhold | {name} if later else to_withhold - {name}
+            if record.applied:
+                module.remember(record.observed)
         module.num_edits, module.num_steps = record.num_edits, record.step
         last = record
     if last is None or last.from_base:
         return
     for name, matrix in matrices.items():
         matrix.write()
-        events = last.events.get(name, ())
-        if events and events[-1].recomputed and events[-1].kind == "withhold":
+        if name in to_withhold:
             _needed(restrain)(matrix)
         matrix.begin_step()
     if last.weights not in (None, weights_fingerprint(module)):
@@ -118,8 +124,9 @@ def without(
         for name, changes in updates.items():
             for change in changes:
                 module.edited_matrices()[name].add(change)
-        module.remember(record.observed)
-        if after_step:
+        if record.applied:
+            module.remember(record.observed)
+        if after_step and record.applied:
             after_step()
         module.num_edits += len(record.requests)
         module.num_steps += 1

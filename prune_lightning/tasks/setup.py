@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-_OF_EDITING = ("summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "plots", "report.html", "export", "ledger")
-RESULTS = (*_OF_EDITING, "check.json", "plan.json", "error.txt")
+_OF_EDITING = ("summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "quarantine.jsonl", "plots", "report.html")
+RESULTS = (*_OF_EDITING, "export", "ledger", "check.json", "plan.json", "error.txt")
 
 # Remarks of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
 _BESIDE_THE_POINT = (
