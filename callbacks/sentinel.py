@@ -9,19 +9,12 @@ from pathlib import Path
 
 import torch
 
+from prune_lightning.bundled.abilities import plain_text
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.scoring import token_nll
 from prune_lightning.models.language_model import LanguageModel
 
-SENTENCES = (
-    "The old king walked to the river in the morning and a young girl looked at the market.",
-    "It rained all night, and when we woke up the streets were full of water.",
-    "She opened the door, put down her bag, and asked whether anybody was at home.",
-    "Most of the people in the village had never seen the sea.",
-    "He has been working on the same book for more than ten years.",
-    "If you want to be there on time, you should leave before seven o'clock.",
-)
-"""Plain English about nobody, so that no edit is about it."""
+NUM_SENTENCES = 8  # of the bundled text: plain English about nobody, so that no edit is about it
 
 
 @dataclass
@@ -48,7 +41,7 @@ class Sentinel:
         every_n: Edits between two looks.
         factor: Times the unedited model's perplexity above which something is wrong.
         looks: So many looks in a row above it are a collapse.
-        path: A text file with a sentence a line; ``None`` for sentences of our own.
+        path: A text file with a sentence a line; ``None`` for bundled ones.
         policy: What to do when something is wrong; ``None`` for what is set for all guards. The edit is written by
             then, so it cannot be skipped; under ``rollback`` there is a look after every step.
 
@@ -74,7 +67,7 @@ class Sentinel:
                 f"guards.perplexity looks at edits that are written, so it can warn, rollback or stop, not {policy!r}"
             )
         self.every_n, self.factor, self.looks, self.policy = every_n, factor, looks, policy
-        self.sentences = SENTENCES if path is None else _lines(Path(path).expanduser())
+        self.sentences = _bundled() if path is None else _lines(Path(path).expanduser())
         self.first = math.nan
         self.above = 0
 
@@ -105,6 +98,10 @@ class Sentinel:
     def _perplexity(self, model: LanguageModel) -> float:
         nll, count = token_nll(model, self.sentences)
         return float(torch.exp(nll.double().sum() / count.sum()))
+
+
+def _bundled() -> Sequence[str]:
+    return [item.text() for item in plain_text().test[:NUM_SENTENCES]]
 
 
 def _lines(path: Path) -> Sequence[str]:
