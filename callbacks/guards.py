@@ -263,8 +263,10 @@ class Guards(L.Callback):
                 self._written(step["norm"])
             if "look" in step:
                 told = step["look"]
-                figures = [math.nan if told[key] is None else told[key] for key in ("perplexity", "relative")]
-                look = Look(told["num_edits"], *figures, stays=told["stays"])
+                perplexity, relative = (
+                    math.nan if told[key] is None else told[key] for key in ("perplexity", "relative")
+                )
+                look = Look(told["num_edits"], perplexity, relative, told["stays"])
                 self.looks.append(look)
                 if self.sentinel and look.stays:
                     self.sentinel.count(look.relative)
