@@ -147,12 +147,13 @@ def _evaluation(config: DictConfig, measurements: Sequence[Measurement], **furth
 def _control(
     config: DictConfig, module: EditingModule, stream: EditStream, progress: RunProgress, main: EditEvaluation
 ) -> EditEvaluation:
-    """Edit the same stream again without the restraint."""
+    """Edit the same stream again without the restraint, as far as the run went."""
+    steps = module.num_steps
     module.restart()
     progress.prefix = "without restraint: "
     log = EditLog(None)
     evaluation = _evaluation(config, main.measurements, edit_log=log, earlier=main)
-    build_trainer(config, [progress, log, evaluation], []).fit(module, datamodule=stream)
+    build_trainer(config, [progress, log, evaluation], [], max_steps=steps).fit(module, datamodule=stream)
     return evaluation
 
 

@@ -73,8 +73,10 @@ def build_loggers(config: DictConfig, folder: Path) -> list[Logger]:
     return loggers
 
 
-def build_trainer(config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Logger]) -> L.Trainer:
-    """Return the configured Trainer."""
-    trainer: Any = instantiate(config.trainer, callbacks=list(callbacks), logger=list(loggers) or False)
+def build_trainer(
+    config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Logger], **further: Any
+) -> L.Trainer:
+    """Return the configured Trainer; ``further`` arguments go before its configuration."""
+    trainer: Any = instantiate(config.trainer, callbacks=list(callbacks), logger=list(loggers) or False, **further)
     assert isinstance(trainer, L.Trainer)
     return trainer
