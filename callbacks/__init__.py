@@ -6,6 +6,7 @@ The adapter for the Hugging Face Trainer is in ``prune_lightning.callbacks.huggi
 from .edit_evaluation import EditEvaluation
 from .edit_ledger import EditLedger
 from .edit_log import EditLog
+from .guards import Guards
 from .progress import RunProgress
 from .prune import PRUNE
 from .rect import RECT
@@ -19,6 +20,7 @@ __all__ = [
     "EditEvaluation",
     "EditLedger",
     "EditLog",
+    "Guards",
     "Restraint",
     "RunProgress",
     "SpectralRestraint",

@@ -87,6 +87,7 @@ class EditLog(L.Callback):
                 "before": before.as_dict(i),
                 "after": after.as_dict(i),
                 "applied": report.applied,
+                "refused": report.refused,
                 "update_norm": report.update_norm if report.applied else None,
                 **report.details[i],
                 "seconds": report.seconds,

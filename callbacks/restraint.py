@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from prune_lightning.errors import UserError, one_of
+from prune_lightning.methods.base import EditingModule
 from prune_lightning.spectral import HasEditedMatrices, RestrainedMatrix
 from prune_lightning.types import EditBatch, WeightUpdate
 
@@ -46,6 +47,7 @@ class Restraint(L.Callback, ABC):
 
     Attributes:
         matrices: The matrices it holds, by name.
+        pending: Whether something that the steps have done is not restrained yet.
 
     Raises:
         UserError: An unknown schedule.
@@ -59,7 +61,7 @@ class Restraint(L.Callback, ABC):
         self.matrices: dict[str, RestrainedMatrix] = {}
         self._restored: dict[str, dict[str, Tensor]] = {}
         self._steps = 0
-        self._pending = False
+        self.pending = False
 
     # -- what a restraint writes ----------------------------------------------------------------------------------
     @abstractmethod
@@ -109,19 +111,20 @@ class Restraint(L.Callback, ABC):
                         "or with other arguments; what was trained cannot be told from what was there"
                     )
             self.matrices, self._restored = {**matrices}, {}
-        self._steps, self._pending = steps, False
+        self._steps, self.pending = steps, False
 
-    def after_step(self, steps: int, last: bool = False) -> bool:
+    def after_step(self, steps: int, last: bool = False, moved: bool = True) -> bool:
         """Restrain if the schedule says so; return whether it did.
 
         Args:
             steps: Steps since training started; the same number again means that nothing has happened.
             last: This is the last step.
+            moved: The step has moved the weights; an edit that was refused has not.
         """
         if steps != self._steps:
-            self._steps, self._pending = steps, True
+            self._steps, self.pending = steps, self.pending or moved
         due = last or self.schedule == "each" or (self.schedule == "every_n" and steps % self.every_n == 0)
-        if not (self._pending and due):
+        if not (self.pending and due):
             return False
         self.restrain_all()
         return True
@@ -133,13 +136,13 @@ class Restraint(L.Callback, ABC):
             if isinstance(matrix, SnapshotMatrix):
                 matrix.check()
             self.restrain(matrix)
-        self._pending = False
+        self.pending = False
 
     @contextmanager
     def restrained_snapshot(self) -> Iterator[None]:
         """Restrain inside the block only; what is restrained already is left as it is."""
         with ExitStack() as stack:
-            for matrix in self.matrices.values() if self._pending else ():
+            for matrix in self.matrices.values() if self.pending else ():
                 stack.enter_context(matrix.withholding(self.correction(matrix)))
             yield
 
@@ -172,7 +175,8 @@ class Restraint(L.Callback, ABC):
         # An edit that is taken back right after its step is a stream of its own.
         alone = isinstance(batch, EditBatch) and batch.from_base
         last = last_epoch or trainer.global_step == trainer.max_steps or alone
-        if self.after_step(trainer.global_step, last):
+        report = pl_module.last_report if isinstance(pl_module, EditingModule) else None
+        if self.after_step(trainer.global_step, last, moved=report is None or report.applied):
             log_metrics(trainer, pl_module, lambda: self.metrics, always=self.schedule != "each")
 
     @override

@@ -182,6 +182,11 @@ class DenseUpdate:
 MatrixUpdate: TypeAlias = WeightUpdate | DenseUpdate
 
 
+def norm_of_all(updates: Mapping[str, MatrixUpdate]) -> float:
+    """Return the Frobenius norm of a step's update over all its matrices."""
+    return sum(update.norm() ** 2 for update in updates.values()) ** 0.5
+
+
 @dataclass(frozen=True)
 class EditReport:
     """What one edit step did; one entry per request in each list.
@@ -191,7 +196,8 @@ class EditReport:
         update_norm: Frobenius norm of the step's update over all matrices.
         seconds: Wall time of the step.
         details: Per request what the method has to tell, e.g. the steps of its value optimisation.
-        applied: Whether the update was written; one that is not finite is not.
+        applied: Whether the update is in the weights.
+        refused: Why it is not; ``None`` if it is.
     """
 
     requests: tuple[EditRequest, ...]
@@ -199,6 +205,7 @@ class EditReport:
     seconds: float
     details: tuple[Mapping[str, Any], ...] = ()
     applied: bool = True
+    refused: str | None = None
 
 
 class Track(Protocol):

@@ -73,7 +73,7 @@ def replay(
                 withheld_anew.add(name)
             if any(event.recomputed and event.kind == "subtract" for event in events):
                 _needed(restrain)(matrices[name])
-        if memory and not record.from_base:
+        if memory and record.applied and not record.from_base:
             module.remember(record.observed)
         module.num_edits, module.num_steps = record.num_edits, record.step
         last = record
@@ -130,11 +130,11 @@ def without(
         for name, changes in updates.items():
             for change in changes:
                 module.edited_matrices()[name].add(change)
-        if memory:
+        if memory and record.applied:
             module.remember(record.observed)
         module.num_edits += len(record.requests)
         module.num_steps += 1
-        if after_step:
+        if after_step and record.applied:
             after_step()
     return left_out
 

@@ -6,8 +6,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import lightning as L
 import torch
@@ -17,28 +18,18 @@ from torch import Tensor, nn
 
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import fingerprint
+from prune_lightning.methods.edit_clock import EditClock
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.sharing import agreed
 from prune_lightning.spectral import NonFiniteChange
-from prune_lightning.types import EditBatch, EditReport, EditRequest, MatrixUpdate, Track, untracked
+from prune_lightning.types import EditBatch, EditReport, EditRequest, MatrixUpdate, Track, norm_of_all, untracked
 
 COMPARE_EVERY = 100  # edits between two comparisons of the processes' weights
 
-
-class EditClock(torch.optim.Optimizer):
-    """Steps without changing anything, so that Lightning counts edit batches as steps and saves by them.
-
-    Args:
-        parameter: Any parameter that requires a gradient.
-    """
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        super().__init__([parameter], {})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Count."""
+Veto: TypeAlias = Callable[[Sequence[EditRequest], Mapping[str, MatrixUpdate], Sequence[Mapping[str, Any]]], str | None]
+"""Looks at requests, their update and their details before the update is written; returns why it shall not be."""
 
 
 class EditingModule(L.LightningModule, ABC):
@@ -58,6 +49,7 @@ class EditingModule(L.LightningModule, ABC):
         num_edits: Requests handled since the unedited model.
         num_steps: Steps made since the unedited model.
         observed: What the latest step gave to remember.
+        vetoes: Asked in turn about each finite update before it is written; the first refusal counts.
         go_on: Puts earlier edits back, once, when everything is prepared; set by whoever resumes a run.
         last_report: What the latest step did.
         track: Wraps long loops for a progress bar; set by whoever shows one.
@@ -81,6 +73,7 @@ class EditingModule(L.LightningModule, ABC):
         self.evaluation_view: Callable[[], AbstractContextManager[None]] = nullcontext
         self._matrices: dict[str, EditedMatrix] | None = None
         self.observed: dict[str, Tensor] = {}
+        self.vetoes: list[Veto] = []
         self.go_on: Callable[[], None] | None = None
         self.strict_loading = False  # a checkpoint holds what the edits did, not the model
         self._clock = nn.Parameter(torch.zeros(1))  # DDP wraps no module without a trainable parameter
@@ -205,25 +198,59 @@ class EditingModule(L.LightningModule, ABC):
         with self.language_model.frozen_mode():
             updates, details = self.compute_update(batch.requests)
             finite = all(self.edited_matrices()[name].can_hold(update) for name, update in updates.items())
-            if finite:
+            refused = self._refused(batch.requests, updates, details) if finite else self._not_finite(batch.requests)
+            if refused is None:
                 self.write(batch.requests, updates)
-        if not finite:
-            cases = ", ".join(str(request.case_id) for request in batch.requests)
-            message = f"the update of case {cases} is not finite; the model was left as it was"
-            if self.non_finite == "raise":
-                raise NonFiniteChange(f"{message}. `non_finite=skip` goes on with the next edit")
-            rank_zero_warn(f"{message} and the edit skipped")
         self.num_edits += len(batch.requests)
         self.num_steps += 1
-        norm = sum(update.norm() ** 2 for update in updates.values()) ** 0.5 if finite else float("nan")
+        norm = norm_of_all(updates) if finite else float("nan")
         seconds = time.perf_counter() - start
-        if finite and self.num_edits // COMPARE_EVERY != (self.num_edits - len(batch.requests)) // COMPARE_EVERY:
-            self._compare_processes()
-        self.last_report = EditReport(batch.requests, norm, seconds, tuple(details), applied=finite)
+        if refused is None:
+            self._compare_processes(self.num_edits - len(batch.requests))
+        self.last_report = EditReport(batch.requests, norm, seconds, tuple(details), refused is None, refused)
         self.log_dict({"edit/update_norm": norm, "edit/seconds": seconds}, batch_size=len(batch.requests), logger=False)
         clock = self.optimizers()
         assert isinstance(clock, (torch.optim.Optimizer, L.pytorch.core.optimizer.LightningOptimizer))
         clock.step()
+
+    def _refused(
+        self,
+        requests: Sequence[EditRequest],
+        updates: Mapping[str, MatrixUpdate],
+        details: Sequence[Mapping[str, Any]],
+    ) -> str | None:
+        return next((reason for veto in self.vetoes if (reason := veto(requests, updates, details))), None)
+
+    def _not_finite(self, requests: Sequence[EditRequest]) -> str:
+        cases = ", ".join(str(request.case_id) for request in requests)
+        message = f"the update of case {cases} is not finite; the model was left as it was"
+        if self.non_finite == "raise":
+            raise NonFiniteChange(f"{message}. `non_finite=skip` goes on with the next edit")
+        rank_zero_warn(f"{message} and the edit skipped")
+        return "the update is not finite"
+
+    def edits(self) -> dict[str, Any]:
+        """Return what the edits so far have done to the matrices, and what is remembered of them; not a copy."""
+        matrices = {name: matrix.state_dict() for name, matrix in self.edited_matrices().items()}
+        return {"matrices": matrices, "memory": dict(self.memory())}
+
+    def load_edits(self, edits: Mapping[str, Any]) -> None:
+        """Take up what :meth:`edits` returned and write the weights, bit for bit."""
+        for name, matrix in self.edited_matrices().items():
+            matrix.load_state_dict(edits["matrices"][name])
+        self.load_memory({name: tensor.to(self.device) for name, tensor in edits["memory"].items()})
+
+    def take_back(self, before: Mapping[str, Any], reason: str) -> None:
+        """Undo the latest step, whatever was restrained since: it counts as handled, and as refused.
+
+        Args:
+            before: A copy of what :meth:`edits` returned before the step.
+            reason: Why.
+        """
+        assert self.last_report is not None
+        self.load_edits(before)
+        self.observed = {}
+        self.last_report = replace(self.last_report, applied=False, refused=reason)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what the edits did to the weights and what the method remembers; never the model."""
@@ -232,8 +259,7 @@ class EditingModule(L.LightningModule, ABC):
             "num_edits": self.num_edits,
             "num_steps": self.num_steps,
             "originals": {name: fingerprint(m.original()) for name, m in self.edited_matrices().items()},
-            "matrices": {name: matrix.state_dict() for name, matrix in self.edited_matrices().items()},
-            "memory": dict(self.memory()),
+            **self.edits(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -244,13 +270,13 @@ class EditingModule(L.LightningModule, ABC):
         matrices = self.edited_matrices()
         if edits["originals"] != {name: fingerprint(matrix.original()) for name, matrix in matrices.items()}:
             raise UserError("the checkpoint was written for another model, or for other layers of this one")
-        for name, matrix in matrices.items():
-            matrix.load_state_dict(edits["matrices"][name])
-        self.load_memory({name: tensor.to(self.device) for name, tensor in edits["memory"].items()})
+        self.load_edits(edits)
         self.num_edits, self.num_steps = edits["num_edits"], edits["num_steps"]
 
-    def _compare_processes(self) -> None:
-        """Raise if the processes' edited weights have drifted apart."""
+    def _compare_processes(self, before: int) -> None:
+        """Raise, every so many edits, if the processes' edited weights have drifted apart."""
+        if self.num_edits // COMPARE_EVERY == before // COMPARE_EVERY:
+            return
         prints = [fingerprint(matrix.weight()) for matrix in self.edited_matrices().values()]
         if agreed(prints) != prints:
             raise MisconfigurationException(

@@ -36,21 +36,33 @@ class ROME(LocateThenEdit):
         details: list[dict[str, Any]] = []
         with self.provisional():
             for request in requests:
+                keys: list[dict[str, float]] = []
                 for layer, (name, matrix) in zip(self.layers, self.edited_matrices().items(), strict=True):
                     values = self.optimise([request], ShiftSite(layer, "mlp"))
-                    update = self._rank_one(request, layer, values.target[0])
+                    update, key = self._rank_one(request, layer, values.target[0])
                     updates[name].append(update)
+                    keys.append(key)
                     matrix.add_provisionally(WeightUpdate.sum(updates[name]))
-                details.append(values.details[0])
+                details.append(values.details[0] | min(keys, key=lambda key: key["key_ratio"]))
         return {name: WeightUpdate.sum(parts) for name, parts in updates.items()}, details
 
-    def _rank_one(self, request: EditRequest, layer: int, target: Tensor) -> WeightUpdate:
+    def _rank_one(self, request: EditRequest, layer: int, target: Tensor) -> tuple[WeightUpdate, dict[str, float]]:
+        r"""Return the update of one layer, and how well it is posed.
+
+        ``key_cosine`` is :math:`u^\top k / \lVert k \rVert`; ``key_ratio`` is :math:`u^\top k / u^\top \bar k`, 1 where
+        both keys are one, and the update is as many times as large as it would be then as this is small.
+        """
         whitened, written = self._keys(request, layer)
         direction = self.moments[layer].solve(whitened[:, None])
         direction = direction / direction.norm()
         output = self.language_model.rewrite_output(layer, written)
-        left = (target.double() - output.double())[:, None] / (written @ direction[:, 0])
-        return WeightUpdate(left, direction)
+        denominator = written @ direction[:, 0]
+        left = (target.double() - output.double())[:, None] / denominator
+        key = {
+            "key_cosine": float(denominator / written.norm()),
+            "key_ratio": float(denominator / (whitened @ direction[:, 0])),
+        }
+        return WeightUpdate(left, direction), key
 
     def _keys(self, request: EditRequest, layer: int) -> tuple[Tensor, Tensor]:
         if layer != self.layers[0]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog, RunProgress, SpectrumMonitor, spectra
+from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog, Guards, RunProgress, SpectrumMonitor, spectra
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.evaluation.measurement import Measurement
@@ -44,7 +44,7 @@ def run(config: DictConfig) -> None:
     with progress:
         with progress.phase("load"):
             restraint = instantiate(config.restraint) if config.restraint else None
-            further = [instantiate(callback) for callback in (config.callbacks or {}).values()]
+            further = _further_callbacks(config, folder)
             log = EditLog(folder / "edits.jsonl")
             measurements = _measurements(config)
             evaluation = _evaluation(config, measurements, edit_log=log, cases_file=folder / "cases.jsonl")
@@ -84,6 +84,7 @@ def run(config: DictConfig) -> None:
         "intervals": evaluation.intervals,
         "stream": {**_stream_summary(evaluation), "collapses": collapses},
         "spectrum": _spectrum_summary(further),
+        "guards": next((callback.summary() for callback in further if isinstance(callback, Guards)), None),
         "control": control and _control_summary(control),
         "case_rows_left_out": evaluation.case_rows.left_out,
         "exports": exports,
@@ -97,6 +98,14 @@ def run(config: DictConfig) -> None:
     left = "report.html, summary.json, edits.jsonl, cases.jsonl, metrics.csv, plots/, ledger/"
     out.print(f"The run lies in [bold]{folder}[/bold]: {left}")
     raise_failed(exports)
+
+
+def _further_callbacks(config: DictConfig, folder: Path) -> list[L.Callback]:
+    further: list[L.Callback] = [instantiate(callback) for callback in (config.callbacks or {}).values()]
+    for callback in further:
+        if isinstance(callback, Guards):
+            callback.path = folder / "quarantine.jsonl"
+    return further
 
 
 def _method(config: DictConfig) -> EditingModule:
@@ -152,12 +161,13 @@ def _collapses(
 def _control(
     config: DictConfig, module: EditingModule, stream: EditStream, progress: RunProgress, main: EditEvaluation
 ) -> EditEvaluation:
-    """Edit the same stream again without the restraint."""
+    """Edit the same stream again without the restraint, as far as the run went."""
+    steps = module.num_steps
     module.restart()
     progress.prefix = "without restraint: "
     log = EditLog(None)
     evaluation = _evaluation(config, main.measurements, edit_log=log, earlier=main)
-    build_trainer(config, [progress, log, evaluation], []).fit(module, datamodule=stream)
+    build_trainer(config, [progress, log, evaluation], [], max_steps=steps).fit(module, datamodule=stream)
     return evaluation
 
 

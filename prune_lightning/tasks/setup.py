@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-_OF_EDITING = ("summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "plots", "report.html", "export", "ledger")
-RESULTS = (*_OF_EDITING, "check.json", "plan.json", "error.txt")
+_OF_EDITING = ("summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "quarantine.jsonl", "plots", "report.html")
+RESULTS = (*_OF_EDITING, "export", "ledger", "check.json", "plan.json", "error.txt")
 
 # Remarks of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
 _BESIDE_THE_POINT = (
@@ -73,8 +73,10 @@ def build_loggers(config: DictConfig, folder: Path) -> list[Logger]:
     return loggers
 
 
-def build_trainer(config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Logger]) -> L.Trainer:
-    """Return the configured Trainer."""
-    trainer: Any = instantiate(config.trainer, callbacks=list(callbacks), logger=list(loggers) or False)
+def build_trainer(
+    config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Logger], **further: Any
+) -> L.Trainer:
+    """Return the configured Trainer; ``further`` arguments go before its configuration."""
+    trainer: Any = instantiate(config.trainer, callbacks=list(callbacks), logger=list(loggers) or False, **further)
     assert isinstance(trainer, L.Trainer)
     return trainer

@@ -1,0 +1,114 @@
+"""A few fixed sentences whose perplexity shows early that a model breaks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from prune_lightning.bundled.abilities import plain_text
+from prune_lightning.errors import UserError
+from prune_lightning.evaluation.scoring import token_nll
+from prune_lightning.models.language_model import LanguageModel
+
+NUM_SENTENCES = 8  # of the bundled text: plain English about nobody, so that no edit is about it
+
+
+@dataclass
+class Look:
+    """One look.
+
+    Args:
+        num_edits: Edits handled.
+        perplexity: Over all tokens of the sentences, the first of each given; may be infinite or NaN.
+        relative: In units of the unedited model's.
+        stays: The model that was looked at was kept; the latest step was not taken back for it.
+    """
+
+    num_edits: int
+    perplexity: float
+    relative: float
+    stays: bool = True
+
+
+class Sentinel:
+    """Perplexity of a few fixed sentences, relative to the unedited model's.
+
+    Args:
+        every_n: Edits between two looks.
+        factor: Times the unedited model's perplexity above which something is wrong.
+        looks: So many looks in a row above it are a collapse.
+        path: A text file with a sentence a line; ``None`` for bundled ones.
+        policy: What to do when something is wrong; ``None`` for what is set for all guards. The edit is written by
+            then, so it cannot be skipped; under ``rollback`` there is a look after every step.
+
+    Raises:
+        UserError: Settings out of range, or a file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        every_n: int = 10,
+        factor: float = 10.0,
+        looks: int = 3,
+        path: str | None = None,
+        policy: str | None = None,
+    ) -> None:
+        if not (every_n >= 1 and factor > 1 and looks >= 1):
+            raise UserError(
+                "guards.perplexity expects `every_n` and `looks` of at least 1 and `factor` > 1, but got "
+                f"{every_n}, {looks} and {factor}"
+            )
+        if policy not in (None, "warn", "rollback", "stop"):
+            raise UserError(
+                f"guards.perplexity looks at edits that are written, so it can warn, rollback or stop, not {policy!r}"
+            )
+        self.every_n, self.factor, self.looks, self.policy = every_n, factor, looks, policy
+        self.sentences = _bundled() if path is None else _lines(Path(path).expanduser())
+        self.first = math.nan
+        self.above = 0
+
+    def begin(self, model: LanguageModel) -> None:
+        """Look at the unedited model.
+
+        Raises:
+            UserError: It says nothing finite about the sentences, or there is no token to score.
+        """
+        self.first, self.above = self._perplexity(model), 0
+        if not math.isfinite(self.first):
+            raise UserError("guards.perplexity: the unedited model gives the sentences no finite perplexity")
+
+    def look(self, model: LanguageModel, num_edits: int) -> Look:
+        """Look at the model as it is."""
+        perplexity = self._perplexity(model)
+        return Look(num_edits, perplexity, perplexity / self.first)
+
+    def wrong(self, relative: float) -> bool:
+        """Whether a relative perplexity is above the factor, or no number."""
+        return not relative <= self.factor
+
+    def count(self, relative: float) -> bool:
+        """Count a look at a model that stays; whether that makes a collapse."""
+        self.above = self.above + 1 if self.wrong(relative) else 0
+        return self.above >= self.looks
+
+    def _perplexity(self, model: LanguageModel) -> float:
+        nll, count = token_nll(model, self.sentences)
+        return float(torch.exp(nll.double().sum() / count.sum()))
+
+
+def _bundled() -> Sequence[str]:
+    return [item.text() for item in plain_text().test[:NUM_SENTENCES]]
+
+
+def _lines(path: Path) -> Sequence[str]:
+    try:
+        found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"guards.perplexity.path: {str(path)!r} cannot be read: {error}") from error
+    if not found:
+        raise UserError(f"guards.perplexity.path: {str(path)!r} holds no sentence")
+    return found

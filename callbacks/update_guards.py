@@ -1,0 +1,153 @@
+"""Guards that look at an update before it is written: its size, its key, the optimisation of its value."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from bisect import insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from typing_extensions import override
+
+from prune_lightning.errors import UserError, one_of
+from prune_lightning.types import MatrixUpdate, norm_of_all
+
+POLICIES = ("warn", "skip", "rollback", "stop")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a guard finds wrong with a step.
+
+    Args:
+        reason: In words, for the log.
+        figures: What it was found by.
+    """
+
+    reason: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+class UpdateGuard(ABC):
+    """Base of the guards that look at an update before it is written.
+
+    Args:
+        policy: What to do when it finds something; ``None`` for what is set for all guards.
+
+    Raises:
+        UserError: An unknown policy.
+    """
+
+    def __init__(self, policy: str | None = None) -> None:
+        if policy is not None:
+            one_of("guards.policy", policy, POLICIES)
+        self.policy = policy
+
+    @abstractmethod
+    def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
+        """Return what is wrong with a finite update, if anything is.
+
+        Args:
+            updates: By the name of their weight.
+            details: What the method tells of each request of the step.
+        """
+
+    def written(self, norm: float) -> None:  # noqa: B027 - most guards note nothing
+        """Take note of an update that stays in the weights.
+
+        Args:
+            norm: Its Frobenius norm over all matrices.
+        """
+
+
+class NormGuard(UpdateGuard):
+    """Finds an update that is many times as large as the median of those that were written before.
+
+    Args:
+        factor: How many times.
+        after: Updates to wait for before judging.
+        policy: See :class:`UpdateGuard`.
+
+    Raises:
+        UserError: A factor of at most 1, or nothing to compare with.
+    """
+
+    def __init__(self, factor: float = 10.0, after: int = 10, policy: str | None = None) -> None:
+        super().__init__(policy)
+        if not (factor > 1 and after >= 1):
+            raise UserError(f"guards.norm expects `factor` > 1 and `after` >= 1, but got {factor} and {after}")
+        self.factor, self.after = factor, after
+        self._norms: list[float] = []  # ascending
+
+    @override
+    def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
+        """Compare with the lower median so far."""
+        if len(self._norms) < self.after:
+            return None
+        norm, median = norm_of_all(updates), self._norms[(len(self._norms) - 1) // 2]
+        if norm <= self.factor * median:
+            return None
+        times = norm / median if median else math.inf
+        return Finding(f"the update is {times:.3g} times as large as the median", {"norm": norm, "median": median})
+
+    @override
+    def written(self, norm: float) -> None:
+        """Count the norm among those to compare with."""
+        insort(self._norms, norm)
+
+
+class KeyGuard(UpdateGuard):
+    r"""Finds ROME's ill-posed key: :math:`u^\top k` small against :math:`u^\top \bar k`, or negative.
+
+    The update is divided by the former, so it is as many times as large as with one key throughout as the ratio is
+    small. Methods that tell no ``key_ratio`` are not judged.
+
+    Args:
+        least: Smallest ratio that passes.
+        policy: See :class:`UpdateGuard`.
+    """
+
+    def __init__(self, least: float = 0.1, policy: str | None = None) -> None:
+        super().__init__(policy)
+        self.least = least
+
+    @override
+    def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
+        """Look at the smallest ratio of the step."""
+        ratio = min((detail["key_ratio"] for detail in details if "key_ratio" in detail), default=math.inf)
+        if ratio >= self.least:
+            return None
+        return Finding(f"the key is ill-posed: u'k is {ratio:.3g} of what it should be", {"key_ratio": ratio})
+
+
+class ValueGuard(UpdateGuard):
+    """Finds an optimisation that did not move: no lower loss, or a target that is still improbable.
+
+    Methods that tell neither losses nor the target's probability are not judged.
+
+    Args:
+        least_probability: Smallest probability of the target at the end that passes; of a target of several tokens, the
+            geometric mean over them.
+        policy: See :class:`UpdateGuard`.
+    """
+
+    def __init__(self, least_probability: float = 0.01, policy: str | None = None) -> None:
+        super().__init__(policy)
+        self.least_probability = least_probability
+
+    @override
+    def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
+        """Look at every request; the first one that is found counts."""
+        for number, detail in enumerate(details, start=1):
+            losses = detail.get("losses") or [0.0]
+            probability = detail.get("target_probability", 1.0)
+            which = f" of request {number}" if len(details) > 1 else ""
+            if len(losses) > 1 and not losses[-1] < losses[0]:
+                reason = f"the loss{which} went from {losses[0]:.3g} to {losses[-1]:.3g}"
+                return Finding(reason, {"first_loss": losses[0], "last_loss": losses[-1]})
+            if not probability >= self.least_probability:
+                reason = f"the target{which} came to a probability of {probability:.2g} only"
+                return Finding(reason, {"target_probability": probability})
+        return None
