@@ -24,6 +24,8 @@ HALF = 0.5
 KEPT = "ability/miniature/retention"
 WRITTEN = "edit/counterfact/efficacy_score"
 
+_SIDE_BY_SIDE = 5
+
 
 @dataclass(frozen=True)
 class Group:
@@ -152,16 +154,26 @@ def markdown_table(groups: Sequence[Group], keys: Keys) -> str:
 
 
 def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
-    """Draw what is kept and what is written against the number of edits, one column per method; bands over seeds."""
+    """Draw what is kept and what is written against the number of edits; bands over seeds.
+
+    One column per method, five at most side by side.
+    """
     methods = list(dict.fromkeys(group.method for group in groups))
     restraints = list(dict.fromkeys(group.restraint for group in groups))
     names = {WRITTEN: "efficacy (new answer preferred)"}
     rows = {"abilities kept": keys.kept, names.get(keys.written, label(keys.written)): keys.written}
-    drawing = Figure(figsize=(4.2 * len(methods), 3.2 * len(rows)), layout="constrained")
-    grid = np.atleast_2d(drawing.subplots(len(rows), len(methods), sharex=True, sharey=True, squeeze=False))
+    columns = min(len(methods), _SIDE_BY_SIDE)
+    bands = -(-len(methods) // columns)
+    width, height = (4.2, 3.2) if bands == 1 else (2.8, 2.2)
+    drawing = Figure(figsize=(width * columns, height * len(rows) * bands), layout="constrained")
+    grid = np.atleast_2d(drawing.subplots(len(rows) * bands, columns, sharex=True, sharey=True, squeeze=False))
+    for axes in grid.flat:
+        axes.set_axis_off()
     for group in groups:
         for row, key in enumerate(rows.values()):
-            axes = grid[row, methods.index(group.method)]
+            band, column = divmod(methods.index(group.method), columns)
+            axes = grid[band * len(rows) + row, column]
+            axes.set_axis_on()
             counts = group.counts[0 if key == keys.kept else 1 :]
             style = "--" if group.restraint == "none" else "-"
             color = "black" if group.restraint == "none" else f"C{restraints.index(group.restraint)}"
@@ -170,14 +182,15 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
             if len(group.runs) > 1:
                 low, high = zip(*(group.range(key, count) for count in counts), strict=True)
                 axes.fill_between(counts, low, high, color=color, alpha=0.15, lw=0)
-    for row, name in enumerate(rows):
-        grid[row, 0].set_ylabel(name)
-    for column, method in enumerate(methods):
-        grid[0, column].set_title(method)
-        grid[-1, column].set_xlabel("edits")
-        for axes in grid[:, column]:
-            axes.set_ylim(-0.03, 1.05)
-            axes.grid(alpha=0.3)
+    for place, name in enumerate(list(rows) * bands):
+        grid[place, 0].set_ylabel(name if bands == 1 else name.split(" (")[0])
+    for number, method in enumerate(methods):
+        band, column = divmod(number, columns)
+        grid[band * len(rows), column].set_title(method)
+        grid[(band + 1) * len(rows) - 1, column].set_xlabel("edits")
+    for axes in grid.flat:
+        axes.set_ylim(-0.03, 1.05)
+        axes.grid(alpha=0.3)
     handles = {name: handle for axes in grid[0] for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     drawing.legend(handles.values(), handles, loc="outside lower center", ncols=len(restraints), frameon=False)
     return drawing
@@ -251,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "compare" in options.figures:
         (options.out / "compare.md").write_text(table + "\n", "utf-8")
     for name in options.figures:
-        FIGURES[name](groups, keys).savefig(options.out / f"{name}.png", dpi=110)
+        FIGURES[name](groups, keys).savefig(options.out / f"{name}.png", dpi=90)
     sys.stdout.write(table + "\n")
     return 0
 
