@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -30,12 +31,14 @@ from torch.utils.data import DataLoader
 from prune_lightning.callbacks import PRUNE, RECT, EditLedger
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
+from prune_lightning.evaluation.measurement import Measured, Measurement
 from prune_lightning.export.__main__ import main
 from prune_lightning.export.delta import apply_delta
 from prune_lightning.export.sources import load_run
 from prune_lightning.ledger import Ledger, StepRecord, base_model, edited_run, replay, store, without
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.models.loading import load_language_model
+from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.types import EditBatch, EditRequest, WeightUpdate
 
 EDITS = 70  # more than the steps that share a segment
@@ -211,6 +214,34 @@ def test_the_state_after_any_edit_comes_back_bit_for_bit(name, tiny, tmp_path):
         assert torch.equal(module.matrix().weight(), weights[step - 1])
         module.restart()
         assert torch.equal(module.matrix().weight(), base)
+
+
+class Distance(Measurement):
+    """An ability that falls with every edit."""
+
+    name, tasks = "ability/near", ("near",)
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def jobs(self, model, cases):
+        moved = float((model.rewrite_module(1).weight.detach() - self.base).norm())
+        return {"near": lambda: Measured({"near": 1 / (1 + moved)})}
+
+
+def test_the_step_of_a_collapse_is_found_between_two_looks(tiny, tmp_path):
+    weights = written(tiny, tmp_path, edits(40))
+    module = fresh(tiny)
+    measurement = Distance(module.language_model.rewrite_module(1).weight.detach().clone())
+    kept = [1.0, *(1 / (1 + float((weight - module.matrix().original()).norm())) for weight in weights)]
+    at = next(step for step, value in enumerate(kept) if value <= 0.05)
+    scaled = [min(1.0, 0.5 * value / kept[at]) for value in kept]  # half is lost at this very step
+    curve = [{"num_edits": n, "ability/near/retention": scaled[n]} for n in (0, at - 1 - (at > 3), at + 3, at + 6, 40)]
+    baseline = {"ability/near/near": 2 * kept[at]}
+    evaluation = SimpleNamespace(measurements=[measurement], curve=curve, baseline=baseline)
+    assert bisect_collapses(module, Ledger.open(tmp_path), evaluation, None) == {"ability/near/retention": at}
+    assert torch.equal(module.matrix().weight(), weights[-1])
 
 
 @pytest.mark.parametrize("name", RESTRAINTS)
