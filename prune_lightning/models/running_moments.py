@@ -13,7 +13,7 @@ _BLOCK = 512
 
 
 class RunningMoments:
-    r"""Upper triangles of :math:`\sum_i k_i k_i^\top`, one per layer, and what they were with half as many tokens.
+    r"""Upper triangles, in blocks, of :math:`\sum_i k_i k_i^\top`, one per layer, and those of half as many tokens.
 
     The products of a batch are taken in the keys' precision, fp32 at least, and added up in fp64. In a distributed run
     every process adds its share of the batches and counts all of them.
@@ -25,13 +25,14 @@ class RunningMoments:
     Attributes:
         tokens: Tokens counted.
         texts: Texts that they came from; kept for whoever goes on after an interruption.
+        convergence: The largest relative change of a layer's moment since half as many tokens, once it is finished.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self.sums, self.half = (
-            [torch.zeros(n, n, dtype=torch.float64, device=device) for n in sizes] for _ in range(2)
-        )
+        self.sums = [torch.zeros(n, n, dtype=torch.float64, device=device) for n in sizes]
+        self.half: list[Tensor] = []
         self.tokens, self.half_tokens, self.texts = 0, 0, 0
+        self.convergence = float("nan")
 
     def count(self, tokens: int) -> None:
         """Count a batch, whoever adds it; call before :meth:`add`."""
@@ -58,23 +59,19 @@ class RunningMoments:
             for tensor in tensors:
                 tensor.zero_()
 
-    def moments(self) -> list[Tensor]:
-        """Return the second moments, on every process."""
+    def finish(self) -> list[Tensor]:
+        """Return the second moments, on every process; the sums become them, in place."""
         add_up(self.sums)
         add_up(self.half)
-        return [_mirrored(total) / self.tokens for total in self.sums]
-
-    def convergence(self) -> float:
-        """Return the largest relative change of a layer's moment since half as many tokens; after :meth:`moments`."""
-        if not self.half_tokens:
-            return float("nan")
-        changes = [
-            float((_mirrored(now) / self.tokens - _mirrored(then) / self.half_tokens).norm() / _mirrored(now).norm())
-            for now, then in zip(self.sums, self.half, strict=True)
-        ]
-        return max(changes) * self.tokens
-
-
-def _mirrored(triangle: Tensor) -> Tensor:
-    upper = triangle.triu()
-    return upper + upper.triu(1).T
+        if self.half:
+            changes = [
+                float((now / self.tokens).sub_(then, alpha=1 / self.half_tokens).norm() / now.norm())
+                for now, then in zip(self.sums, self.half, strict=True)
+            ]
+            self.convergence = max(changes) * self.tokens
+        for total in self.sums:
+            for start in range(0, len(total), _BLOCK):  # the blocks on the diagonal are whole
+                end = start + _BLOCK
+                total[end:, start:end] = total[start:end, end:].T
+            total /= self.tokens
+        return self.sums

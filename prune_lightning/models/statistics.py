@@ -192,8 +192,8 @@ class SecondMoments:
                 break
         if not running.tokens:
             raise UserError("the statistics corpus holds no text")
-        moments = dict(zip(layers, running.moments(), strict=True))
-        self.num_tokens, self.convergence = running.tokens, running.convergence()
+        moments = dict(zip(layers, running.finish(), strict=True))
+        self.num_tokens, self.convergence = running.tokens, running.convergence
         if store:  # rounded as they are stored, so that a run from the cache is the same run
             moments = {layer: moment.float().double() for layer, moment in moments.items()}
             store.save(moments, {"tokens": running.tokens, "texts": running.texts, "convergence": self.convergence})

@@ -91,8 +91,11 @@ class StatisticsStore:
         if not rank() and path.exists():
             tensors = self._read(path)
             counts = tensors["counts"].tolist()
+            running.half = [torch.zeros_like(total) for total in running.sums if "half.0" in tensors]
             for kind in ("sums", "half"):
                 for i, total in enumerate(getattr(running, kind)):
                     total.copy_(tensors[f"{kind}.{i}"])
         if counts := agreed(counts):
             running.tokens, running.half_tokens, running.texts = counts
+            if running.half_tokens and not running.half:
+                running.half = [torch.zeros_like(total) for total in running.sums]
