@@ -93,7 +93,7 @@ def difference(one: Measured, other: Measured) -> float:
 def main() -> None:
     """Run both paths and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--edits", type=int, default=16)
+    parser.add_argument("--edits", type=int, default=40)
     parser.add_argument("--plain-edits", type=int, default=4, help="how many the plain path is timed on")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtype", default="float32")
