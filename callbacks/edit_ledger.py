@@ -64,6 +64,7 @@ class EditLedger(L.Callback):
         check_base(self.ledger, module)
         restraints = _restraints(module.trainer)
         replay(module, self.ledger.records(module.device), restraints[-1].restrain if restraints else None)
+        module.trainer.strategy.barrier("ledger")  # everybody has read it
         if module.trainer.is_global_zero:
             self.ledger.cut()
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from prune_lightning.errors import UserError
-from prune_lightning.evaluation.batching import TOKEN_BUDGET, by_length
+from prune_lightning.models.batching import TOKEN_BUDGET, by_length
 from prune_lightning.models.language_model import LanguageModel
 
 

@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from prune_lightning.evaluation.batching import TOKEN_BUDGET
 from prune_lightning.evaluation.legacy_tasks import LegacyTask
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.evaluation.scoring import continue_greedily
+from prune_lightning.models.batching import TOKEN_BUDGET
 from prune_lightning.models.language_model import LanguageModel
 
 

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from prune_lightning.errors import UserError
-from prune_lightning.evaluation.batching import TOKEN_BUDGET
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.evaluation.scoring import token_nll
 from prune_lightning.metrics import SentencePerplexity
 from prune_lightning.metrics.functional import perplexity
+from prune_lightning.models.batching import TOKEN_BUDGET
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.records import read_objects
 

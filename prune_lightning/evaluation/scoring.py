@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from prune_lightning.errors import UserError
-from prune_lightning.evaluation.batching import TOKEN_BUDGET, by_length
 from prune_lightning.evaluation.decoding import decode
+from prune_lightning.models.batching import TOKEN_BUDGET, by_length
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.token_tree import ROW_LENGTH, grow, tree_inputs
 from prune_lightning.models.tokenization import EncodedPair

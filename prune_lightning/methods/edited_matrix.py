@@ -102,12 +102,12 @@ class EditedMatrix:
         """Write the weight without ``correction`` inside the block; every bit is put back."""
         before = self.withheld
         self.withheld = correction
-        self._write()
+        self.write()
         try:
             yield
         finally:
             self.withheld = before
-            self._write()
+            self.write()
 
     def subtract(self, correction: WeightUpdate | Tensor) -> None:
         """Take ``correction`` away from the change for good and write the weight."""
@@ -116,7 +116,7 @@ class EditedMatrix:
     def _do(self, event: MatrixEvent) -> None:
         self._apply(event)
         self.journal.append(event)
-        self._write()
+        self.write()
 
     def _apply(self, event: MatrixEvent) -> None:
         if event.kind == "withhold":
@@ -143,9 +143,6 @@ class EditedMatrix:
 
     def write(self) -> None:
         """Write the weight from the change and what is withheld of it."""
-        self._write()
-
-    def _write(self) -> None:
         self.change.write(self.weight(), self.original(), self.withheld)
 
     @torch.no_grad()
@@ -175,7 +172,7 @@ class EditedMatrix:
         if "withheld.left" in state:
             device = fp64(self.change.master[:0]).device
             self.withheld = WeightUpdate(state["withheld.left"].to(device), state["withheld.right"].to(device))
-        self._write()
+        self.write()
 
     def rounding_loss(self) -> float:
         r"""Return what the cast to the weight's dtype lost, :math:`\|W - (W_0+\Delta)\|_F / \|\Delta\|_F`.

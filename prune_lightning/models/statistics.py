@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import sampled_fingerprint
+from prune_lightning.models.batching import by_length
 from prune_lightning.models.hooks import record
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import local_path
@@ -211,11 +212,5 @@ class SecondMoments:
 
     def batches(self, pieces: Sequence[list[int]]) -> Iterator[list[list[int]]]:
         """Yield groups of pieces of similar length, each within the token budget once padded."""
-        batch: list[list[int]] = []
-        for piece in sorted(pieces, key=len):
-            if batch and (len(batch) + 1) * len(piece) > self.token_budget:
-                yield batch
-                batch = []
-            batch.append(piece)
-        if batch:
-            yield batch
+        for group in by_length([len(piece) for piece in pieces], self.token_budget):
+            yield [pieces[i] for i in group]
