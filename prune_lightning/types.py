@@ -146,6 +146,10 @@ class WeightUpdate:
         """Return the update as a matrix ``(out_features, in_features)``."""
         return self.left @ self.right.T
 
+    def add_to(self, matrix: Tensor) -> None:
+        """Add the update in place, in the precision of ``matrix``."""
+        matrix.addmm_(self.left.to(matrix), self.right.to(matrix).T)
+
     def norm(self) -> float:
         r"""Return the Frobenius norm, from the two Gram matrices: :math:`\mathrm{tr}(A^\top A\,B^\top B)^{1/2}`."""
         left, right = self.left.double(), self.right.double()
@@ -169,6 +173,10 @@ class DenseUpdate:
     def dense(self) -> Tensor:
         """Return the update as a matrix ``(out_features, in_features)``."""
         return self.matrix
+
+    def add_to(self, matrix: Tensor) -> None:
+        """Add the update in place, in the precision of ``matrix``."""
+        matrix.add_(self.matrix.to(matrix))
 
     def norm(self) -> float:
         """Return the Frobenius norm."""

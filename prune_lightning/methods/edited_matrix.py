@@ -148,8 +148,10 @@ class EditedMatrix:
     @torch.no_grad()
     def add_provisionally(self, update: MatrixUpdate) -> None:
         """Change the live weight only; whoever does so puts it back (see ``EditingModule.provisional``)."""
-        weight = self.weight()
-        weight.copy_(self.original().to(self.change.master) + self.delta() + update.dense().to(self.change.master))
+        changed = torch.empty_like(self.change.master)
+        self.change.write(changed, self.original(), self.withheld)
+        update.add_to(changed)
+        self.weight().copy_(changed)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -50,7 +50,8 @@ class LayerwiseEdit(LocateThenEdit):
                 assert clean.hidden is not None
                 residual = (values.target.double() - clean.hidden).T / (len(self.layers) - position)
                 updates[name] = self.solve(layer, keys.T, residual)
-                matrix.add_provisionally(updates[name])
+                if layer != self.layers[-1]:  # nothing is read behind the last one
+                    matrix.add_provisionally(updates[name])
         return updates, values.details
 
     def present_keys(self, requests: Sequence[EditRequest]) -> dict[str, Tensor]:

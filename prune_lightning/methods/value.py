@@ -122,7 +122,8 @@ class _Optimisation:
     ) -> None:
         self.model, self.requests, self.options = model, requests, options
         self.layout = Layout(model, requests)
-        self.problem = self._problem(site)
+        self.site = site
+        self.problem: ValueProblem = (UpperForward if options.fast else WholeForward)(model, site, self.layout)
         self.reference = self.problem.reference.to(torch.promote_types(self.problem.reference.dtype, torch.float32))
         self.delta = torch.zeros_like(self.reference)
         self.moments = torch.zeros_like(self.delta), torch.zeros_like(self.delta)
@@ -135,18 +136,20 @@ class _Optimisation:
         self.updates = torch.zeros(count, dtype=torch.long, device=model.device)
         self.losses: list[Tensor] = []  # per step, NaN for requests that were done before
 
-    def _problem(self, site: ShiftSite) -> ValueProblem:
-        """Return the fast path if, without a shift, it says what the whole model says; the plain one otherwise."""
-        if self.options.fast:
-            fast = UpperForward(self.model, site, self.layout)
-            with torch.no_grad():
-                again = fast.logits(self.layout, torch.zeros_like(fast.reference))
-            if agrees(again, fast.base_logits):
-                return fast
-            rank_zero_warn(
-                f"the fast path does not fit {type(self.model.model).__name__}; the whole model runs at every step"
-            )
-        return WholeForward(self.model, site, self.layout)
+    def _logits(self, shift: Tensor) -> Tensor:
+        """Return the logits that the layout reads.
+
+        The first shifts are zero: if the fast path does not say then what the whole model says, the plain one takes
+        over.
+        """
+        logits = self.problem.logits(self.layout, shift)
+        if self.losses or not self.options.fast or agrees(logits.detach(), self.problem.base_logits):
+            return logits
+        rank_zero_warn(
+            f"the fast path does not fit {type(self.model.model).__name__}; the whole model runs at every step"
+        )
+        self.problem = WholeForward(self.model, self.site, self.layout)
+        return self.problem.logits(self.layout, shift)
 
     @staticmethod
     def _log_p(logits: Tensor) -> Tensor:
@@ -175,7 +178,7 @@ class _Optimisation:
     def _loss(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Return loss and negative log-likelihood of the target of each current request."""
         layout, options = self.layout, self.options
-        log_p = self._log_p(self.problem.logits(layout, shift))
+        log_p = self._log_p(self._logits(shift))
         labels = -log_p[: len(layout.label)].gather(1, layout.label[:, None])[:, 0]
         zeros = torch.zeros(len(shift), dtype=labels.dtype, device=labels.device)
         nll = zeros.index_add(0, layout.label_owner, labels * layout.label_weight.to(labels))

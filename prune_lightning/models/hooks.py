@@ -140,6 +140,55 @@ def replace_output(module: nn.Module, output: Any) -> Iterator[None]:
 
 
 @contextmanager
+def only_at(module: nn.Module, places: Tensor) -> Iterator[None]:
+    """Let a module that works token by token, such as an MLP, see some tokens only; elsewhere it returns zero.
+
+    Args:
+        module: The module; what comes in has shape ``(rows, length, width)``.
+        places: Indices into ``rows * length``, all different.
+    """
+    inner = module.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        seen = inner(hidden.flatten(0, 1).index_select(0, places)[None])[0]
+        everywhere = seen.new_zeros(hidden.shape[0] * hidden.shape[1], seen.shape[-1])
+        return everywhere.index_copy(0, places, seen).view(*hidden.shape[:2], -1)
+
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def few_rows(module: nn.Module, most: int = 32) -> Iterator[None]:
+    r"""Let a wide ``Linear`` compute :math:`(W h^\top)^\top` for few rows; other modules are left as they are.
+
+    The same products; but for a handful of rows, libraries for CPUs take up to three times as long for
+    :math:`h W^\top`, which is most of what an LM head costs there.
+
+    Args:
+        module: The LM head; what comes in has shape ``(n, 1, width)``.
+        most: For how many rows.
+    """
+    if type(module) is not nn.Linear or module.bias is not None:
+        yield
+        return
+
+    def forward(hidden: Tensor) -> Tensor:
+        if len(hidden) > most:
+            return functional.linear(hidden, module.weight)
+        return functional.linear(module.weight, hidden[:, 0]).T[:, None]
+
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
 def replace_weight(module: nn.Module, weight: Tensor) -> Iterator[None]:
     """Let a ``Linear`` or ``Conv1D`` compute with another weight inside the block; gradients flow to it.
 

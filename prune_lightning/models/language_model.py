@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_lightning.errors import UserError, near
 from prune_lightning.models.family import ModelFamily, stores_transposed
-from prune_lightning.models.hooks import edit_input
+from prune_lightning.models.hooks import edit_input, few_rows
 from prune_lightning.models.token_tree import grow, tree_inputs
 from prune_lightning.models.tokenization import Tokens
 
@@ -178,7 +178,7 @@ class LanguageModel(nn.Module):
             Logits, shape ``(n, vocabulary)``.
         """
         head = self.model.get_output_embeddings()
-        with edit_input(head, lambda hidden: hidden[rows, positions].unsqueeze(1)):
+        with edit_input(head, lambda hidden: hidden[rows, positions].unsqueeze(1)), few_rows(head):
             return self(input_ids, attention_mask, **kwargs).squeeze(1)
 
     @contextmanager

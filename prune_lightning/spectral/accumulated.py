@@ -37,12 +37,10 @@ class AccumulatedChange:
     @torch.no_grad()
     def add(self, update: MatrixUpdate) -> None:
         """Add an update; a dense one ends the factored form."""
+        update.add_to(self.master)
         if isinstance(update, DenseUpdate):
-            self.master.add_(update.matrix.to(self.master))
             self._make_dense()
-            return
-        self.master.addmm_(update.left.to(self.master), update.right.to(self.master).T)
-        if self._factored is not None:
+        elif self._factored is not None:
             self._pending.append(update)
             rank = self._factored.rank + sum(pending.left.shape[1] for pending in self._pending)
             limit = _FACTORED_UP_TO * min(self.master.shape)
