@@ -13,13 +13,12 @@ from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
 from prune_lightning.models.batching import TOKEN_BUDGET, by_length
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.token_tree import ROW_LENGTH, grow, tree_inputs
+from prune_lightning.models.packing import trees
+from prune_lightning.models.token_tree import ROW_LENGTH, tree_inputs
 from prune_lightning.models.tokenization import EncodedPair
 
 NOTHING = -1
 """In :attr:`PairScores.predicted`: behind the target's end, or the model said nothing finite."""
-SHARED = 0.9
-"""Trees are used where they hold at most this share of the tokens: their mask is dearer than a plain one."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,9 @@ def _plain(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> I
 def _batches(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> Iterator[_Batch]:
     """Yield batches of trees where enough is shared, else of plain rows."""
     sequences = [pair.ids[:-1] for pair in pairs]  # nothing is read at the last token
-    longest = max(map(len, sequences))
-    rows = grow(sequences, max(longest, min(ROW_LENGTH, budget)))
-    nodes = sum(len(row.ids) for row in rows)
-    if nodes > SHARED * sum(map(len, sequences)) or longest > model.tree_depth:
+    lengths = [len(sequence) for sequence in sequences]
+    rows = trees(model, sequences, max(*lengths, min(ROW_LENGTH, budget)), sum(lengths))
+    if rows is None:
         yield from _plain(model, pairs, budget)
         return
     for group in by_length([len(row.ids) for row in rows], budget):

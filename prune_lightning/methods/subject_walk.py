@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prune_lightning.methods.prompts import EditRow
 from prune_lightning.models.hooks import edit_input, pass_through, record
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.packing import pack
 
 
 class SubjectWalk:
@@ -27,9 +28,10 @@ class SubjectWalk:
 
     def __init__(self, model: LanguageModel, rows: Sequence[EditRow], until: int | None = None) -> None:
         self.model, self.until = model, until
-        self.ids, self.mask = model.tokens.pad([row.ids for row in rows], model.device)
-        self._at = torch.arange(len(rows), device=model.device)
-        self._subject = torch.tensor([row.subject for row in rows], device=model.device)
+        packed = pack(model, *model.tokens.pad([row.ids for row in rows], model.device))
+        self._inputs = packed.inputs
+        subject = torch.tensor([row.subject for row in rows], device=model.device)
+        self._at = packed.find(torch.arange(len(rows), device=model.device), subject)
         self._begin: tuple[int, Tensor] | None = None
         self.hidden: Tensor | None = None
 
@@ -44,10 +46,10 @@ class SubjectWalk:
         outputs: list[nn.Module] = [] if self.until is None else [model.block(self.until)]
         wanted: list[nn.Module] = [model.block(layer), model.rewrite_module(layer)]
         with self._beginning(), record(inputs=wanted, outputs=outputs) as seen:
-            model(self.ids, self.mask)
+            model(**self._inputs)
         self._begin = layer, seen.inputs[0]
-        self.hidden = seen.outputs[0][self._at, self._subject].double() if outputs else None
-        return seen.inputs[1][self._at, self._subject].double()
+        self.hidden = seen.outputs[0][self._at].double() if outputs else None
+        return seen.inputs[1][self._at].double()
 
     @contextmanager
     def _beginning(self) -> Iterator[None]:

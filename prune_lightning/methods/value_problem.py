@@ -155,7 +155,14 @@ class UpperForward:
     def __init__(self, model: LanguageModel, site: ShiftSite, layout: Layout) -> None:
         self.site = site
         self.forward = CachedForward(
-            model, site.layer, layout.ids, layout.mask, layout.subject, layout.read_rows, layout.read_positions
+            model,
+            site.layer,
+            layout.ids,
+            layout.mask,
+            layout.subject,
+            layout.read_rows,
+            layout.read_positions,
+            compact=True,
         )
         self.base_logits = self.forward.base_logits
         at_subject = self.forward.mlp_output if site.at == "mlp" else self.forward.hidden[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import copy
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from prune_lightning.models.hooks import pass_through, record, replace_output
+from prune_lightning.models.hooks import only_at, pass_through, record, replace_output
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.packing import pack, plain
 
 
 def agrees(rerun: Tensor, ordinary: Tensor) -> bool:
@@ -42,6 +44,8 @@ class CachedForward:
         rows: Row of each place whose logits are wanted, shape ``(n,)``.
         positions: Position of each place, not before its row's ``start``, shape ``(n,)``.
         above: Higher blocks behind which a rerun may begin as well, see :meth:`behind`.
+        compact: Compute beginnings that rows share once for all of them, and show MLPs no padding, that of the last
+            block only what is read. Who looks into the passes, or puts branches into the blocks, wants whole rows.
 
     Attributes:
         base_logits: Logits at the places in the ordinary forward pass, shape ``(n, vocabulary)``.
@@ -58,30 +62,39 @@ class CachedForward:
         rows: Tensor,
         positions: Tensor,
         above: Sequence[int] = (),
+        compact: bool = False,
     ) -> None:
-        self.model, self.layer = model, layer
+        self.model, self.layer, self._compact = model, layer, compact
         self._in_tuple = model.block_returns_tuple  # found out here, where nobody's hooks are in the way
         cache: Any = DynamicCache()
         layers = [layer, *above]
         modules = [module for kept in layers for module in (model.block(kept), model.mlp(kept))]
+        lengths = mask.sum(1)
+        packed = pack(model, ids, mask) if compact else plain(ids, mask)
+        read, at = packed.find(rows, positions)
         with record(outputs=modules, stop=False) as seen:
-            self.base_logits = model.logits_at(ids, mask, rows, positions, past_key_values=cache, use_cache=True)
-        at_start = torch.arange(len(ids), device=ids.device)
+            self.base_logits = model.logits_at(
+                **packed.inputs, rows=read, positions=at, past_key_values=cache, use_cache=True
+            )
+        row = torch.arange(len(ids), device=ids.device)
 
         # Later tokens begin at slot 0 of the rerun; earlier ones end right before it, padded on the left: the distance
         # between two tokens is that between their slots, as sliding windows want it.
-        before, after = int(start.max()), int((mask.sum(1) - start).max())
+        before, after = int(start.max()), int((lengths - start).max())
         self._positions = (start[:, None] + torch.arange(after, device=ids.device)).clamp_max(ids.shape[1] - 1)
         self._kept = {
-            kept: (seen.outputs[2 * i][at_start[:, None], self._positions], seen.outputs[2 * i + 1][at_start, start])
+            kept: (
+                seen.outputs[2 * i][packed.find(row[:, None], self._positions)],
+                seen.outputs[2 * i + 1][packed.find(row, start)],
+            )
             for i, kept in enumerate(layers)
         }
         earlier = torch.arange(before, device=ids.device) - (before - start)[:, None]
-        later = torch.arange(after, device=ids.device) < (mask.sum(1) - start)[:, None]
+        later = torch.arange(after, device=ids.device) < (lengths - start)[:, None]
         self._mask = torch.cat([earlier >= 0, later], dim=1).to(mask.dtype)
-        where = earlier.clamp_min(0)[:, None, :, None]
+        where = packed.find(row[:, None], earlier.clamp_min(0))
         self._past = [
-            tuple(t.gather(2, where.expand(-1, t.shape[1], -1, t.shape[3])) for t in (level.keys, level.values))
+            tuple(t.transpose(1, 2)[where].transpose(1, 2).contiguous() for t in (level.keys, level.values))
             for level in cache.layers[layer + 1 :]
         ]
 
@@ -100,6 +113,10 @@ class CachedForward:
         other = copy(self)
         other.layer, other._past = layer, self._past[layer - self.layer :]
         return other
+
+    @property
+    def _real(self) -> Tensor:
+        return torch.nonzero(self._mask[:, self._before :].flatten())[:, 0]
 
     @property
     def _before(self) -> int:
@@ -130,7 +147,13 @@ class CachedForward:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         output = (hidden,) if self._in_tuple else hidden
         below = [self.model.block(index) for index in range(self.layer)]
-        with pass_through(below, self._in_tuple), replace_output(self.model.block(self.layer), output):
+        with ExitStack() as stack:
+            stack.enter_context(pass_through(below, self._in_tuple))
+            stack.enter_context(replace_output(self.model.block(self.layer), output))
+            if self._compact:
+                read, last = (rows * hidden.shape[1] + offsets).unique(), self.model.num_layers - 1
+                for index in range(self.layer + 1, self.model.num_layers):
+                    stack.enter_context(only_at(self.model.mlp(index), read if index == last else self._real))
             return self.model.logits_at(
                 ids,
                 self._mask,

@@ -1,0 +1,71 @@
+"""Sequences laid out for one forward pass, and where in it each of their tokens stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.token_tree import ROW_LENGTH, TreeRow, grow, tree_inputs
+
+SHARED = 0.9
+"""Trees are used where they hold at most this share of the tokens: their mask is dearer than a plain one."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """``n`` sequences in one forward pass.
+
+    Args:
+        inputs: What the model is called with.
+        row: Row of each token in the inputs, shape ``(n, longest)``; of what lies behind a sequence's end, any.
+        place: Its place in the row, same shape.
+    """
+
+    inputs: dict[str, Tensor]
+    row: Tensor
+    place: Tensor
+
+    def find(self, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows and places of some tokens, ready to index an activation with."""
+        return self.row[sequences, positions], self.place[sequences, positions]
+
+
+def trees(model: LanguageModel, sequences: Sequence[Sequence[int]], length: int, tokens: int) -> list[TreeRow] | None:
+    """Return rows in which sequences share their beginnings, if the model takes such rows and they pay.
+
+    Args:
+        model: The language model.
+        sequences: Token ids.
+        length: Tokens per row.
+        tokens: What plain rows would take.
+    """
+    rows = grow(sequences, length)
+    if sum(len(row.ids) for row in rows) > SHARED * tokens or max(map(len, sequences)) > model.tree_depth:
+        return None
+    return rows
+
+
+def plain(ids: Tensor, mask: Tensor) -> Packed:
+    """Return right-padded rows as they are: each token stands where it stood."""
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    rows, length = (torch.arange(size, device=ids.device) for size in ids.shape)
+    return Packed(inputs, rows[:, None].expand_as(ids), length.expand_as(ids))
+
+
+def pack(model: LanguageModel, ids: Tensor, mask: Tensor) -> Packed:
+    """Lay out right-padded rows as trees where that pays; otherwise as they are."""
+    sequences = [row[:length] for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
+    grown = trees(model, sequences, max(ROW_LENGTH, ids.shape[1]), ids.numel())
+    if grown is None:
+        return plain(ids, mask)
+    row, place = torch.zeros(2, *ids.shape, dtype=torch.long)
+    for number, tree in enumerate(grown):
+        for index, path in tree.paths.items():
+            row[index] = number
+            place[index, : len(path)] = torch.tensor(path)
+    inputs = tree_inputs(grown, model.tokens.pad_id, model.model.dtype, model.device)
+    return Packed(inputs, row.to(ids.device), place.to(ids.device))
