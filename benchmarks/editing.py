@@ -6,7 +6,8 @@
 
 The plain path is the papers' and the public code's: the value of each request is optimised alone, every step runs the
 whole model and computes all logits (``tests/plain_values.py``), and keys and hidden states take two whole forward
-passes per edited layer. Nothing stops early: 20 steps each. The values of both paths are compared.
+passes per edited layer. Nothing stops early: 20 steps each. Both paths are timed on the same requests (of a batch the
+plain one on its first ones, which it takes one by one in any case), and their values are compared.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from plain_values import plain_value
 
 LAYERS = {"gpt2": {"rome": [5], "memit": [3, 4, 5, 6, 7]}, "llama-3-8b": {"rome": [5], "memit": [4, 5, 6, 7, 8]}}
+SITES = {"rome": "mlp", "memit": "block"}
 WORDS = ("The", "river", "runs", "slowly", "through", "an", "old", "town", "where", "nobody", "has", "lived", "for")
 
 
@@ -67,7 +69,7 @@ def build(method: str, model: LanguageModel, shape: str) -> LocateThenEdit:
 def plain_edit(module: LocateThenEdit, requests: list[EditRequest]) -> Tensor:
     """Do what an edit of the public code does, but for writing the weights; return the values."""
     model = module.language_model
-    site = ShiftSite(module.layers[-1], "block" if len(module.layers) > 1 else "mlp")
+    site = ShiftSite(module.layers[-1], SITES["memit" if isinstance(module, MEMIT) else "rome"])
     values = [plain_value(model, rows, site, module.value)[0] for rows in module.rows(requests)]
     rows = [key_row(model, request, prefix) for request in requests for prefix in module.prefixes]
     ids, mask = model.tokens.pad([row.ids for row in rows], model.device)
@@ -85,36 +87,37 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="+", default=["rome", "memit"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--plain-requests", type=int, default=2, help="how many the plain path is timed on")
+    parser.add_argument("--requests", type=int, default=3, help="how many the plain path is timed on")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     device = torch.device(options.device)
     model = random_model(options.shape, getattr(torch, options.dtype), device)
-    stream = BundledWorld(num_edits=max(options.batch_sizes), protocol="sequential")
+    stream = BundledWorld(num_edits=max(options.requests, *options.batch_sizes), protocol="sequential")
     stream.setup()
     requests = [request for batch in stream.batches() for request in batch.requests]
     records = []
     for method, size in itertools.product(options.methods, options.batch_sizes):
-        module, batch = build(method, model, options.shape), requests[:size]
-        clock(lambda m=module, b=batch: m.compute_update(b[:1]), device)  # warm up
-        whole, (_, _) = clock(lambda m=module, b=batch: m.compute_update(b), device)
-        site = ShiftSite(module.layers[-1], "block" if method == "memit" else "mlp")
-        in_values, values = clock(lambda m=module, b=batch, s=site: m.optimise(b, s), device)
-        timed = batch[: options.plain_requests]
+        module, site = build(method, model, options.shape), ShiftSite(LAYERS[options.shape][method][-1], SITES[method])
+        timed = requests[: options.requests]
+        batches = [requests[start : start + size] for start in range(0, len(timed), size)]
+        clock(lambda m=module, b=batches: m.compute_update(b[0][:1]), device)  # warm up
+        whole, _ = clock(lambda m=module, b=batches: [m.compute_update(batch) for batch in b], device)
+        in_values, values = clock(lambda m=module, b=batches, s=site: [m.optimise(batch, s) for batch in b], device)
         plain, theirs = clock(lambda m=module, b=timed: plain_edit(m, b), device)
-        error = float((values.target[: len(timed)] - theirs).norm() / theirs.norm())
+        edits = sum(len(batch) for batch in batches)
+        ours = torch.cat([part.target for part in values])[: len(timed)]
         records.append(
             {
                 "method": method,
                 "batch": size,
                 "contexts": len(module.prefixes),
                 "layers": list(module.layers),
-                "seconds_per_edit": whole / size,
-                "edits_per_second": size / whole,
+                "seconds_per_edit": whole / edits,
+                "edits_per_second": edits / whole,
                 "plain_seconds_per_edit": plain / len(timed),
-                "ratio": plain / len(timed) / (whole / size),
+                "ratio": plain / len(timed) / (whole / edits),
                 "share_of_values": min(1.0, in_values / whole),
-                "difference": error,
+                "difference": float((ours - theirs).norm() / theirs.norm()),
                 "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
             }
         )
