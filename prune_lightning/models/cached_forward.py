@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from copy import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from prune_lightning.models.hooks import only_at, pass_through, record, replace_output
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.packing import pack, plain
+from prune_lightning.models.packing import PAYS, pack, plain
 
 
 def agrees(rerun: Tensor, ordinary: Tensor) -> bool:
@@ -115,10 +115,6 @@ class CachedForward:
         return other
 
     @property
-    def _real(self) -> Tensor:
-        return torch.nonzero(self._mask[:, self._before :].flatten())[:, 0]
-
-    @property
     def _before(self) -> int:
         return self._mask.shape[1] - self.hidden.shape[1]
 
@@ -150,10 +146,8 @@ class CachedForward:
         with ExitStack() as stack:
             stack.enter_context(pass_through(below, self._in_tuple))
             stack.enter_context(replace_output(self.model.block(self.layer), output))
-            if self._compact:
-                read, last = (rows * hidden.shape[1] + offsets).unique(), self.model.num_layers - 1
-                for index in range(self.layer + 1, self.model.num_layers):
-                    stack.enter_context(only_at(self.model.mlp(index), read if index == last else self._real))
+            for mlp, places in self._narrowed(rows, offsets) if self._compact else ():
+                stack.enter_context(only_at(mlp, places))
             return self.model.logits_at(
                 ids,
                 self._mask,
@@ -163,6 +157,15 @@ class CachedForward:
                 past_key_values=self._cache(),
                 use_cache=True,
             )
+
+    def _narrowed(self, rows: Tensor, offsets: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Yield the MLPs of the upper blocks with the tokens that they have to see, where leaving out the rest pays."""
+        later = self._mask[:, self._before :]
+        real, read = torch.nonzero(later.flatten())[:, 0], (rows * later.shape[1] + offsets).unique()
+        for index in range(self.layer + 1, self.model.num_layers):
+            places = read if index == self.model.num_layers - 1 else real
+            if len(places) <= PAYS * later.numel():
+                yield self.model.mlp(index), places
 
     def _cache(self) -> DynamicCache:
         cache = DynamicCache()

@@ -11,8 +11,8 @@ from torch import Tensor
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.token_tree import ROW_LENGTH, TreeRow, grow, tree_inputs
 
-SHARED = 0.9
-"""Trees are used where they hold at most this share of the tokens: their mask is dearer than a plain one."""
+PAYS = 0.9
+"""Tokens are left out where at most this share of them is left: finding and moving them costs something as well."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def trees(model: LanguageModel, sequences: Sequence[Sequence[int]], length: int,
         tokens: What plain rows would take.
     """
     rows = grow(sequences, length)
-    if sum(len(row.ids) for row in rows) > SHARED * tokens or max(map(len, sequences)) > model.tree_depth:
+    if sum(len(row.ids) for row in rows) > PAYS * tokens or max(map(len, sequences)) > model.tree_depth:
         return None
     return rows
 
