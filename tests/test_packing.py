@@ -82,3 +82,13 @@ def test_a_module_sees_only_some_tokens_and_gradients_reach_them():
     assert torch.allclose(found, expected, rtol=1e-12)
     assert torch.allclose(torch.autograd.grad(found.square().sum(), hidden)[0], gradient, rtol=1e-12)
     assert "forward" not in vars(mlp)
+
+
+def test_a_forward_of_somebody_else_is_used_and_put_back():
+    head = nn.Linear(4, 9, bias=False)
+    own = head.forward = lambda hidden: hidden * 2
+    with few_rows(head):
+        assert head.forward is own
+    with only_at(head, torch.tensor([1])):
+        assert head(torch.ones(1, 2, 4)).tolist() == [[[0.0] * 4, [2.0] * 4]]
+    assert head.forward is own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -114,33 +114,39 @@ def edit_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
 
 
 @contextmanager
-def pass_through(modules: Sequence[nn.Module], in_tuple: bool) -> Iterator[None]:
-    """Let modules hand on their input inside the block."""
+def replace_forward(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let modules compute something else inside the block; their hooks run all the same.
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if in_tuple else hidden
-
+    A ``forward`` that somebody else has put on a module, as ``accelerate`` does, is put back.
+    """
+    before = [vars(module).get("forward") for module in modules]
     for module in modules:
         module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module in modules:
-            del module.forward
+        for module, own in zip(modules, before, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own  # type: ignore[method-assign]
 
 
-@contextmanager
-def replace_output(module: nn.Module, output: Any) -> Iterator[None]:
+def pass_through(modules: Sequence[nn.Module], in_tuple: bool) -> AbstractContextManager[None]:
+    """Let modules hand on their input inside the block."""
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if in_tuple else hidden
+
+    return replace_forward(modules, forward)
+
+
+def replace_output(module: nn.Module, output: Any) -> AbstractContextManager[None]:
     """Let a module return ``output`` inside the block, whatever comes in."""
-    module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
+    return replace_forward([module], lambda *args, **kwargs: output)
 
 
-@contextmanager
-def only_at(module: nn.Module, places: Tensor) -> Iterator[None]:
+def only_at(module: nn.Module, places: Tensor) -> AbstractContextManager[None]:
     """Let a module that works token by token, such as an MLP, see some tokens only; elsewhere it returns zero.
 
     Args:
@@ -154,15 +160,10 @@ def only_at(module: nn.Module, places: Tensor) -> Iterator[None]:
         everywhere = seen.new_zeros(hidden.shape[0] * hidden.shape[1], seen.shape[-1])
         return everywhere.index_copy(0, places, seen).view(*hidden.shape[:2], -1)
 
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
+    return replace_forward([module], forward)
 
 
-@contextmanager
-def few_rows(module: nn.Module, most: int = 32) -> Iterator[None]:
+def few_rows(module: nn.Module, most: int = 32) -> AbstractContextManager[None]:
     r"""Let a wide ``Linear`` compute :math:`(W h^\top)^\top` for few rows; other modules are left as they are.
 
     The same products; but for a handful of rows, libraries for CPUs take up to three times as long for
@@ -172,32 +173,25 @@ def few_rows(module: nn.Module, most: int = 32) -> Iterator[None]:
         module: The LM head; what comes in has shape ``(n, 1, width)``.
         most: For how many rows.
     """
-    if type(module) is not nn.Linear or module.bias is not None:
-        yield
-        return
+    if type(module) is not nn.Linear or module.bias is not None or "forward" in vars(module):
+        return nullcontext()
 
     def forward(hidden: Tensor) -> Tensor:
         if len(hidden) > most:
             return functional.linear(hidden, module.weight)
         return functional.linear(module.weight, hidden[:, 0]).T[:, None]
 
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
+    return replace_forward([module], forward)
 
 
-@contextmanager
-def replace_weight(module: nn.Module, weight: Tensor) -> Iterator[None]:
+def replace_weight(module: nn.Module, weight: Tensor) -> AbstractContextManager[None]:
     """Let a ``Linear`` or ``Conv1D`` compute with another weight inside the block; gradients flow to it.
 
     Args:
         module: The module; its bias stays.
         weight: ``(out_features, in_features)`` whatever the module stores, cast to the dtype of what comes in.
     """
-    module.forward = lambda hidden: functional.linear(hidden, weight.to(hidden.dtype), module.bias)  # type: ignore[method-assign,arg-type]
-    try:
-        yield
-    finally:
-        del module.forward
+    return replace_forward(
+        [module],
+        lambda hidden: functional.linear(hidden, weight.to(hidden.dtype), module.bias),  # type: ignore[arg-type]
+    )
