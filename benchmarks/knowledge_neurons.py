@@ -29,7 +29,7 @@ from prune_lightning.methods.neuron_attribution import (
     integrated_gradients,
 )
 from prune_lightning.methods.patched_neurons import AttributionOptions
-from prune_lightning.models.hooks import edit_input, record
+from prune_lightning.models.hooks import capture, edit_input
 from prune_lightning.models.language_model import LanguageModel
 
 SMALL = {"n_embd": 192, "n_layer": 4, "n_head": 4, "vocab_size": 12000}
@@ -39,7 +39,7 @@ def plain_attribution(model: LanguageModel, layer: int, question: NextToken, ste
     """Do what the public code does for one layer and one token, at the down-projection's input."""
     site = model.rewrite_module(layer)
     ids, mask = model.tokens.pad([question.ids], model.device)
-    with torch.no_grad(), record(inputs=[site], stop=False) as seen:
+    with torch.no_grad(), capture(inputs=[site], stop=False) as seen:
         model(ids, mask)
     activation = seen.inputs[0][0, -1]
     patched = (torch.linspace(0, 1, steps, device=model.device)[:, None] * activation).requires_grad_()

@@ -26,8 +26,8 @@ from timing import clock
 from torch import Tensor, nn
 
 from prune_lightning.methods.edited_matrix import EditedMatrix
-from prune_lightning.spectral import Logarithm, excess, restrain_, sigma_max, triplets_above
-from prune_lightning.types import WeightUpdate
+from prune_lightning.spectral import Logarithm, restrain_, sigma_max, spectral_correction, triplets_above
+from prune_lightning.types import LowRankUpdate
 
 BASE, ROUNDS = 1.2, 3
 COMPARE_ALL_UP_TO = 20_000_000  # weights; beyond, the reference runs once per kind of change, to end the same day
@@ -46,7 +46,7 @@ def reference_step(original: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return original + (left[:, :rank] @ np.diag(sigma[:rank])) @ right[:rank]
 
 
-def updates(rows: int, columns: int, count: int, top: float, device: torch.device) -> WeightUpdate:
+def updates(rows: int, columns: int, count: int, top: float, device: torch.device) -> LowRankUpdate:
     """Return rank-one updates side by side, every twentieth of them, and the last one, above the reference."""
     generator = torch.Generator().manual_seed(count)
     left = nn.functional.normalize(torch.randn(rows, count, generator=generator), dim=0)
@@ -54,7 +54,7 @@ def updates(rows: int, columns: int, count: int, top: float, device: torch.devic
     size = torch.full((count,), 0.3 * top)
     size[19::20] = 3 * top
     size[-1] = 4 * top
-    return WeightUpdate((left * size).to(device), right.to(device))
+    return LowRankUpdate((left * size).to(device), right.to(device))
 
 
 def difference(ours: Tensor, theirs: np.ndarray, original: Tensor) -> float:
@@ -69,14 +69,14 @@ def factored_step(original: Tensor, top: float, behind: int) -> tuple[float, str
     matrix = EditedMatrix("weight", nn.Parameter(original.clone(), requires_grad=False), transposed=False)
     stream = updates(*original.shape, behind + ROUNDS, top, original.device)
     if behind:
-        matrix.add(WeightUpdate(stream.left[:, :behind], stream.right[:, :behind]))
-        matrix.withhold(excess(matrix.change, law, top).correction)
+        matrix.add(LowRankUpdate(stream.left[:, :behind], stream.right[:, :behind]))
+        matrix.withhold(spectral_correction(matrix.change, law, top).correction)
     for step in range(behind, behind + ROUNDS):
-        update = WeightUpdate(stream.left[:, step : step + 1], stream.right[:, step : step + 1])
+        update = LowRankUpdate(stream.left[:, step : step + 1], stream.right[:, step : step + 1])
 
-        def work(update: WeightUpdate = update) -> str:
+        def work(update: LowRankUpdate = update) -> str:
             matrix.add(update)
-            found = excess(matrix.change, law, top)
+            found = spectral_correction(matrix.change, law, top)
             matrix.withhold(found.correction)
             return found.path
 

@@ -22,7 +22,7 @@ from shapes import SHAPES, random_model
 from timing import clock
 from torch import Tensor
 
-from prune_lightning.models.hooks import record
+from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.statistics import SecondMoments
 
@@ -70,7 +70,7 @@ def one_layer_at_a_time(
         total, count = torch.zeros(model.key_size(layer), model.key_size(layer), device=model.device), 0
         for batch in batches:
             ids, mask = model.tokens.pad(batch, model.device)
-            with record(inputs=[module], stop=False) as seen:
+            with capture(inputs=[module], stop=False) as seen:
                 model(ids, mask)
             keys = seen.inputs[0][mask.bool()].float()
             total.addmm_(keys.T, keys)

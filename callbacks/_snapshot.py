@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 from prune_lightning.errors import UserError, near
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 
 class SnapshotMatrix:
@@ -60,7 +60,7 @@ class SnapshotMatrix:
         return _whole(self.parameter.detach().to(self._precise) - self._previous.to(self._precise))
 
     @torch.no_grad()
-    def withhold(self, correction: WeightUpdate | None) -> None:
+    def withhold(self, correction: LowRankUpdate | None) -> None:
         """Write the weight without ``correction``, which counts as withheld, not as undone."""
         if correction is None and self._withheld is None:
             return
@@ -72,7 +72,7 @@ class SnapshotMatrix:
         self._withheld = None if correction is None else self._like(rest)
 
     @contextmanager
-    def withholding(self, correction: WeightUpdate | None) -> Iterator[None]:
+    def withholding(self, correction: LowRankUpdate | None) -> Iterator[None]:
         """Write the weight without ``correction`` inside the block; every bit is put back."""
         saved = self.parameter.detach().clone(), self._withheld, self._previous
         self._previous = None
@@ -93,7 +93,7 @@ class SnapshotMatrix:
             )
 
     @torch.no_grad()
-    def subtract(self, correction: WeightUpdate | Tensor) -> None:
+    def subtract(self, correction: LowRankUpdate | Tensor) -> None:
         """Take ``correction`` away from the weight for good."""
         dense = correction if isinstance(correction, Tensor) else correction.dense()
         self._write(self.weight().to(self._precise) - dense.to(self._precise))

@@ -17,8 +17,8 @@ from typing_extensions import override
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.case_rows import CaseRows, resampled
+from prune_lightning.evaluation.case_sampler import CaseSampler
 from prune_lightning.evaluation.measurement import Cases, EditingMeasurement, Measured, Measurement
-from prune_lightning.evaluation.probes import Probes
 from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.metrics.bootstrap import Floats, interval
@@ -45,7 +45,7 @@ class EditEvaluation(L.Callback):
         measurements: What to measure; those not enabled are left out.
         edit_log: The run's edit log, listed before this callback: its scores of each request just before and just after
             the edit are shared, and metrics over the whole stream are taken.
-        max_cases: Most requests to look at at a time; see :class:`Probes`.
+        max_cases: Most requests to look at at a time; see :class:`CaseSampler`.
         seed: Seed of the sample.
         cases_file: JSONL file for per-case rows.
         max_case_mb: See :class:`CaseRows`.
@@ -188,14 +188,16 @@ class EditEvaluation(L.Callback):
         ends = list(accumulate(sizes))
         commits = [end for end, size in zip(ends, sizes, strict=True) for _ in range(size)]
         from_base = stream.protocol.from_base
-        self.probes = Probes(commits, None if from_base else self.max_cases, self.seed)
+        self.sampler = CaseSampler(commits, None if from_base else self.max_cases, self.seed)
         planned = [
             end
             for start, end in zip([0, *ends], ends, strict=False)
             if self._due(start, end, end == ends[-1]) is not None
         ]
         self._evaluations = sum(end > stream.skip for end in planned)
-        self._probed = {i: 1.0 for end in planned for i in self.probes.chosen(end)} | dict.fromkeys(range(ends[0]), 1.0)
+        self._probed = {i: 1.0 for end in planned for i in self.sampler.chosen(end)} | dict.fromkeys(
+            range(ends[0]), 1.0
+        )
         self._probed = dict(sorted(self._probed.items()))
         if self.cases_file and trainer.is_global_zero:
             self.case_rows = CaseRows(self.cases_file, self.max_case_mb, self.case_rows.known, stream.skip)
@@ -234,7 +236,7 @@ class EditEvaluation(L.Callback):
                             rows.extend(m.update(metric, module.language_model, cases))
         due = self._due(before, module.num_edits, trainer.is_last_batch)
         if due is not None:
-            weights = self.probes.chosen(module.num_edits)
+            weights = self.sampler.chosen(module.num_edits)
             self._record(trainer, module.num_edits, self.evaluate(module, weights, module.num_edits, due))
 
     def _due(self, before: int, now: int, last: bool) -> list[Measurement] | None:
@@ -272,7 +274,7 @@ class EditEvaluation(L.Callback):
         """Evaluate the final model if the stream was ended early, over cases that were looked at before."""
         module = _editing_module(pl_module)
         if module.num_edits and not self._immediate and self.curve[-1]["num_edits"] != module.num_edits:
-            weights = self.probes.chosen(module.num_edits, among=self._probed)
+            weights = self.sampler.chosen(module.num_edits, among=self._probed)
             scores = self.evaluate(module, weights, module.num_edits, self.measurements)
             self._record(trainer, module.num_edits, scores)
 

@@ -12,7 +12,7 @@ import lightning as L
 from typing_extensions import override
 
 from prune_lightning.evaluation.stream import StreamScores, Success, success
-from prune_lightning.jsonable import jsonable
+from prune_lightning.json_files import nan_to_null
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch
 
@@ -94,7 +94,7 @@ class EditLog(L.Callback):
             }
             for i, request in enumerate(batch.requests)
         ]
-        self._lines = [jsonable(line) for line in lines]
+        self._lines = [nan_to_null(line) for line in lines]
         if self._writes:
             self._write(self._lines)
         for logger in trainer.loggers:

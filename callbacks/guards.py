@@ -15,14 +15,14 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from prune_lightning.distributed import broadcast
 from prune_lightning.errors import UserError, one_of
-from prune_lightning.jsonable import jsonable
+from prune_lightning.json_files import nan_to_null
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.sharing import agreed
 from prune_lightning.types import EditBatch, EditRequest, MatrixUpdate
 
 from .restraint import Restraint
-from .sentinel import Look, Sentinel
+from .sentinel import PerplexityReading, Sentinel
 from .update_guards import POLICIES, Finding, UpdateGuard
 
 FINITE, PERPLEXITY, COLLAPSE = "finite", "perplexity", "collapse"
@@ -80,7 +80,7 @@ class Guards(L.Callback):
             self._after = perplexity.policy
         self.found: Counter[str] = Counter()
         self.refused = 0
-        self.looks: list[Look] = []
+        self.looks: list[PerplexityReading] = []
         self.stopped: str | None = None
         self._writes = False
         self._refusal: tuple[str, str, Finding] | None = None
@@ -131,7 +131,7 @@ class Guards(L.Callback):
         details: Sequence[Mapping[str, Any]],
     ) -> str | None:
         for name, guard in self.guards.items():
-            finding = agreed(guard.look(updates, details))
+            finding = broadcast(guard.look(updates, details))
             if finding is not None:
                 policy = guard.policy or self.policy
                 self._note(name, finding.reason, requests)
@@ -143,7 +143,7 @@ class Guards(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Look at the model, take the step back if need be, and write down what was refused."""
+        """PerplexityReading at the model, take the step back if need be, and write down what was refused."""
         assert isinstance(pl_module, EditingModule)
         report = pl_module.last_report
         assert report is not None
@@ -172,7 +172,7 @@ class Guards(L.Callback):
 
     def _look(self, sentinel: Sentinel, trainer: L.Trainer, module: EditingModule, batch: EditBatch) -> None:
         with module.evaluation_view():
-            look = agreed(sentinel.look(module.language_model, module.num_edits))
+            look = broadcast(sentinel.look(module.language_model, module.num_edits))
         if wrong := sentinel.wrong(look.relative):
             finding = Finding(
                 f"perplexity is {look.relative:.3g} times the unedited model's",
@@ -217,7 +217,7 @@ class Guards(L.Callback):
     def _quarantine(self, module: EditingModule, batch: EditBatch, name: str, policy: str, finding: Finding) -> None:
         first = module.num_edits - len(batch.requests) + 1
         lines = [
-            jsonable(
+            nan_to_null(
                 {
                     "num_edits": place,
                     "request": request.as_dict(),
@@ -252,7 +252,7 @@ class Guards(L.Callback):
 
     def step(self) -> dict[str, Any]:
         """Return what was found in the latest step."""
-        return jsonable(self._step)
+        return nan_to_null(self._step)
 
     def take_up(self, steps: Sequence[Mapping[str, Any]]) -> None:
         """Go on from earlier steps, and write the lines of what they refused again."""
@@ -266,7 +266,7 @@ class Guards(L.Callback):
                 perplexity, relative = (
                     math.nan if told[key] is None else told[key] for key in ("perplexity", "relative")
                 )
-                look = Look(told["num_edits"], perplexity, relative, told["stays"])
+                look = PerplexityReading(told["num_edits"], perplexity, relative, told["stays"])
                 self.looks.append(look)
                 if self.sentinel and look.stays:
                     self.sentinel.count(look.relative)

@@ -24,7 +24,7 @@ from typing_extensions import override
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.spectral import HasEditedMatrices, RestrainedMatrix
-from prune_lightning.types import EditBatch, WeightUpdate
+from prune_lightning.types import EditBatch, LowRankUpdate
 
 from ._logging import log_metrics
 from ._snapshot import SnapshotMatrix, matching_matrices
@@ -68,7 +68,7 @@ class Restraint(L.Callback, ABC):
     def restrain(self, matrix: RestrainedMatrix) -> None:
         """Restrain one matrix for good."""
 
-    def correction(self, matrix: RestrainedMatrix) -> WeightUpdate | None:
+    def correction(self, matrix: RestrainedMatrix) -> LowRankUpdate | None:
         """Return what would be taken away from one matrix now; needed for the ``end`` schedule."""
         raise UserError(f"{type(self).__name__} works step by step; it has no `schedule=end`")
 

@@ -18,7 +18,7 @@ NUM_SENTENCES = 8  # of the bundled text: plain English about nobody, so that no
 
 
 @dataclass
-class Look:
+class PerplexityReading:
     """One look.
 
     Args:
@@ -72,7 +72,7 @@ class Sentinel:
         self.above = 0
 
     def begin(self, model: LanguageModel) -> None:
-        """Look at the unedited model.
+        """PerplexityReading at the unedited model.
 
         Raises:
             UserError: It says nothing finite about the sentences, or there is no token to score.
@@ -81,10 +81,10 @@ class Sentinel:
         if not math.isfinite(self.first):
             raise UserError("guards.perplexity: the unedited model gives the sentences no finite perplexity")
 
-    def look(self, model: LanguageModel, num_edits: int) -> Look:
-        """Look at the model as it is."""
+    def look(self, model: LanguageModel, num_edits: int) -> PerplexityReading:
+        """PerplexityReading at the model as it is."""
         perplexity = self._perplexity(model)
-        return Look(num_edits, perplexity, perplexity / self.first)
+        return PerplexityReading(num_edits, perplexity, perplexity / self.first)
 
     def wrong(self, relative: float) -> bool:
         """Whether a relative perplexity is above the factor, or no number."""

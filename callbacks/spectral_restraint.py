@@ -14,15 +14,15 @@ from typing_extensions import override
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.spectral import (
-    Excess,
     HasEditedMatrices,
     NonFiniteChange,
     RestrainedMatrix,
     RestraintLaw,
-    excess,
+    SpectralCorrection,
     sigma_max,
+    spectral_correction,
 )
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 from .restraint import Restraint
 
@@ -68,7 +68,7 @@ class SpectralRestraint(Restraint):
         one_of("restraint.non_finite", non_finite, ("raise", "skip"))
         self.law, self.accumulate, self.non_finite = law, accumulate, non_finite
         self._raw = True
-        self._latest: dict[str, Excess] = {}
+        self._latest: dict[str, SpectralCorrection] = {}
         self._references: dict[str, float] = {}
         self._known_references: dict[str, float] = {}  # by the fingerprint of the original matrix
 
@@ -96,9 +96,9 @@ class SpectralRestraint(Restraint):
             self._references[matrix.name] = self._known_references[key]
         return self._references[matrix.name]
 
-    def _excess(self, matrix: RestrainedMatrix) -> Excess | None:
+    def _excess(self, matrix: RestrainedMatrix) -> SpectralCorrection | None:
         try:
-            return excess(matrix.change, self.law, self.reference(matrix))
+            return spectral_correction(matrix.change, self.law, self.reference(matrix))
         except NonFiniteChange as error:
             if self.non_finite == "raise":
                 raise NonFiniteChange(f"{matrix.name}: {error}; `non_finite=skip` goes on without") from error
@@ -119,7 +119,7 @@ class SpectralRestraint(Restraint):
             matrix.subtract(found.correction)
 
     @override
-    def correction(self, matrix: RestrainedMatrix) -> WeightUpdate | None:
+    def correction(self, matrix: RestrainedMatrix) -> LowRankUpdate | None:
         """Return the excess."""
         found = self._excess(matrix)
         return found.correction if found else None

@@ -94,13 +94,13 @@ class SpectrumMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look if the cadence says so."""
+        """PerplexityReading if the cadence says so."""
         if trainer.global_step != self._steps and trainer.global_step % self.every_n == 0:
             self._look(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at the final weights and draw the spectra."""
+        """PerplexityReading at the final weights and draw the spectra."""
         if trainer.global_step != self._steps:
             self._look(trainer, pl_module)
         if self.matrices and self.draw:

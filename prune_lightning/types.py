@@ -124,7 +124,7 @@ class MetaExample:
 
 
 @dataclass(frozen=True)
-class WeightUpdate:
+class LowRankUpdate:
     r"""A change of one weight matrix in factored form, :math:`\Delta = A B^\top`.
 
     The orientation is the mathematical one, ``out_features x in_features``, however the layer stores its weight.
@@ -138,7 +138,7 @@ class WeightUpdate:
     right: Tensor
 
     @classmethod
-    def sum(cls, updates: Sequence[WeightUpdate]) -> WeightUpdate:
+    def sum(cls, updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
         """Return the sum of updates of one matrix: their factors side by side."""
         return cls(torch.cat([u.left for u in updates], dim=1), torch.cat([u.right for u in updates], dim=1))
 
@@ -187,7 +187,7 @@ class DenseUpdate:
         return bool(torch.isfinite(self.matrix).all())
 
 
-MatrixUpdate: TypeAlias = WeightUpdate | DenseUpdate
+MatrixUpdate: TypeAlias = LowRankUpdate | DenseUpdate
 
 
 def norm_of_all(updates: Mapping[str, MatrixUpdate]) -> float:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.family import family_names, stores_transposed
-from prune_lightning.models.hooks import record
+from prune_lightning.models.hooks import capture
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.types import DenseUpdate, EditBatch, EditRequest
 
@@ -96,7 +96,7 @@ def test_update_moves_the_output_on_the_prompt_as_the_method_says(method, family
     language_model = tiny(family)
     module = build(method, language_model)
     name, request = language_model.rewrite_name(1), REQUESTS[1]
-    with record(inputs=[language_model.rewrite_module(1)]) as seen:
+    with capture(inputs=[language_model.rewrite_module(1)]) as seen:
         language_model(
             *language_model.tokens.pad([language_model.tokens.encode(request.prompt)], language_model.device)
         )

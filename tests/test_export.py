@@ -32,7 +32,7 @@ from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.tasks import exporting as exporting_task
 from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
-from prune_lightning.types import EditRequest, WeightUpdate
+from prune_lightning.types import EditRequest, LowRankUpdate
 
 FORMATS = ("full", "lora", "delta")
 HOSTILE = "```\n---\n<script>alert('x')</script> {{ 7*7 }} {% raw %} # Title | \u2028 ünï"
@@ -129,7 +129,7 @@ def test_ranks_differ_from_matrix_to_matrix(bundled, tmp_path):
     first, second = matrices
     generator = torch.Generator().manual_seed(0)
     shape = matrices[first].weight().shape
-    extra = WeightUpdate(*(0.05 * torch.randn(size, 1, generator=generator) for size in shape))
+    extra = LowRankUpdate(*(0.05 * torch.randn(size, 1, generator=generator) for size in shape))
     matrices[first].add(extra)
     report = export(source_of(module, requests), tmp_path / "lora", "lora")
     assert report.details["ranks"] == {first: 6, second: 5}
@@ -179,14 +179,14 @@ def test_what_prune_withholds_is_not_exported(accumulate, bundled, tmp_path):
     module, requests = edited(bundled, "rome", [0], restraint)
     (matrix,) = module.edited_matrices().values()
     with torch.no_grad():  # a large update, so that there is something to restrain
-        matrix.add(WeightUpdate(torch.ones(matrix.weight().shape[0], 1), torch.ones(matrix.weight().shape[1], 1)))
+        matrix.add(LowRankUpdate(torch.ones(matrix.weight().shape[0], 1), torch.ones(matrix.weight().shape[1], 1)))
         restraint.restrain_all()
     held = matrix.weight() - matrix.original()
     assert torch.linalg.matrix_norm(held, 2) < torch.linalg.matrix_norm(matrix.change.master, 2) or (
         accumulate == "restrained"
     )
     change = ExportedMatrix.of(matrix).change
-    assert isinstance(change, WeightUpdate)
+    assert isinstance(change, LowRankUpdate)
     assert torch.allclose(change.dense().float(), held, atol=1e-5)
     source = source_of(module, requests)
     for kind in FORMATS:
@@ -219,7 +219,7 @@ def test_other_dtypes(dtype, tiny, tmp_path):
 def test_rank_is_the_lowest_that_holds_the_change():
     torch.manual_seed(0)
     left, right = torch.randn(30, 4, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
-    doubled = WeightUpdate(torch.cat([left, left[:, :2] * 1e-3], 1), torch.cat([right, right[:, :2]], 1))
+    doubled = LowRankUpdate(torch.cat([left, left[:, :2] * 1e-3], 1), torch.cat([right, right[:, :2]], 1))
     for change in (doubled, doubled.dense()):
         found = lowest_rank(change)
         assert found.left.shape[1] == 4
@@ -228,8 +228,8 @@ def test_rank_is_the_lowest_that_holds_the_change():
     assert torch.allclose(lowest_rank(doubled, 2).dense(), (u[:, :2] * s[:2]) @ vh[:2], atol=1e-10)
     nothing = torch.zeros(3, 2, dtype=torch.float64)
     assert lowest_rank(nothing).left.shape == (3, 0)
-    assert lowest_rank(WeightUpdate(nothing, torch.ones(4, 2, dtype=torch.float64))).right.shape == (4, 0)
-    assert lowest_rank(WeightUpdate(nothing[:, :0], torch.ones(4, 0, dtype=torch.float64))).right.shape == (4, 0)
+    assert lowest_rank(LowRankUpdate(nothing, torch.ones(4, 2, dtype=torch.float64))).right.shape == (4, 0)
+    assert lowest_rank(LowRankUpdate(nothing[:, :0], torch.ones(4, 0, dtype=torch.float64))).right.shape == (4, 0)
 
 
 def test_card_takes_hostile_records_as_text(rome, tmp_path):

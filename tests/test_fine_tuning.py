@@ -15,7 +15,7 @@ from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import UpperWeights, WholeWeights
 from prune_lightning.models.family import family_names, stores_transposed
 from prune_lightning.spectral import AccumulatedChange, sigma_max
-from prune_lightning.types import DenseUpdate, EditBatch, EditRequest, WeightUpdate
+from prune_lightning.types import DenseUpdate, EditBatch, EditRequest, LowRankUpdate
 
 # Prompts and targets of all lengths.
 REQUESTS = [
@@ -250,7 +250,7 @@ def test_restraints_and_monitor_under_every_protocol(restraint, protocol, bundle
 
 def test_dense_updates_end_the_factored_form_and_low_rank_ones_do_not():
     generator = torch.Generator().manual_seed(0)
-    low = WeightUpdate(torch.randn(40, 2, generator=generator), torch.randn(30, 2, generator=generator))
+    low = LowRankUpdate(torch.randn(40, 2, generator=generator), torch.randn(30, 2, generator=generator))
     dense = DenseUpdate(torch.randn(40, 30, generator=generator))
     change = AccumulatedChange(torch.zeros(40, 30))
     change.add(low)

@@ -18,7 +18,7 @@ from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger
 from prune_lightning.models.loading import load_language_model
-from prune_lightning.types import DenseUpdate, EditRequest, WeightUpdate
+from prune_lightning.types import DenseUpdate, EditRequest, LowRankUpdate
 
 BASE = 1.2
 HUGE = 1e3
@@ -46,7 +46,7 @@ class Counted(RandomEdits):
         generator = torch.Generator().manual_seed(int(requests[0].case_id))
         shape = self.edited_matrices()[name].original().shape
         left, right = (torch.randn(size, 1, generator=generator, dtype=torch.float64) for size in shape)
-        update, detail = WeightUpdate(left, 0.01 * right), {"key_ratio": 1.0}
+        update, detail = LowRankUpdate(left, 0.01 * right), {"key_ratio": 1.0}
         change = self.planted.get(requests[0].case_id)
         update, detail = change(update, detail) if change else (update, detail)
         return {name: update}, [detail]
@@ -75,7 +75,7 @@ def nan(update, detail):
 
 
 def huge(update, detail):
-    return WeightUpdate(HUGE * update.left, update.right), detail
+    return LowRankUpdate(HUGE * update.left, update.right), detail
 
 
 def ill_posed(update, detail):
@@ -236,7 +236,7 @@ def test_resumed_run_keeps_quarantine_figures_and_weights(restraint, tmp_path):
 
 
 def larger(update, detail):
-    return WeightUpdate(300 * update.left, update.right), detail
+    return LowRankUpdate(300 * update.left, update.right), detail
 
 
 @pytest.mark.filterwarnings("ignore:the update of case", "ignore:case")

@@ -23,7 +23,7 @@ from prune_lightning.methods.neuron_attribution import (
 )
 from prune_lightning.methods.patched_neurons import AttributionOptions
 from prune_lightning.models.family import family_names, stores_transposed
-from prune_lightning.models.hooks import edit_input, record
+from prune_lightning.models.hooks import capture, edit_input
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditBatch, EditRequest
 
@@ -76,7 +76,7 @@ def activation_and_probability(model, layer, question):
     """Return the neurons at the last position, and the probability of the answer as a function of them."""
     ids, mask = model.tokens.pad([question.ids], model.device)
     site = model.rewrite_module(layer)
-    with record(inputs=[site]) as seen:
+    with capture(inputs=[site]) as seen:
         model(ids, mask)
 
     def probability(neurons):

@@ -39,7 +39,7 @@ from prune_lightning.ledger import Ledger, StepRecord, base_model, edited_run, r
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.tasks.collapse import bisect_collapses
-from prune_lightning.types import EditBatch, EditRequest, WeightUpdate
+from prune_lightning.types import EditBatch, EditRequest, LowRankUpdate
 
 EDITS = 70  # more than the steps that share a segment
 KILLS = int(os.environ.get("PRUNE_KILLS", "3"))
@@ -155,7 +155,7 @@ class CaseEdits(RandomEdits):
     def compute_update(self, requests):
         generator = torch.Generator().manual_seed(int(requests[0].case_id))
         sides = [torch.randn(32, 1, generator=generator, dtype=torch.float64) for _ in range(2)]
-        return {self.language_model.rewrite_name(1): WeightUpdate(sides[0], sides[1])}, [{} for _ in requests]
+        return {self.language_model.rewrite_name(1): LowRankUpdate(sides[0], sides[1])}, [{} for _ in requests]
 
     def matrix(self) -> EditedMatrix:
         (matrix,) = self.edited_matrices().values()
@@ -523,7 +523,7 @@ def test_a_hundred_edits_of_gpt2_xl_take_less_than_a_hundredth_of_the_model(tmp_
     for step in range(1, 101):
         matrix.begin_step()
         left, right = (torch.randn(n, 1, generator=generator) for n in (1600, 6400))
-        matrix.add(WeightUpdate(40 * left / left.norm(), right / right.norm()))
+        matrix.add(LowRankUpdate(40 * left / left.norm(), right / right.norm()))
         if step < 8 or step == 100:  # corrections of more than a few directions take no room
             restraint.restrain(matrix)
         ledger.append(StepRecord(step, step, [edits(1)[0].requests[0].as_dict()], events={"weight": matrix.journal}))

@@ -16,7 +16,7 @@ from prune_lightning.methods.adalora import AdaLoRA
 from prune_lightning.methods.lora import LoRA
 from prune_lightning.models.family import family_names, stores_transposed
 from prune_lightning.models.loading import load_language_model
-from prune_lightning.types import EditBatch, WeightUpdate
+from prune_lightning.types import EditBatch, LowRankUpdate
 
 BOTH = [LoRA, AdaLoRA]
 SMALL = {"rank": 2, "alpha": 8, "dropout": 0.0, "steps": 6, "seed": 3}
@@ -202,7 +202,7 @@ def test_adapters_of_its_own_add_up(bundled):
 
 def test_an_update_without_a_rank_is_none(bundled):
     (matrix,) = adapting(LoRA, bundled, layers=[1]).edited_matrices().values()
-    matrix.add(WeightUpdate(torch.zeros(192, 0), torch.zeros(768, 0)))
+    matrix.add(LowRankUpdate(torch.zeros(192, 0), torch.zeros(768, 0)))
     assert torch.equal(matrix.weight(), matrix.original())
     assert matrix.change.triplets_above(1e-6).left.shape[1] == 0
     assert float(matrix.change.singular_values().max()) == 0

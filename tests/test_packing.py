@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prune_lightning.models.family import family_names
-from prune_lightning.models.hooks import few_rows, only_at, record
+from prune_lightning.models.hooks import capture, few_rows, only_at
 from prune_lightning.models.packing import pack
 
 # Two pairs that begin alike, one sequence that is the beginning of another, one on its own.
@@ -17,7 +17,7 @@ SEQUENCES = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11], [5, 6, 7], [12, 13, 14, 15],
 def alone(model, sequence: list[int]) -> torch.Tensor:
     """What leaves the middle block when a sequence runs by itself."""
     ids = torch.tensor([sequence])
-    with torch.no_grad(), record(outputs=[model.block(1)]) as seen:
+    with torch.no_grad(), capture(outputs=[model.block(1)]) as seen:
         model(ids, torch.ones_like(ids))
     return seen.outputs[0][0]
 
@@ -32,7 +32,7 @@ def test_tokens_are_found_where_they_went(family, takes_trees, tiny, monkeypatch
     packed = pack(model, *model.tokens.pad(SEQUENCES, model.device))
     assert ("position_ids" in packed.inputs) == takes_trees
     assert packed.inputs["input_ids"].shape[0] == (1 if takes_trees else len(SEQUENCES))
-    with torch.no_grad(), record(outputs=[model.block(1)]) as seen:
+    with torch.no_grad(), capture(outputs=[model.block(1)]) as seen:
         model(**packed.inputs)
     for index, sequence in enumerate(SEQUENCES):
         positions = torch.arange(len(sequence))

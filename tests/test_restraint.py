@@ -17,9 +17,9 @@ from prune_lightning.callbacks import PRUNE, RECT, SpectralRestraint
 from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.edited_matrix import EditedMatrix
-from prune_lightning.models.hooks import record
-from prune_lightning.spectral import HardClip, Logarithm, NonFiniteChange, excess, sigma_max
-from prune_lightning.types import EditBatch, EditRequest, WeightUpdate
+from prune_lightning.models.hooks import capture
+from prune_lightning.spectral import HardClip, Logarithm, NonFiniteChange, sigma_max, spectral_correction
+from prune_lightning.types import EditBatch, EditRequest, LowRankUpdate
 
 BASE = 1.3
 
@@ -31,7 +31,7 @@ class RandomEdits(EditingModule):
         generator = torch.Generator().manual_seed(self.num_edits)
         sides = [torch.randn(32, 1, generator=generator, dtype=torch.float64) for _ in range(2)]
         name = self.language_model.rewrite_name(1)
-        return {name: WeightUpdate(sides[0], sides[1])}, [{} for _ in requests]
+        return {name: LowRankUpdate(sides[0], sides[1])}, [{} for _ in requests]
 
 
 def fit(module, batches, *callbacks, **kwargs):
@@ -337,7 +337,7 @@ def test_small_updates_add_up_in_16_bit_weights(tiny, dtype):
     """The sum is kept in fp32: a thousand updates below the weights' resolution are not lost, and the loss is told."""
     module = RandomEdits(tiny("llama", dtype), [1])
     (matrix,) = module.edited_matrices().values()
-    step = WeightUpdate(torch.full((32, 1), 1e-3), torch.full((32, 1), 1e-2))
+    step = LowRankUpdate(torch.full((32, 1), 1e-3), torch.full((32, 1), 1e-2))
     first = matrix.weight().clone()
     matrix.add(step)
     unmoved = float((first == matrix.weight()).float().mean())
@@ -434,7 +434,7 @@ def test_a_thousand_edits_restrained_at_every_step_equal_full_svds(bundled, accu
     for group in range(0, 1000, 100):
         rows = [bundled.tokens.encode(prompt) for prompt in prompts[group : group + 100]]
         ids, mask = bundled.tokens.pad(rows, bundled.device)
-        with torch.no_grad(), record(inputs=[module]) as seen:
+        with torch.no_grad(), capture(inputs=[module]) as seen:
             bundled(ids, mask)
         keys.append(seen.inputs[0][torch.arange(len(rows)), mask.sum(1) - 1])
     keys = torch.cat(keys)
@@ -443,8 +443,8 @@ def test_a_thousand_edits_restrained_at_every_step_equal_full_svds(bundled, accu
     matrix = EditedMatrix("weight", module.weight, transposed=True)
     change, worst = torch.zeros_like(original), 0.0
     for step, (key, value) in enumerate(zip(keys, values, strict=True), start=1):
-        matrix.add(WeightUpdate(value[:, None], key[:, None]))
-        correction = excess(matrix.change, law, reference).correction
+        matrix.add(LowRankUpdate(value[:, None], key[:, None]))
+        correction = spectral_correction(matrix.change, law, reference).correction
         change += torch.outer(value.double(), key.double())
         if accumulate == "raw":
             matrix.withhold(correction)

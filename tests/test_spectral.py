@@ -21,16 +21,16 @@ from prune_lightning.spectral import (
     ScaleFreeLogarithm,
     condition_number,
     effective_rank,
-    excess,
     perturbation_bound,
     restrain_,
     restrained,
     sigma_max,
     singular_values,
+    spectral_correction,
     stable_rank,
     triplets_above,
 )
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 LAWS = [Logarithm(1.2), Logarithm(math.e, guard=False), ScaleFreeLogarithm(10.0), Linear(), HardClip(), Identity()]
 
@@ -198,9 +198,9 @@ def test_untouched_directions_keep_their_bits():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_never_reaches_a_factorisation(value):
     with pytest.raises(NonFiniteChange, match="NaN or infinity"):
-        excess(torch.full((3, 4), value), Logarithm(1.2), 1.0)
+        spectral_correction(torch.full((3, 4), value), Logarithm(1.2), 1.0)
     with pytest.raises(UserError, match="positive"):
-        excess(torch.ones(3, 4), Logarithm(1.2), 0.0)
+        spectral_correction(torch.ones(3, 4), Logarithm(1.2), 0.0)
 
 
 def test_restrain_in_place_for_any_loop():
@@ -217,7 +217,7 @@ def test_restrain_in_place_for_any_loop():
 
 
 # -- the factored path --------------------------------------------------------------------------------------------
-def updates(kind: str, count: int, rows: int, columns: int, dtype: torch.dtype) -> list[WeightUpdate]:
+def updates(kind: str, count: int, rows: int, columns: int, dtype: torch.dtype) -> list[LowRankUpdate]:
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -236,7 +236,7 @@ def updates(kind: str, count: int, rows: int, columns: int, dtype: torch.dtype) 
             left, right = normal(rows, 4), normal(columns, 4) * 0.2
         elif kind == "zero steps":
             left = left * (step % 2)
-        result.append(WeightUpdate(left.to(dtype), right.to(dtype)))
+        result.append(LowRankUpdate(left.to(dtype), right.to(dtype)))
     return result
 
 
@@ -253,7 +253,7 @@ def test_accumulated_change_restrained_equals_full_svd(kind, count, dtype):
     for update in updates(kind, count, rows, columns, dtype):
         change.add(update)
         exact += update.left.double() @ update.right.double().T
-        found = excess(change, Logarithm(1.4), 5.0)  # spectra are looked at on the way, as after every edit
+        found = spectral_correction(change, Logarithm(1.4), 5.0)  # as after every edit
     assert (change.factored() is None) == (change_rank(kind, count) > 30)
     weight = torch.empty_like(original)
     change.write(weight, original, found.correction)
@@ -320,10 +320,10 @@ def test_any_stream_of_updates_carried_on_or_not(steps, law, carry, seed):
         if not repeat or right.shape[0] == rows:
             right = torch.randn(columns, rank, generator=generator, dtype=torch.float64)
         left = torch.randn(rows, right.shape[1], generator=generator, dtype=torch.float64) * 10**exponent
-        change.add(WeightUpdate(left, right))
+        change.add(LowRankUpdate(left, right))
         exact = exact + left @ right.T
         largest = max(largest, float(exact.norm()))
-        found, theirs = excess(change, law, reference), dense_law(exact, law, reference)
+        found, theirs = spectral_correction(change, law, reference), dense_law(exact, law, reference)
         if carry:
             exact = theirs
             if found.correction is not None:
@@ -340,10 +340,10 @@ def test_correction_keeps_the_bits_it_does_not_touch():
     big[:5], small[5:] = 9.0, torch.randn(55, 1, generator=torch.Generator().manual_seed(0))
     key = torch.zeros(50, 2)
     key[:5, 0], key[5:, 1] = 1.0, torch.randn(45, generator=torch.Generator().manual_seed(1)) * 0.01
-    change.add(WeightUpdate(torch.cat([big, small], 1), key))
+    change.add(LowRankUpdate(torch.cat([big, small], 1), key))
     plain, corrected = torch.empty_like(like), torch.empty_like(like)
     change.write(plain)
-    change.write(corrected, correction=excess(change, HardClip(), 4.0).correction)
+    change.write(corrected, correction=spectral_correction(change, HardClip(), 4.0).correction)
     assert torch.equal(plain[5:, 5:], corrected[5:, 5:])
     assert not torch.equal(plain[:5, :5], corrected[:5, :5])
 

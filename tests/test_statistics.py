@@ -11,7 +11,7 @@ from test_train import train
 
 from prune_lightning.bundled.corpus import BundledCorpus
 from prune_lightning.errors import UserError
-from prune_lightning.models.hooks import record
+from prune_lightning.models.hooks import capture
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
 
@@ -38,7 +38,7 @@ def dense(model, layer, texts, max_length):
     total, count = 0, 0
     for text in texts:
         ids = torch.tensor([model.tokens.encode(text)[:max_length]])
-        with torch.no_grad(), record(inputs=[model.rewrite_module(layer)]) as seen:
+        with torch.no_grad(), capture(inputs=[model.rewrite_module(layer)]) as seen:
             model(ids, torch.ones_like(ids))
         keys = seen.inputs[0][0].double()
         total, count = total + keys.T @ keys, count + len(keys)

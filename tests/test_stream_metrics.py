@@ -18,15 +18,15 @@ from prune_lightning.callbacks import EditEvaluation, EditLog
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.case_rows import CaseRows, resampled
+from prune_lightning.evaluation.case_sampler import CaseSampler
 from prune_lightning.evaluation.measurement import EditingMeasurement, Measured
-from prune_lightning.evaluation.probes import Probes
 from prune_lightning.evaluation.stream import StreamScores, success
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.metrics import AbilityCurve, RetentionMatrix
 from prune_lightning.metrics.bootstrap import interval, resampled_means
 from prune_lightning.metrics.stream_functional import half_life
 from prune_lightning.metrics.trajectory import area, collapse, first_below, kaplan_meier_median
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 TABLE = {(t, i): (commit, value) for t, commit, i, value in ENTRIES}
 
@@ -162,7 +162,7 @@ def test_kaplan_meier_median_by_hand():
 # -- sampling ---------------------------------------------------------------------------------------------------------
 def test_sample_covers_every_age_and_all_of_the_last_batch():
     commits = [5 * (i // 5 + 1) for i in range(500)]
-    probes, now = Probes(commits, max_cases=40, seed=3), 400
+    probes, now = CaseSampler(commits, max_cases=40, seed=3), 400
     chosen = probes.chosen(now)
     strata = probes.strata(now)
     assert set(range(395, 400)) <= set(chosen)
@@ -171,13 +171,13 @@ def test_sample_covers_every_age_and_all_of_the_last_batch():
     assert sum(chosen.values()) == pytest.approx(now)
     for bin_ in strata:
         assert sum(chosen.get(i, 0.0) for i in bin_) == pytest.approx(len(bin_))
-    assert chosen == Probes(commits, 40, 3).chosen(now) != Probes(commits, 40, 4).chosen(now)
+    assert chosen == CaseSampler(commits, 40, 3).chosen(now) != CaseSampler(commits, 40, 4).chosen(now)
     oldest = [i for i in chosen if i in strata[-1]]
     assert oldest != strata[-1][: len(oldest)]
-    assert Probes(commits).chosen(now) == dict.fromkeys(range(400), 1.0)
-    assert len(Probes(commits, 1).chosen(now)) == 5 + len(strata) - 1
+    assert CaseSampler(commits).chosen(now) == dict.fromkeys(range(400), 1.0)
+    assert len(CaseSampler(commits, 1).chosen(now)) == 5 + len(strata) - 1
     with pytest.raises(UserError, match="max_cases"):
-        Probes(commits, 0)
+        CaseSampler(commits, 0)
 
 
 # -- rows and intervals -----------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class Edits(EditingModule):
     def compute_update(self, requests):
         weight = self.edited_matrices()[self.language_model.rewrite_name(1)].weight()
         zeros = [weight.new_zeros(size, 1) for size in weight.shape]
-        return {self.language_model.rewrite_name(1): WeightUpdate(*zeros)}, [{} for _ in requests]
+        return {self.language_model.rewrite_name(1): LowRankUpdate(*zeros)}, [{} for _ in requests]
 
     def write(self, requests, updates):
         super().write(requests, updates)

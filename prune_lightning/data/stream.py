@@ -17,7 +17,7 @@ from prune_lightning.errors import UserError, near
 from prune_lightning.types import EditBatch, EditRequest
 
 
-class Protocol(StrEnum):
+class EditProtocol(StrEnum):
     """How the edits of a stream follow one another.
 
     ``single``: each edit on the unedited model. ``batch``: each batch on the unedited model. ``sequential``: one edit
@@ -32,12 +32,12 @@ class Protocol(StrEnum):
     @property
     def from_base(self) -> bool:
         """Whether every step starts from the unedited model."""
-        return self in (Protocol.SINGLE, Protocol.BATCH)
+        return self in (EditProtocol.SINGLE, EditProtocol.BATCH)
 
     @property
     def one_by_one(self) -> bool:
         """Whether a step holds exactly one request."""
-        return self in (Protocol.SINGLE, Protocol.SEQUENTIAL)
+        return self in (EditProtocol.SINGLE, EditProtocol.SEQUENTIAL)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class EditStream(L.LightningDataModule, ABC):
 
     Args:
         num_edits: How many requests to take; ``None`` for all.
-        protocol: See :class:`Protocol`.
+        protocol: See :class:`EditProtocol`.
         batch_size: Requests per step; must be 1 for ``single`` and ``sequential``.
         seed: Seed of the order and of whatever the data set draws.
         shuffle: Take the requests in a random order and not in that of the source.
@@ -79,7 +79,7 @@ class EditStream(L.LightningDataModule, ABC):
         bad_rows: str = "fail",
     ) -> None:
         super().__init__()
-        choices = [choice.value for choice in Protocol]
+        choices = [choice.value for choice in EditProtocol]
         if protocol not in choices:
             raise UserError(f"unknown data.protocol {protocol!r}: {near(protocol, choices)}")
         if bad_rows not in ("skip", "fail"):
@@ -89,7 +89,7 @@ class EditStream(L.LightningDataModule, ABC):
                 raise UserError(f"data.{name} is expected to be a whole number of at least 1, but got {value!r}")
         if not isinstance(seed, int):
             raise UserError(f"data.seed is expected to be a whole number, but got {seed!r}")
-        self.protocol = Protocol(protocol)
+        self.protocol = EditProtocol(protocol)
         if self.protocol.one_by_one and batch_size != 1:
             raise UserError(
                 f"data.protocol={protocol} writes one edit at a time, but data.batch_size is {batch_size}; "

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prune_lightning.errors import UserError
-from prune_lightning.jsonable import jsonable
+from prune_lightning.json_files import nan_to_null
 from prune_lightning.metrics.bootstrap import Floats, resampled_means
 
 Rows = Sequence[Mapping[str, Any]]
@@ -71,7 +71,7 @@ class CaseRows:
 
     def _write(self, path: Path, measurement: str, num_edits: int, rows: Rows) -> None:
         head = {"num_edits": num_edits, "measurement": measurement}
-        self._append(path, [jsonable({**head, **row}) for row in rows])
+        self._append(path, [nan_to_null({**head, **row}) for row in rows])
 
     def _append(self, path: Path, lines: Rows) -> None:
         with path.open("a", encoding="utf-8") as file:

@@ -16,7 +16,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.export.lowrank import lowest_rank
 from prune_lightning.export.sources import ExportSource
 from prune_lightning.fingerprint import fingerprint
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 FILE = "delta.safetensors"
 _KEY = "prune_lightning"
@@ -27,8 +27,8 @@ def write(source: ExportSource, folder: Path) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
     for matrix in source.matrices:
         change = matrix.change if isinstance(matrix.change, Tensor) else lowest_rank(matrix.change)
-        columns = change.left.shape[1] if isinstance(change, WeightUpdate) else 0
-        if isinstance(change, WeightUpdate) and columns * sum(matrix.original.shape) < matrix.original.numel():
+        columns = change.left.shape[1] if isinstance(change, LowRankUpdate) else 0
+        if isinstance(change, LowRankUpdate) and columns * sum(matrix.original.shape) < matrix.original.numel():
             parts = {"left": change.left, "right": change.right}
         else:
             parts = {"dense": matrix.dense_change()}

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from prune_lightning.spectral import FactoredMatrix, triplets_above
 from prune_lightning.spectral.triplets import fp64
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 
-def lowest_rank(change: WeightUpdate | Tensor, rank: int | None = None) -> WeightUpdate:
+def lowest_rank(change: LowRankUpdate | Tensor, rank: int | None = None) -> LowRankUpdate:
     r"""Return :math:`\Delta = (U\sqrt\Sigma)(V\sqrt\Sigma)^\top` without the singular values that are rounding.
 
     A factored change is brought to orthonormal bases and a small core (QR of both factors), and the core decomposed;
@@ -33,7 +33,7 @@ def lowest_rank(change: WeightUpdate | Tensor, rank: int | None = None) -> Weigh
         factored.append(change)
         found = factored.triplets_above(_zero(max(rows, columns) * torch.finfo(torch.float64).eps * change.norm()))
     root = found.sigma[:rank].sqrt()
-    return WeightUpdate(found.left[:, :rank] * root, found.right[:, :rank] * root)
+    return LowRankUpdate(found.left[:, :rank] * root, found.right[:, :rank] * root)
 
 
 def _zero(threshold: float) -> float:

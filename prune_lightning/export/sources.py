@@ -18,7 +18,7 @@ from prune_lightning.ledger import edited_run
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.types import EditRequest, WeightUpdate
+from prune_lightning.types import EditRequest, LowRankUpdate
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,19 @@ class ExportedMatrix:
 
     name: str
     original: Tensor
-    change: WeightUpdate | Tensor
+    change: LowRankUpdate | Tensor
     transposed: bool = False
 
     @classmethod
     def of(cls, matrix: EditedMatrix) -> ExportedMatrix:
         """Take a matrix under edit: the sum of its updates, less what a restraint withholds."""
         factored = matrix.change.factored()
-        change: WeightUpdate | Tensor = matrix.delta()
+        change: LowRankUpdate | Tensor = matrix.delta()
         if factored is not None:
-            parts = [WeightUpdate(factored.left.vectors @ factored.core, factored.right.vectors)]
+            parts = [LowRankUpdate(factored.left.vectors @ factored.core, factored.right.vectors)]
             if matrix.withheld is not None:
-                parts.append(WeightUpdate(-matrix.withheld.left.double(), matrix.withheld.right.double()))
-            change = WeightUpdate.sum(parts)
+                parts.append(LowRankUpdate(-matrix.withheld.left.double(), matrix.withheld.right.double()))
+            change = LowRankUpdate.sum(parts)
         return cls(matrix.name, matrix.original(), change, matrix.transposed)
 
     def stored(self, matrix: Tensor) -> Tensor:

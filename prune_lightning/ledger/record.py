@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prune_lightning.methods.edited_matrix import MatrixEvent
-from prune_lightning.types import DenseUpdate, MatrixUpdate, WeightUpdate
+from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate
 
 _OBSERVED = "observed"
 _KEPT_RANK = 4  # corrections up to so many times the rank of their step's update are kept
@@ -99,9 +99,9 @@ def _is_large(event: MatrixEvent, update: MatrixUpdate | None) -> bool:
     A spectral restraint takes away as many directions as exceed its reference, in the end as many as there are edits.
     It computes the same from the same change, so the correction is not kept then.
     """
-    if event.kind == "add" or not isinstance(event.change, WeightUpdate):
+    if event.kind == "add" or not isinstance(event.change, LowRankUpdate):
         return False
-    known = update.left.shape[1] if isinstance(update, WeightUpdate) else 1
+    known = update.left.shape[1] if isinstance(update, LowRankUpdate) else 1
     return event.change.left.shape[1] > _KEPT_RANK * known
 
 
@@ -113,7 +113,7 @@ def _pack(change: MatrixUpdate | None, update: MatrixUpdate | None) -> tuple[str
     """
     if change is None:
         return "nothing", {}
-    if isinstance(change, WeightUpdate):
+    if isinstance(change, LowRankUpdate):
         return "factors", {"left": change.left, "right": change.right}
     if update is not None:
         taken = change.matrix != 0
@@ -127,7 +127,7 @@ def _unpack(form: str, parts: Mapping[str, Tensor], update: MatrixUpdate | None)
     if form in ("nothing", "recomputed"):
         return None
     if form == "factors":
-        return WeightUpdate(parts["left"], parts["right"])
+        return LowRankUpdate(parts["left"], parts["right"])
     if form == "dense":
         return DenseUpdate(parts["matrix"])
     assert update is not None

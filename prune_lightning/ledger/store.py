@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_lightning.errors import UserError
-from prune_lightning.jsonable import jsonable
+from prune_lightning.json_files import nan_to_null
 from prune_lightning.ledger.record import StepRecord
 
 FORMAT = 1
@@ -60,7 +60,7 @@ class Ledger:
         ledger = cls(folder, base)
         with _disk(ledger):
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / "base.json", json.dumps({"format": FORMAT, **jsonable(base)}, indent=2).encode())
+            _write(folder / "base.json", json.dumps({"format": FORMAT, **nan_to_null(base)}, indent=2).encode())
             _write(folder / "steps.jsonl", b"")
         return ledger
 
@@ -184,7 +184,7 @@ class Ledger:
             UserError: The disk is full, or the folder cannot be written; earlier steps are whole.
         """
         line, tensors = record.flatten()
-        line = jsonable({**line, "checksum": _checksum(tensors)})
+        line = nan_to_null({**line, "checksum": _checksum(tensors)})
         with _disk(self):
             _write_tensors(
                 self._single(record.step), {f"{record.step}/{name}": tensor for name, tensor in tensors.items()}

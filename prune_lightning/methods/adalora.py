@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prune_lightning.errors import UserError
 from prune_lightning.methods.lora import ADAPTER, LoRA
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 
 class AdaLoRA(LoRA):
@@ -47,12 +47,12 @@ class AdaLoRA(LoRA):
         config = AdaLoraConfig(init_r=self.initial_rank, target_r=self.rank, total_step=total_steps, **self.settings())
         return AdaLoraModel(model, {ADAPTER: config}, ADAPTER)
 
-    def merged(self, module: Any) -> WeightUpdate:
+    def merged(self, module: Any) -> LowRankUpdate:
         r"""Return :math:`\frac{\alpha}{r_0} P \Lambda Q` of one of ``peft``'s layers, without what was pruned."""
         left, values, right = (part[ADAPTER].detach() for part in (module.lora_B, module.lora_E, module.lora_A))
         alive = values[:, 0] != 0
         scale = module.scaling[ADAPTER] / (module.ranknum[ADAPTER].detach() + 1e-5)  # as the layer's forward has it
-        return WeightUpdate(left[:, alive] * values[alive, 0] * scale, right[alive].T.clone())
+        return LowRankUpdate(left[:, alive] * values[alive, 0] * scale, right[alive].T.clone())
 
     def penalty(self) -> Tensor | float:
         """Return the orthogonality penalty; ``peft`` adds its own only to a loss that the model computes."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from prune_lightning.errors import UserError
 from prune_lightning.methods.layerwise import LayerwiseEdit
 from prune_lightning.methods.least_squares import RecursiveInverse, regression_update
-from prune_lightning.types import EditRequest, WeightUpdate
+from prune_lightning.types import EditRequest, LowRankUpdate
 
 
 class AlphaEdit(LayerwiseEdit):
@@ -57,7 +57,7 @@ class AlphaEdit(LayerwiseEdit):
                 )
         self.forget()
 
-    def solve(self, layer: int, keys: Tensor, residual: Tensor) -> WeightUpdate:
+    def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
         """Solve the ``b x b`` system."""
         return regression_update(residual, keys, self._protected[layer].solve(keys), damping=1.0)
 

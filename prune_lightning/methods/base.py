@@ -16,13 +16,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from prune_lightning.distributed import broadcast
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import fingerprint
-from prune_lightning.methods.edit_clock import EditClock
 from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.methods.no_op_optimizer import NoOpOptimizer
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.sharing import agreed
 from prune_lightning.spectral import NonFiniteChange
 from prune_lightning.types import EditBatch, EditReport, EditRequest, MatrixUpdate, Track, norm_of_all, untracked
 
@@ -166,9 +166,9 @@ class EditingModule(L.LightningModule, ABC):
                     parameter.copy_(value)
 
     # -- Lightning ------------------------------------------------------------------------------------------------
-    def configure_optimizers(self) -> EditClock:
+    def configure_optimizers(self) -> NoOpOptimizer:
         """Return the clock; editing methods keep their inner optimizers to themselves."""
-        return EditClock(self._clock)
+        return NoOpOptimizer(self._clock)
 
     def transfer_batch_to_device(self, batch: EditBatch, device: torch.device, dataloader_idx: int) -> EditBatch:
         """Requests are text: nothing to move."""
@@ -278,7 +278,7 @@ class EditingModule(L.LightningModule, ABC):
         if self.num_edits // COMPARE_EVERY == before // COMPARE_EVERY:
             return
         prints = [fingerprint(matrix.weight()) for matrix in self.edited_matrices().values()]
-        if agreed(prints) != prints:
+        if broadcast(prints) != prints:
             raise MisconfigurationException(
                 f"after {self.num_edits} edits this process's weights differ from the first one's; are the devices of "
                 "one kind?"

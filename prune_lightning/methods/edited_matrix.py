@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prune_lightning.spectral import AccumulatedChange
 from prune_lightning.spectral.triplets import fp64
-from prune_lightning.types import DenseUpdate, MatrixUpdate, WeightUpdate
+from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class EditedMatrix:
     def _start(self) -> None:
         self.journal: list[MatrixEvent] = []
         self.change = AccumulatedChange(self.original())
-        self.withheld: WeightUpdate | None = None
+        self.withheld: LowRankUpdate | None = None
         self._last: MatrixUpdate | None = None
 
     def _turned(self, stored: Tensor) -> Tensor:
@@ -92,13 +92,13 @@ class EditedMatrix:
         self._last = update
         self._do(MatrixEvent("add", update))
 
-    def withhold(self, correction: WeightUpdate | None) -> None:
+    def withhold(self, correction: LowRankUpdate | None) -> None:
         """Write the weight without ``correction``; the sum of the updates stays as it is."""
         if correction is not None or self.withheld is not None:
             self._do(MatrixEvent("withhold", correction))
 
     @contextmanager
-    def withholding(self, correction: WeightUpdate | None) -> Iterator[None]:
+    def withholding(self, correction: LowRankUpdate | None) -> Iterator[None]:
         """Write the weight without ``correction`` inside the block; every bit is put back."""
         before = self.withheld
         self.withheld = correction
@@ -109,7 +109,7 @@ class EditedMatrix:
             self.withheld = before
             self.write()
 
-    def subtract(self, correction: WeightUpdate | Tensor) -> None:
+    def subtract(self, correction: LowRankUpdate | Tensor) -> None:
         """Take ``correction`` away from the change for good and write the weight."""
         self._do(MatrixEvent("subtract", DenseUpdate(correction) if isinstance(correction, Tensor) else correction))
 
@@ -173,7 +173,7 @@ class EditedMatrix:
         self.change.load_state_dict({n.removeprefix(part): t for n, t in state.items() if n.startswith(part)})
         if "withheld.left" in state:
             device = fp64(self.change.master[:0]).device
-            self.withheld = WeightUpdate(state["withheld.left"].to(device), state["withheld.right"].to(device))
+            self.withheld = LowRankUpdate(state["withheld.left"].to(device), state["withheld.right"].to(device))
         self.write()
 
     def rounding_loss(self) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 from prune_lightning.errors import UserError
 from prune_lightning.methods.layerwise import LayerwiseEdit
 from prune_lightning.methods.least_squares import regression_update
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 
 class EMMET(LayerwiseEdit):
@@ -32,7 +32,7 @@ class EMMET(LayerwiseEdit):
             raise UserError(f"EMMET expects `damping` >= 0 and `weight` > 0, but got {damping} and {weight}")
         self.damping, self.weight = damping, weight
 
-    def solve(self, layer: int, keys: Tensor, residual: Tensor) -> WeightUpdate:
+    def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
         """Solve the ``b x b`` system."""
         damping = self.damping if keys.shape[1] > 1 else 0.0
         return regression_update(residual, keys, self.moments[layer].solve(keys) / self.weight, damping)

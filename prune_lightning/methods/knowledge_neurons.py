@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_lightning.distributed import map_over_ranks
 from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.neuron_attribution import (
@@ -20,8 +21,7 @@ from prune_lightning.methods.neuron_attribution import (
 )
 from prune_lightning.methods.patched_neurons import AttributionOptions
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.sharing import shared_out
-from prune_lightning.types import EditRequest, WeightUpdate
+from prune_lightning.types import EditRequest, LowRankUpdate
 
 Neuron = tuple[int, int]  # layer, index
 _STEP = 0.05  # of the share of prompts, where it is adjusted
@@ -146,23 +146,23 @@ class KnowledgeNeurons(EditingModule):
         if (width := self._embeddings().shape[1]) != column:
             raise UserError(f"KN writes embeddings, here {width} wide, into columns, here {column} long")
 
-    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
+    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return one update of rank one per request and layer with a selected neuron, side by side."""
         for request in requests:
             if not (request.target_old or "").strip():
                 raise UserError(
                     f"case {request.case_id}: KN looks for the neurons of the old answer; give the record `target_old`"
                 )
-        found = shared_out(requests, lambda part: [(self._change(each).cpu(), self._locate(each)) for each in part])
-        updates: dict[int, list[WeightUpdate]] = {}
+        found = map_over_ranks(requests, lambda part: [(self._change(each).cpu(), self._locate(each)) for each in part])
+        updates: dict[int, list[LowRankUpdate]] = {}
         for change, detail in found:
             left = change[:, None].to(self.language_model.device)
             for layer in sorted({layer for layer, _ in detail["neurons"]}):
                 right = left.new_zeros(self.language_model.key_size(layer), 1)
                 right[[index for at, index in detail["neurons"] if at == layer]] = 1
-                updates.setdefault(layer, []).append(WeightUpdate(left, right))
+                updates.setdefault(layer, []).append(LowRankUpdate(left, right))
         name = self.language_model.rewrite_name
-        return {name(layer): WeightUpdate.sum(updates[layer]) for layer in sorted(updates)}, [d for _, d in found]
+        return {name(layer): LowRankUpdate.sum(updates[layer]) for layer in sorted(updates)}, [d for _, d in found]
 
     def _locate(self, request: EditRequest) -> dict[str, Any]:
         """Return the knowledge neurons of a fact, with what there is to tell."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.methods.value_problem import ShiftSite
-from prune_lightning.types import EditRequest, WeightUpdate
+from prune_lightning.types import EditRequest, LowRankUpdate
 
 
 class LayerwiseEdit(LocateThenEdit):
@@ -25,7 +25,7 @@ class LayerwiseEdit(LocateThenEdit):
     """
 
     @abstractmethod
-    def solve(self, layer: int, keys: Tensor, residual: Tensor) -> WeightUpdate:
+    def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
         """Return the update of one layer.
 
         Args:
@@ -34,12 +34,12 @@ class LayerwiseEdit(LocateThenEdit):
             residual: :math:`R`, shape ``(out_features, b)``, fp64.
         """
 
-    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
+    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return one update of rank ``b`` per layer."""
         values = self.optimise(requests, ShiftSite(self.layers[-1], "block"))
         clean = self.walk(requests, self.prefixes[:1], until=self.layers[-1])
         prefixed = self.walk(requests, self.prefixes[1:]) if len(self.prefixes) > 1 else None
-        updates: dict[str, WeightUpdate] = {}
+        updates: dict[str, LowRankUpdate] = {}
         with self.provisional():
             for position, (layer, (name, matrix)) in enumerate(
                 zip(self.layers, self.edited_matrices().items(), strict=True)

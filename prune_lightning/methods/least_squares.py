@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 
-def regression_update(residual: Tensor, keys: Tensor, solved: Tensor, damping: float) -> WeightUpdate:
+def regression_update(residual: Tensor, keys: Tensor, solved: Tensor, damping: float) -> LowRankUpdate:
     r"""Return :math:`\Delta = R\,(\alpha I + K^\top M^{-1} K)^{-1} (M^{-1}K)^\top` in factors, fp64.
 
     It minimises :math:`\|\Delta K - R\|^2 + \alpha \operatorname{tr}(\Delta M \Delta^\top)`; for :math:`\alpha = 0`
@@ -28,7 +28,7 @@ def regression_update(residual: Tensor, keys: Tensor, solved: Tensor, damping: f
         right = solved @ torch.linalg.pinv(system, hermitian=True)
     else:
         right = torch.cholesky_solve(solved.T, factor).T
-    return WeightUpdate(residual, right)
+    return LowRankUpdate(residual, right)
 
 
 class RecursiveInverse:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_lightning.distributed import broadcast, map_over_ranks
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.methods.layerwise_keys import LayerwiseKeyReader
 from prune_lightning.methods.prompts import key_row, kl_row, target_row
-from prune_lightning.methods.subject_walk import SubjectWalk
 from prune_lightning.methods.value import ValueOptions, Values, optimise_values
 from prune_lightning.methods.value_problem import RequestRows, ShiftSite
 from prune_lightning.models.contexts import ContextOptions, sample_prefixes
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.statistics import SecondMoment, SecondMoments
-from prune_lightning.sharing import agreed, shared_out
 from prune_lightning.types import EditRequest
 
 
@@ -50,7 +50,7 @@ class LocateThenEdit(EditingModule):
         """Sample the prefixes and take the second moments on the unedited model."""
         if not self.moments:
             # Sampled on each process from the same seed; the first one's are everybody's, whatever the devices round.
-            self.prefixes = ("", *agreed(sample_prefixes(self.language_model, self.contexts)))
+            self.prefixes = ("", *broadcast(sample_prefixes(self.language_model, self.contexts)))
             self.moments = self.second_moments.compute(self.language_model, self.layers, self.track)
 
     def subject_keys(self, requests: Sequence[EditRequest], layers: Sequence[int] | None = None) -> dict[int, Tensor]:
@@ -67,10 +67,12 @@ class LocateThenEdit(EditingModule):
         shape = len(requests), len(self.prefixes), -1
         return {layer: walk.keys(layer).view(shape) for layer in (self.layers if layers is None else layers)}
 
-    def walk(self, requests: Sequence[EditRequest], prefixes: Sequence[str], until: int | None = None) -> SubjectWalk:
+    def walk(
+        self, requests: Sequence[EditRequest], prefixes: Sequence[str], until: int | None = None
+    ) -> LayerwiseKeyReader:
         """Return a walk over the rows of ``requests`` under ``prefixes``, a request's rows together."""
         model = self.language_model
-        return SubjectWalk(model, [key_row(model, request, p) for request in requests for p in prefixes], until)
+        return LayerwiseKeyReader(model, [key_row(model, request, p) for request in requests for p in prefixes], until)
 
     def rows(self, requests: Sequence[EditRequest]) -> list[RequestRows]:
         """Return the token rows on which the values of the requests are optimised."""
@@ -87,6 +89,6 @@ class LocateThenEdit(EditingModule):
             values = optimise_values(self.language_model, self.rows(part), site, self.value)
             return list(zip(values.target.cpu(), values.reference.cpu(), values.details, strict=True))
 
-        target, reference, details = zip(*shared_out(requests, work), strict=True)
+        target, reference, details = zip(*map_over_ranks(requests, work), strict=True)
         device = self.language_model.device
         return Values(torch.stack(target).to(device), torch.stack(reference).to(device), list(details))

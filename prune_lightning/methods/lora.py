@@ -19,7 +19,7 @@ from prune_lightning.methods.tuning_problem import AboveBlock
 from prune_lightning.models.cached_forward import agrees
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.types import EditRequest, WeightUpdate
+from prune_lightning.types import EditRequest, LowRankUpdate
 
 ADAPTER = "edit"
 
@@ -81,8 +81,8 @@ class LoRA(EditingModule):
         self._modules_by_name = self._find_modules()
         self._kept: dict[str, Tensor] = {}  # parameters of the adapters that are trained on
         self._candidate: dict[str, Tensor] = {}
-        self._merged: dict[str, WeightUpdate] = {}  # what these have come to
-        self._new: dict[str, WeightUpdate] = {}
+        self._merged: dict[str, LowRankUpdate] = {}  # what these have come to
+        self._new: dict[str, LowRankUpdate] = {}
         self._remembered: dict[str, Tensor] = {}
 
     # -- what is edited -------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class LoRA(EditingModule):
         return found
 
     # -- one edit -------------------------------------------------------------------------------------------------
-    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
+    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return the merged adapters; kept ones as the difference to what has been written of them before."""
         chunks = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
         with self._own_randomness(), self.provisional():
@@ -112,7 +112,7 @@ class LoRA(EditingModule):
                 self._new = {name: self.merged(self.adapted(name)) for name in self.edited_matrices()}
                 self._candidate = {name: p.detach().clone() for name, p in self._trained()}
         updates = {
-            name: WeightUpdate.sum([update, negative(self._merged[name])]) if self._merged else update
+            name: LowRankUpdate.sum([update, negative(self._merged[name])]) if self._merged else update
             for name, update in self._new.items()
         }
         return updates, [{"steps": self.steps, "losses": of_request} for of_request in losses.T.tolist()]
@@ -131,7 +131,7 @@ class LoRA(EditingModule):
             kind, _, rest = name.partition(" ")
             kinds[kind][rest] = tensor
         self._kept = kinds["adapter"]
-        self._merged = {name: WeightUpdate(left, kinds["right"][name]) for name, left in kinds["left"].items()}
+        self._merged = {name: LowRankUpdate(left, kinds["right"][name]) for name, left in kinds["left"].items()}
         self._remembered = dict(observed)
 
     def memory(self) -> Mapping[str, Tensor]:
@@ -230,10 +230,10 @@ class LoRA(EditingModule):
         """Put adapters into ``model``, which will be trained for ``total_steps``."""
         return LoraModel(model, {ADAPTER: LoraConfig(r=self.rank, **self.settings())}, ADAPTER)
 
-    def merged(self, module: Any) -> WeightUpdate:
+    def merged(self, module: Any) -> LowRankUpdate:
         r"""Return :math:`\frac{\alpha}{r} B A` of one of ``peft``'s layers."""
         left, right = module.lora_B[ADAPTER].weight, module.lora_A[ADAPTER].weight.T
-        return WeightUpdate(left.detach() * module.scaling[ADAPTER], right.detach().clone())
+        return LowRankUpdate(left.detach() * module.scaling[ADAPTER], right.detach().clone())
 
     def penalty(self) -> Tensor | float:
         """Return what is added to the loss."""
@@ -243,6 +243,6 @@ class LoRA(EditingModule):
         """Take note of a step of Adam; gradients are still there."""
 
 
-def negative(update: WeightUpdate) -> WeightUpdate:
+def negative(update: LowRankUpdate) -> LowRankUpdate:
     r"""Return :math:`-A B^\top`."""
-    return WeightUpdate(-update.left, update.right)
+    return LowRankUpdate(-update.left, update.right)

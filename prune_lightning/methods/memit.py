@@ -10,7 +10,7 @@ from torch import Tensor
 from prune_lightning.errors import UserError
 from prune_lightning.methods.layerwise import LayerwiseEdit
 from prune_lightning.methods.least_squares import RecursiveInverse, regression_update
-from prune_lightning.types import EditRequest, WeightUpdate
+from prune_lightning.types import EditRequest, LowRankUpdate
 
 
 class MEMIT(LayerwiseEdit):
@@ -32,7 +32,7 @@ class MEMIT(LayerwiseEdit):
         self.ridge, self.accumulate_past_keys = ridge, accumulate_past_keys
         self._past: dict[int, RecursiveInverse] = {}
 
-    def solve(self, layer: int, keys: Tensor, residual: Tensor) -> WeightUpdate:
+    def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
         """Solve the ``b x b`` system."""
         if layer in self._past:
             return regression_update(residual, keys, self._past[layer].solve(keys), damping=1.0)

@@ -16,7 +16,7 @@ from prune_lightning.methods.mend_network import MENDNetwork, NetworkShape
 from prune_lightning.methods.mend_store import HOW_TO_TRAIN, load_network, matrix_shapes
 from prune_lightning.methods.mend_training import TrainingOptions
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.types import EditRequest, WeightUpdate
+from prune_lightning.types import EditRequest, LowRankUpdate
 
 
 class MEND(EditingModule):
@@ -112,7 +112,7 @@ class MEND(EditingModule):
         if self.restart_norm_stats:
             self.network.reset_moments()
 
-    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
+    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return the transformed gradient of each matrix in factored form, and the batch's loss before."""
         rows = LabelledRows(self.language_model, [(request.prompt, request.target_new) for request in requests])
         gradients, loss = edit_gradients(self.language_model, self.edited_modules(), rows)
@@ -121,5 +121,5 @@ class MEND(EditingModule):
         with torch.no_grad():
             for name, found in gradients.items():
                 inputs, deltas = self.network(name, found.inputs[found.kept], found.gradients[found.kept])
-                updates[name] = WeightUpdate(self.update_scale * deltas.double().T, inputs.double().T)
+                updates[name] = LowRankUpdate(self.update_scale * deltas.double().T, inputs.double().T)
         return updates, [{"loss": float(loss)} for _ in requests]

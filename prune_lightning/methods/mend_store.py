@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prune_lightning.errors import UserError
-from prune_lightning.jsonable import write_json
+from prune_lightning.json_files import write_json
 from prune_lightning.methods.mend_network import MENDNetwork, NetworkShape
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.loading import local_path

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prune_lightning.methods.patched_neurons import AttributionOptions, PatchedNeurons, UpperPatched, WholePatched
 from prune_lightning.models.cached_forward import CachedForward, agrees
-from prune_lightning.models.hooks import record
+from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
 
 
@@ -107,7 +107,7 @@ class _Attribution:
         rows, last = torch.arange(len(ids), device=ids.device), mask.sum(1) - 1
         sites = [self.options.module(model, layer) for layer in self.layers]
         mlps: list[nn.Module] = [model.mlp(layer) for layer in self.layers]
-        with torch.no_grad(), record(inputs=[*sites, *mlps], stop=False) as seen:
+        with torch.no_grad(), capture(inputs=[*sites, *mlps], stop=False) as seen:
             forward = CachedForward(model, self.layers[0], ids, mask, last, rows, last, above=self.layers[1:])
         of_site, of_mlp = (
             {layer: seen.inputs[first + i][rows, last] for i, layer in enumerate(self.layers)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.methods.value_problem import ShiftSite
-from prune_lightning.types import EditRequest, WeightUpdate
+from prune_lightning.types import EditRequest, LowRankUpdate
 
 LOOK_AHEAD = 16  # requests whose keys are computed in one pass
 
@@ -30,9 +30,9 @@ class ROME(LocateThenEdit):
         super().__init__(**kwargs)
         self._chosen: dict[EditRequest, tuple[Tensor, Tensor]] = {}
 
-    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, WeightUpdate], list[dict[str, Any]]]:
+    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return one rank-one update per request and layer, side by side."""
-        updates: dict[str, list[WeightUpdate]] = {name: [] for name in self.edited_matrices()}
+        updates: dict[str, list[LowRankUpdate]] = {name: [] for name in self.edited_matrices()}
         details: list[dict[str, Any]] = []
         with self.provisional():
             for request in requests:
@@ -42,11 +42,11 @@ class ROME(LocateThenEdit):
                     update, key = self._rank_one(request, layer, values.target[0])
                     updates[name].append(update)
                     keys.append(key)
-                    matrix.add_provisionally(WeightUpdate.sum(updates[name]))
+                    matrix.add_provisionally(LowRankUpdate.sum(updates[name]))
                 details.append(values.details[0] | min(keys, key=lambda key: key["key_ratio"]))
-        return {name: WeightUpdate.sum(parts) for name, parts in updates.items()}, details
+        return {name: LowRankUpdate.sum(parts) for name, parts in updates.items()}, details
 
-    def _rank_one(self, request: EditRequest, layer: int, target: Tensor) -> tuple[WeightUpdate, dict[str, float]]:
+    def _rank_one(self, request: EditRequest, layer: int, target: Tensor) -> tuple[LowRankUpdate, dict[str, float]]:
         r"""Return the update of one layer, and how well it is posed.
 
         ``key_cosine`` is :math:`u^\top k / \lVert k \rVert`; ``key_ratio`` is :math:`u^\top k / u^\top \bar k`, 1 where
@@ -62,7 +62,7 @@ class ROME(LocateThenEdit):
             "key_cosine": float(denominator / written.norm()),
             "key_ratio": float(denominator / (whitened @ direction[:, 0])),
         }
-        return WeightUpdate(left, direction), key
+        return LowRankUpdate(left, direction), key
 
     def _keys(self, request: EditRequest, layer: int) -> tuple[Tensor, Tensor]:
         if layer != self.layers[0]:

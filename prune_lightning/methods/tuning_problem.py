@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.models.cached_forward import CachedForward
-from prune_lightning.models.hooks import record, replace_weight
+from prune_lightning.models.hooks import capture, replace_weight
 from prune_lightning.models.language_model import LanguageModel
 
 
@@ -59,7 +59,7 @@ class UpperWeights:
     def __init__(self, model: LanguageModel, layer: int, batch: TargetBatch) -> None:
         self.model, self.layer = model, layer
         self._module, self._after_mlp = model.rewrite_module(layer), model.after_mlp(layer)
-        with torch.no_grad(), record(inputs=[self._module], outputs=[model.mlp(layer)], stop=False) as seen:
+        with torch.no_grad(), capture(inputs=[self._module], outputs=[model.mlp(layer)], stop=False) as seen:
             self._above = AboveBlock(model, layer, batch)
         hidden = self._above.forward.hidden
         precise = torch.promote_types(hidden.dtype, torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prune_lightning.methods.prompts import EditRow
 from prune_lightning.models.cached_forward import CachedForward
-from prune_lightning.models.hooks import edit_output, record
+from prune_lightning.models.hooks import capture, edit_output
 from prune_lightning.models.language_model import LanguageModel
 
 
@@ -127,7 +127,7 @@ class WholeForward:
 
     def __init__(self, model: LanguageModel, site: ShiftSite, layout: Layout) -> None:
         self.model, self.site = model, site
-        with torch.no_grad(), record(outputs=[site.module(model)], stop=False) as seen:
+        with torch.no_grad(), capture(outputs=[site.module(model)], stop=False) as seen:
             self.base_logits = model.logits_at(layout.ids, layout.mask, layout.read_rows, layout.read_positions)
         self.reference = seen.outputs[0][layout.clean, layout.subject[layout.clean]]
 

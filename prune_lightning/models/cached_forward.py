@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from prune_lightning.models.hooks import only_at, pass_through, record, replace_output
+from prune_lightning.models.hooks import capture, only_at, pass_through, replace_output
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.packing import PAYS, pack, plain
 
@@ -72,7 +72,7 @@ class CachedForward:
         lengths = mask.sum(1)
         packed = pack(model, ids, mask) if compact else plain(ids, mask)
         read, at = packed.find(rows, positions)
-        with record(outputs=modules, stop=False) as seen:
+        with capture(outputs=modules, stop=False) as seen:
             self.base_logits = model.logits_at(
                 **packed.inputs, rows=read, positions=at, past_key_values=cache, use_cache=True
             )

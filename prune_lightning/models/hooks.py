@@ -28,7 +28,7 @@ class Recorder:
 
 
 @contextmanager
-def record(
+def capture(
     inputs: list[nn.Module] | None = None, outputs: list[nn.Module] | None = None, stop: bool = True
 ) -> Iterator[Recorder]:
     """Record what enters or leaves the given modules during the forward pass inside the block.

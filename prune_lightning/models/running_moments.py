@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prune_lightning.sharing import add_up, rank
+from prune_lightning.distributed import all_reduce, rank
 
 _BLOCK = 512
 
@@ -54,15 +54,15 @@ class RunningMoments:
     def gather(self) -> None:
         """Bring all sums to the first process; the others go on from zero."""
         tensors = [*self.sums, *self.half]
-        add_up(tensors)
+        all_reduce(tensors)
         if rank():
             for tensor in tensors:
                 tensor.zero_()
 
     def finish(self) -> list[Tensor]:
         """Return the second moments, on every process; the sums become them, in place."""
-        add_up(self.sums)
-        add_up(self.half)
+        all_reduce(self.sums)
+        all_reduce(self.half)
         if self.half:
             changes = [
                 float((now / self.tokens).sub_(then, alpha=1 / self.half_tokens).norm() / now.norm())

@@ -11,15 +11,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from prune_lightning.distributed import rank, true_on_all_ranks, world_size
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import sampled_fingerprint
 from prune_lightning.models.batching import by_length
-from prune_lightning.models.hooks import record
+from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import local_path
 from prune_lightning.models.running_moments import RunningMoments
 from prune_lightning.models.statistics_store import StatisticsStore
-from prune_lightning.sharing import everywhere, rank, world_size
 from prune_lightning.types import Track, untracked
 
 
@@ -132,7 +132,7 @@ class SecondMoments:
         manifest = self.manifest(model)
         for folder in (self.shipped, self.cache):
             moments = StatisticsStore(folder, manifest).load(layers, model.device) if folder else None
-            if everywhere(moments is not None):
+            if true_on_all_ranks(moments is not None):
                 assert moments is not None
                 break
         else:
@@ -185,7 +185,7 @@ class SecondMoments:
                 running.count(sum(map(len, batch)))
                 if number % world_size() == rank():
                     ids, mask = model.tokens.pad(batch, model.device)
-                    with record(inputs=modules) as seen:
+                    with capture(inputs=modules) as seen:
                         model(ids, mask)
                     running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
             running.texts += len(window)

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prune_lightning.distributed import broadcast, rank
 from prune_lightning.errors import UserError
 from prune_lightning.models.running_moments import RunningMoments
-from prune_lightning.sharing import agreed, rank
 
 
 class StatisticsStore:
@@ -95,7 +95,7 @@ class StatisticsStore:
             for kind in ("sums", "half"):
                 for i, total in enumerate(getattr(running, kind)):
                     total.copy_(tensors[f"{kind}.{i}"])
-        if counts := agreed(counts):
+        if counts := broadcast(counts):
             running.tokens, running.half_tokens, running.texts = counts
             if running.half_tokens and not running.half:
                 running.half = [torch.zeros_like(total) for total in running.sums]

@@ -12,12 +12,11 @@ from prune_lightning.spectral.diagnostics import (
 from prune_lightning.spectral.factored import FactoredMatrix
 from prune_lightning.spectral.laws import HardClip, Identity, Linear, Logarithm, RestraintLaw, ScaleFreeLogarithm
 from prune_lightning.spectral.matrices import HasEditedMatrices, RestrainedMatrix
-from prune_lightning.spectral.restrain import Excess, excess, restrain_, restrained
+from prune_lightning.spectral.restrain import SpectralCorrection, restrain_, restrained, spectral_correction
 from prune_lightning.spectral.triplets import NonFiniteChange, Triplets, triplets_above
 
 __all__ = [
     "AccumulatedChange",
-    "Excess",
     "FactoredMatrix",
     "HardClip",
     "HasEditedMatrices",
@@ -28,15 +27,16 @@ __all__ = [
     "RestrainedMatrix",
     "RestraintLaw",
     "ScaleFreeLogarithm",
+    "SpectralCorrection",
     "Triplets",
     "condition_number",
     "effective_rank",
-    "excess",
     "perturbation_bound",
     "restrain_",
     "restrained",
     "sigma_max",
     "singular_values",
+    "spectral_correction",
     "stable_rank",
     "triplets_above",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from prune_lightning.spectral.diagnostics import singular_values
 from prune_lightning.spectral.factored import FactoredMatrix
 from prune_lightning.spectral.triplets import Triplets, fp64, triplets_above
-from prune_lightning.types import DenseUpdate, MatrixUpdate, WeightUpdate
+from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate
 
 _FACTORED_UP_TO = 0.75  # of the smaller side; beyond it the dense path is as good and needs no more memory
 
@@ -32,7 +32,7 @@ class AccumulatedChange:
     def __init__(self, like: Tensor) -> None:
         self.master = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
         self._factored: FactoredMatrix | None = FactoredMatrix(like.shape[0], like.shape[1], fp64(like[:0]).device)
-        self._pending: list[WeightUpdate] = []
+        self._pending: list[LowRankUpdate] = []
 
     @torch.no_grad()
     def add(self, update: MatrixUpdate) -> None:
@@ -48,7 +48,7 @@ class AccumulatedChange:
                 self._make_dense()
 
     @torch.no_grad()
-    def subtract(self, change: WeightUpdate | Tensor) -> None:
+    def subtract(self, change: LowRankUpdate | Tensor) -> None:
         """Take a change away, e.g. what a restraint found too much; a dense one ends the factored form."""
         if isinstance(change, Tensor):
             self.master.sub_(change.to(self.master))
@@ -56,7 +56,7 @@ class AccumulatedChange:
         else:
             self.write(self.master, correction=change)
             if (factored := self.factored()) is not None:
-                factored.append(WeightUpdate(-change.left, change.right))
+                factored.append(LowRankUpdate(-change.left, change.right))
 
     def _make_dense(self) -> None:
         self._factored, self._pending = None, []
@@ -101,7 +101,7 @@ class AccumulatedChange:
         return torch.nn.functional.pad(found, (0, min(self.master.shape) - len(found)))
 
     @torch.no_grad()
-    def write(self, out: Tensor, base: Tensor | None = None, correction: WeightUpdate | None = None) -> None:
+    def write(self, out: Tensor, base: Tensor | None = None, correction: LowRankUpdate | None = None) -> None:
         r"""Write :math:`W_0 + \Delta - A B^\top`, computed in the master's precision and rounded once.
 
         What the correction does not touch keeps its bits. Where the correction takes away so much that the rounding of
@@ -126,7 +126,7 @@ class AccumulatedChange:
         if target is not out:
             out.copy_(target)
 
-    def _rest_after_cancellation(self, correction: WeightUpdate) -> Tensor | None:
+    def _rest_after_cancellation(self, correction: LowRankUpdate) -> Tensor | None:
         factored = self.factored()
         if factored is None or correction.norm() < 0.9 * float(torch.linalg.matrix_norm(factored.core)):
             return None

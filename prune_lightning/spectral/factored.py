@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prune_lightning.spectral.triplets import Triplets, fp64, triplets_above
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 _NOTHING_NEW = 1e-14  # a direction whose share of a block is smaller than this lies in the basis already
 _ORTHOGONAL = 1e-12
@@ -108,7 +108,7 @@ class FactoredMatrix:
         """Number of directions kept, an upper bound of the rank."""
         return max(len(self.left), len(self.right))
 
-    def append(self, update: WeightUpdate) -> None:
+    def append(self, update: LowRankUpdate) -> None:
         """Add an update; directions that are in the bases already do not make them grow."""
         left, right = fp64(update.left), fp64(update.right)
         length = torch.linalg.vector_norm(left, dim=0)

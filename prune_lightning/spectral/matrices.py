@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from prune_lightning.spectral.accumulated import AccumulatedChange
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 
 class RestrainedMatrix(Protocol):
@@ -41,15 +41,15 @@ class RestrainedMatrix(Protocol):
         """Return the change of the latest step as it was computed."""
         ...
 
-    def withhold(self, correction: WeightUpdate | None) -> None:
+    def withhold(self, correction: LowRankUpdate | None) -> None:
         r"""Replace what is withheld and write the weight; :math:`\Delta` stays as it is."""
         ...
 
-    def withholding(self, correction: WeightUpdate | None) -> AbstractContextManager[None]:
+    def withholding(self, correction: LowRankUpdate | None) -> AbstractContextManager[None]:
         """Withhold inside a block; every bit is put back."""
         ...
 
-    def subtract(self, correction: WeightUpdate | Tensor) -> None:
+    def subtract(self, correction: LowRankUpdate | Tensor) -> None:
         r"""Take a correction away from :math:`\Delta` for good and write the weight."""
         ...
 

@@ -13,11 +13,11 @@ from prune_lightning.spectral.accumulated import AccumulatedChange
 from prune_lightning.spectral.diagnostics import sigma_max
 from prune_lightning.spectral.laws import RestraintLaw
 from prune_lightning.spectral.triplets import fp64, triplets_above
-from prune_lightning.types import WeightUpdate
+from prune_lightning.types import LowRankUpdate
 
 
 @dataclass(frozen=True)
-class Excess:
+class SpectralCorrection:
     r"""What a law takes away from a change: :math:`U F(\Sigma) V^\top = \Delta - A B^\top`.
 
     Args:
@@ -27,13 +27,13 @@ class Excess:
         path: How it was found; see :class:`~prune_lightning.spectral.triplets.Triplets`.
     """
 
-    correction: WeightUpdate | None
+    correction: LowRankUpdate | None
     num_above: int
     sigma_before: float
     path: str
 
 
-def excess(change: Tensor | AccumulatedChange, law: RestraintLaw, reference: float) -> Excess:
+def spectral_correction(change: Tensor | AccumulatedChange, law: RestraintLaw, reference: float) -> SpectralCorrection:
     r"""Return what a law takes away from a change.
 
     Only the triplets :math:`J` above the reference change, so
@@ -59,8 +59,8 @@ def excess(change: Tensor | AccumulatedChange, law: RestraintLaw, reference: flo
         surplus = triplets.sigma - becomes
         moved = surplus != 0
         if moved.any():
-            correction = WeightUpdate(triplets.left[:, moved] * surplus[moved], triplets.right[:, moved])
-    return Excess(correction, len(triplets.sigma), triplets.largest, triplets.path)
+            correction = LowRankUpdate(triplets.left[:, moved] * surplus[moved], triplets.right[:, moved])
+    return SpectralCorrection(correction, len(triplets.sigma), triplets.largest, triplets.path)
 
 
 @torch.no_grad()
@@ -72,12 +72,14 @@ def restrained(delta: Tensor, law: RestraintLaw, reference: float) -> Tensor:
     tensor([[4., 0.],
             [0., 1.]])
     """
-    correction = excess(delta, law, reference).correction
+    correction = spectral_correction(delta, law, reference).correction
     return delta if correction is None else (fp64(delta) - correction.dense()).to(delta)
 
 
 @torch.no_grad()
-def restrain_(parameter: Tensor, original: Tensor, law: RestraintLaw, reference: float | None = None) -> Excess:
+def restrain_(
+    parameter: Tensor, original: Tensor, law: RestraintLaw, reference: float | None = None
+) -> SpectralCorrection:
     r"""Restrain in place what a weight has moved by since ``original``: :math:`W \leftarrow W_0 + U F(\Sigma) V^\top`.
 
     For training loops of any kind; under Lightning the ``PRUNE`` callback does more.
@@ -103,7 +105,7 @@ def restrain_(parameter: Tensor, original: Tensor, law: RestraintLaw, reference:
         raise UserError("restrain_ needs a whole matrix; for sharded weights, `PRUNE(...).attach(module)` gathers them")
     precise = torch.promote_types(parameter.dtype, torch.float32)
     delta = parameter.detach().to(precise) - original.to(precise)
-    found = excess(delta, law, sigma_max(original) if reference is None else reference)
+    found = spectral_correction(delta, law, sigma_max(original) if reference is None else reference)
     if found.correction is not None:
         parameter.copy_((fp64(parameter) - found.correction.dense()).to(parameter))
     return found

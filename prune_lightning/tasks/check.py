@@ -12,7 +12,7 @@ from rich.table import Table
 
 from prune_lightning.data.stream import BadRow, EditStream
 from prune_lightning.errors import UserError
-from prune_lightning.jsonable import write_json
+from prune_lightning.json_files import write_json
 from prune_lightning.tasks.setup import quieten, run_folder
 from prune_lightning.types import EditRequest
 

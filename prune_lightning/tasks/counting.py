@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from prune_lightning.models.family import ModelFamily, stores_transposed
-from prune_lightning.models.hooks import edit_input, edit_output, pass_through, record
+from prune_lightning.models.hooks import capture, edit_input, edit_output, pass_through
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ShapeModel:
     @torch.no_grad()
     def forward_until(self, layer: int, rows: int, length: int) -> Work:
         """Count a forward pass that ends above a block."""
-        with Counter() as count, record(outputs=[self.block(layer)]):
+        with Counter() as count, capture(outputs=[self.block(layer)]):
             self._forward(rows, length, 1)
         return Work(count.flops, count.moved, count.operations)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-class EditClock(torch.optim.Optimizer):
+class NoOpOptimizer(torch.optim.Optimizer):
     """Steps without changing anything, so that Lightning counts edit batches as steps and saves by them.
 
     Args:

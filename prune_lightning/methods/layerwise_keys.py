@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from prune_lightning.methods.prompts import EditRow
-from prune_lightning.models.hooks import edit_input, pass_through, record
+from prune_lightning.models.hooks import capture, edit_input, pass_through
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.packing import pack
 
 
-class SubjectWalk:
+class LayerwiseKeyReader:
     """Reads keys upwards; each pass begins at the layer of the one before, whose input no edit since can have changed.
 
     Args:
@@ -45,7 +45,7 @@ class SubjectWalk:
         model = self.model
         outputs: list[nn.Module] = [] if self.until is None else [model.block(self.until)]
         wanted: list[nn.Module] = [model.block(layer), model.rewrite_module(layer)]
-        with self._beginning(), record(inputs=wanted, outputs=outputs) as seen:
+        with self._beginning(), capture(inputs=wanted, outputs=outputs) as seen:
             model(**self._inputs)
         self._begin = layer, seen.inputs[0]
         self.hidden = seen.outputs[0][self._at].double() if outputs else None

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 
-def jsonable(value: Any) -> Any:
+def nan_to_null(value: Any) -> Any:
     """Return ``value`` with NaN and infinities replaced by ``None``, at any depth.
 
-    >>> jsonable({"a": [1.0, float("nan")]})
+    >>> nan_to_null({"a": [1.0, float("nan")]})
     {'a': [1.0, None]}
     """
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
+        return {key: nan_to_null(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
+        return [nan_to_null(item) for item in value]
     return value
 
 
@@ -31,5 +31,5 @@ def write_json(path: Path, value: Any) -> None:
         value: Plain data.
     """
     partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    partial.write_text(json.dumps(nan_to_null(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
     partial.replace(path)

@@ -11,7 +11,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.metrics.stream_functional import age_bin
 
 
-class Probes:
+class CaseSampler:
     """Chooses the cases to look at from those written so far.
 
     Args:

@@ -22,14 +22,14 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the processes."""
     if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
-def everywhere(answer: bool) -> bool:
+def true_on_all_ranks(answer: bool) -> bool:
     """Whether the answer is yes on every process."""
     if world_size() == 1:
         return answer
@@ -38,7 +38,7 @@ def everywhere(answer: bool) -> bool:
     return all(answers)
 
 
-def agreed(value: Item) -> Item:
+def broadcast(value: Item) -> Item:
     """Return the first process's value."""
     if world_size() == 1:
         return value
@@ -47,7 +47,7 @@ def agreed(value: Item) -> Item:
     return box[0]
 
 
-def shared_out(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Result]]) -> list[Result]:
+def map_over_ranks(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Result]]) -> list[Result]:
     """Return ``work(items)``, each process doing every n-th item.
 
     Args:
