@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 
@@ -21,15 +19,3 @@ def nan_to_null(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [nan_to_null(item) for item in value]
     return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write one JSON document, whole or not at all.
-
-    Args:
-        path: The file.
-        value: Plain data.
-    """
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(nan_to_null(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-    partial.replace(path)

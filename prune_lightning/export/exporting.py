@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from prune_lightning.atomic_files import write_json
 from prune_lightning.errors import UserError
 from prune_lightning.export.card import write_card
 from prune_lightning.export.formats import Format, format_named
 from prune_lightning.export.sources import ExportSource
 from prune_lightning.export.verify import next_token_logits, prompts_for, reloaded_logits, tolerance
-from prune_lightning.json_files import write_json
 
 MANIFEST = "export.json"
 

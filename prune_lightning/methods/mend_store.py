@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from prune_lightning.atomic_files import write_json, write_tensors
 from prune_lightning.errors import UserError
-from prune_lightning.json_files import write_json
 from prune_lightning.methods.mend_network import MENDNetwork, NetworkShape
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.loading import local_path
@@ -58,10 +58,9 @@ def save_network(
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {name for name, _ in network.named_parameters()}
     tensors = {
-        name: tensor.detach().cpu().to(dtype if name in parameters else tensor.dtype).contiguous()
-        for name, tensor in network.state_dict().items()
+        name: tensor.to(dtype if name in parameters else tensor.dtype) for name, tensor in network.state_dict().items()
     }
-    save_file(tensors, folder / TENSORS)
+    write_tensors(folder / TENSORS, tensors)
     description = {"shape": asdict(network.shape), "matrices": network.matrices, "samples": _samples(modules)}
     write_json(folder / DESCRIPTION, {**description, "training": dict(facts)})
 

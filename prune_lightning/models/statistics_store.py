@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from prune_lightning.atomic_files import write_tensors
 from prune_lightning.distributed import broadcast, rank
 from prune_lightning.errors import UserError
 from prune_lightning.models.running_moments import RunningMoments
@@ -59,12 +58,7 @@ class StatisticsStore:
 
     def _write(self, path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
-        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, aside, metadata={"manifest": self.manifest, "facts": json.dumps(dict(facts))})
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
+        write_tensors(path, tensors, {"manifest": self.manifest, "facts": json.dumps(dict(facts))})
 
     def save(self, moments: Mapping[int, Tensor], facts: Mapping[str, Any]) -> None:
         """Write finished statistics and delete what an interrupted pass left; the first process does."""

@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from prune_lightning.atomic_files import write_json
 from prune_lightning.data.stream import BadRow, EditStream
 from prune_lightning.errors import UserError
-from prune_lightning.json_files import write_json
 from prune_lightning.tasks.setup import quieten, run_folder
 from prune_lightning.types import EditRequest
 

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from prune_lightning.atomic_files import write_json
 from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog, Guards, RunProgress, SpectrumMonitor, spectra
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.evaluation.measurement import Measurement
 from prune_lightning.evaluation.stream import FORMS, entries
-from prune_lightning.json_files import write_json
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.report.curves import plot_abilities, plot_editing, plot_immediate, plot_retention

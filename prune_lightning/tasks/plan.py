@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from prune_lightning.atomic_files import write_json
 from prune_lightning.callbacks import SpectralRestraint
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
-from prune_lightning.json_files import write_json
 from prune_lightning.methods.layerwise import LayerwiseEdit
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.methods.value import ValueOptions

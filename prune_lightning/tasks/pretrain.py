@@ -12,11 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from transformers import GPT2LMHeadModel
 
+from prune_lightning.atomic_files import write_json
 from prune_lightning.bundled.pretraining import Pretraining, PretrainingData
 from prune_lightning.bundled.world import EDIT_PHRASING, HELD_OUT, load_world
 from prune_lightning.evaluation.miniature import MiniatureAbilities
 from prune_lightning.evaluation.scoring import score_pairs
-from prune_lightning.json_files import write_json
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.tasks.setup import build_loggers, build_trainer, quieten, run_folder
 

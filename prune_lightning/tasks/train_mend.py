@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from prune_lightning.atomic_files import write_json
 from prune_lightning.data.editor_training import EditorTrainingData
 from prune_lightning.errors import UserError
-from prune_lightning.json_files import write_json
 from prune_lightning.methods.mend import MEND
 from prune_lightning.methods.mend_store import save_network
 from prune_lightning.methods.mend_training import MENDTraining

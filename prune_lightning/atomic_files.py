@@ -1,0 +1,115 @@
+"""Write files whole or not at all.
+
+Each function writes a temporary file in the target's folder, syncs it to the disk and renames it over the target. A
+reader, or a process that starts after a crash, finds the old file or the new one, never a part of one. Temporary files
+end in ``.tmp``; only a killed process leaves one behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prune_lightning.json_files import nan_to_null
+
+SUFFIX = ".tmp"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file.
+
+    Args:
+        path: The file; its folder must exist.
+        content: What it holds.
+
+    Raises:
+        OSError: The file cannot be written. What was there is unchanged.
+    """
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    _replace(path, write)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document, UTF-8 with an indent of two. NaN and infinities become ``null``.
+
+    Args:
+        path: The file; its folder must exist.
+        value: Plain data.
+
+    Raises:
+        OSError: The file cannot be written. What was there is unchanged.
+    """
+    text = json.dumps(nan_to_null(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors.
+
+    Args:
+        path: The file; its folder must exist.
+        tensors: By name, on any device; no two may share memory.
+        metadata: What the file's header says beside the tensors.
+
+    Raises:
+        OSError: The file cannot be written. What was there is unchanged.
+    """
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about = None if metadata is None else dict(metadata)
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(held, temporary, metadata=about)
+        except SafetensorError as error:
+            raise _os_error(error, path) from error
+        temporary.chmod(mode)  # safetensors gives its files to their owner alone; a cache may be shared
+
+    _replace(path, write)
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    # Runs may share a folder, perhaps over a network: a process number does not tell the writers apart.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{SUFFIX}")
+    try:
+        write(temporary)
+        with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder permanent, where the file system and the operating system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems
+        pass
+    finally:
+        os.close(handle)
+
+
+def _os_error(error: SafetensorError, path: Path) -> OSError:
+    """Return what the operating system said, which safetensors puts into its message."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else OSError(str(error))
