@@ -100,7 +100,7 @@ class EditBatch:
     """The requests of one training step.
 
     Args:
-        requests: The facts that are written together.
+        requests: The facts that are written together. None where a resumed stream has nothing left to write.
         from_base: The unedited model is put back after the step (the protocols ``single`` and ``batch``).
     """
 
@@ -142,6 +142,11 @@ class LowRankUpdate:
         """Return the sum of updates of one matrix: their factors side by side."""
         return cls(torch.cat([u.left for u in updates], dim=1), torch.cat([u.right for u in updates], dim=1))
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        return self.left.shape[0], self.right.shape[0]
+
     def dense(self) -> Tensor:
         """Return the update as a matrix ``(out_features, in_features)``."""
         return self.left @ self.right.T
@@ -170,6 +175,11 @@ class DenseUpdate:
 
     matrix: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
     def dense(self) -> Tensor:
         """Return the update as a matrix ``(out_features, in_features)``."""
         return self.matrix
@@ -193,6 +203,21 @@ MatrixUpdate: TypeAlias = LowRankUpdate | DenseUpdate
 def norm_of_all(updates: Mapping[str, MatrixUpdate]) -> float:
     """Return the Frobenius norm of a step's update over all its matrices."""
     return sum(update.norm() ** 2 for update in updates.values()) ** 0.5
+
+
+@dataclass(frozen=True)
+class EditStep:
+    """What a method computed for the requests of one step.
+
+    Args:
+        requests: The requests.
+        updates: The update of each edited weight, by name.
+        details: Per request what the method reports, e.g. the steps of its value optimisation.
+    """
+
+    requests: tuple[EditRequest, ...]
+    updates: Mapping[str, MatrixUpdate]
+    details: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

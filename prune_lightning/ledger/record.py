@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from prune_lightning.ledger.events import flatten_events, restore_events, stored
+from prune_lightning.ledger.sketch import MatrixSketch
 from prune_lightning.methods.edited_matrix import MatrixEvent
-from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate
 
 _OBSERVED = "observed"
-_KEPT_RANK = 4  # corrections up to so many times the rank of their step's update are kept
 
 
 @dataclass(frozen=True)
@@ -23,119 +23,90 @@ class StepRecord:
 
     Args:
         step: Number of the step, from 1.
-        num_edits: Requests handled up to and including this step.
+        num_requests: Requests handled up to and including this step.
         requests: The step's requests, as plain data.
         applied: Whether the update was written.
         from_base: The unedited model was put back after the step.
-        weights: Fingerprint of the edited weights after the step.
-        callbacks: What callbacks have to say of the step, by their class's name; JSON-able.
+        sketch: What tells the edited weights after the step from others; see :class:`~.sketch.StateSketch`.
+        callbacks: The state that callbacks keep of the step, by the callback's name; JSON-able.
         events: What happened to each matrix, in order, by the name of its weight.
         observed: What the method remembers of the step.
     """
 
     step: int
-    num_edits: int
+    num_requests: int
     requests: Sequence[Mapping[str, Any]]
     applied: bool = True
     from_base: bool = False
-    weights: str | None = None
+    sketch: Mapping[str, MatrixSketch] = field(default_factory=dict)
     callbacks: Mapping[str, Any] = field(default_factory=dict)
     events: Mapping[str, Sequence[MatrixEvent]] = field(default_factory=dict)
     observed: Mapping[str, Tensor] = field(default_factory=dict)
 
     def flatten(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return a JSON-able line and the tensors that it speaks of, on the CPU."""
-        tensors = {f"{_OBSERVED}/{name}": _stored(tensor) for name, tensor in self.observed.items()}
-        forms_by_name: dict[str, list[list[str]]] = {}
+        tensors = {f"{_OBSERVED}/{name}": stored(tensor) for name, tensor in self.observed.items()}
+        forms, parts = flatten_events(self.events)
         line = {
             "step": self.step,
-            "num_edits": self.num_edits,
+            "num_requests": self.num_requests,
             "applied": self.applied,
             "from_base": self.from_base,
             "requests": list(self.requests),
-            "weights": self.weights,
+            "sketch": {name: asdict(sketch) for name, sketch in self.sketch.items()},
             "callbacks": dict(self.callbacks),
-            "events": forms_by_name,
+            "events": forms,
         }
-        for name, events in self.events.items():
-            forms: list[list[str]] = []
-            latest: MatrixUpdate | None = None
-            for number, event in enumerate(events):
-                form, parts = ("recomputed", {}) if _is_large(event, latest) else _pack(event.change, latest)
-                forms.append([event.kind, form])
-                tensors |= {f"{name}/{number}/{part}": _stored(tensor) for part, tensor in parts.items()}
-                latest = event.change if event.kind == "add" else latest
-            forms_by_name[name] = forms
-        return line, tensors
+        return line, tensors | parts
 
     @classmethod
     def restore(cls, line: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> StepRecord:
         """Return what :meth:`flatten` took apart."""
-        events: dict[str, list[MatrixEvent]] = {}
-        for name, forms in line["events"].items():
-            latest: MatrixUpdate | None = None
-            events[name] = []
-            for number, (kind, form) in enumerate(forms):
-                start = f"{name}/{number}/"
-                parts = {k.removeprefix(start): t.to(device) for k, t in tensors.items() if k.startswith(start)}
-                change = _unpack(form, parts, latest)
-                events[name].append(MatrixEvent(kind, change, recomputed=form == "recomputed"))
-                latest = change if kind == "add" else latest
+        events = restore_events(line["events"], tensors, device)
         start = f"{_OBSERVED}/"
         observed = {k.removeprefix(start): t.to(device) for k, t in tensors.items() if k.startswith(start)}
         plain = {
-            key: line[key] for key in ("step", "num_edits", "requests", "applied", "from_base", "weights", "callbacks")
+            key: line[key] for key in ("step", "num_requests", "requests", "applied", "from_base", "callbacks")
         }
-        return cls(**plain, events=events, observed=observed)
+        return cls(**plain, sketch=sketches(line), events=events, observed=observed)
 
 
-def _stored(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+@dataclass(frozen=True)
+class FinishRecord:
+    """What happened after the last step, when the stream ended: a restraint acted on what was pending.
 
-
-def _is_large(event: MatrixEvent, update: MatrixUpdate | None) -> bool:
-    """Whether a correction would make the ledger grow faster than the stream.
-
-    A spectral restraint takes away as many directions as exceed its reference, in the end as many as there are edits.
-    It computes the same from the same change, so the correction is not kept then.
+    Args:
+        step: Number of the last step.
+        sketch: See :class:`StepRecord`; of the final weights.
+        callbacks: See :class:`StepRecord`.
+        events: What happened to each matrix.
     """
-    if event.kind == "add" or not isinstance(event.change, LowRankUpdate):
-        return False
-    known = update.left.shape[1] if isinstance(update, LowRankUpdate) else 1
-    return event.change.left.shape[1] > _KEPT_RANK * known
+
+    step: int
+    sketch: Mapping[str, MatrixSketch] = field(default_factory=dict)
+    callbacks: Mapping[str, Any] = field(default_factory=dict)
+    events: Mapping[str, Sequence[MatrixEvent]] = field(default_factory=dict)
+
+    def flatten(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return a JSON-able line and the tensors that it speaks of, on the CPU."""
+        forms, tensors = flatten_events(self.events)
+        sketch = {name: asdict(sketch) for name, sketch in self.sketch.items()}
+        return {"step": self.step, "sketch": sketch, "callbacks": dict(self.callbacks), "events": forms}, tensors
+
+    @classmethod
+    def restore(cls, line: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> FinishRecord:
+        """Return what :meth:`flatten` took apart."""
+        events = restore_events(line["events"], tensors, device)
+        return cls(line["step"], sketches(line), line["callbacks"], events)
 
 
-def _pack(change: MatrixUpdate | None, update: MatrixUpdate | None) -> tuple[str, dict[str, Tensor]]:
-    """Return the form in which a change is kept, and its tensors.
+def sketches(line: Mapping[str, Any]) -> dict[str, MatrixSketch]:
+    """Return the sketches of a line by the name of the matrix; ``null`` stands for what was not finite."""
 
-    Of a dense correction that takes away entries of the step's update as they are, only the places are kept, a bit
-    each: ``entries``.
-    """
-    if change is None:
-        return "nothing", {}
-    if isinstance(change, LowRankUpdate):
-        return "factors", {"left": change.left, "right": change.right}
-    if update is not None:
-        taken = change.matrix != 0
-        if torch.equal(_entries(update, taken, change.matrix), change.matrix):
-            bits = torch.from_numpy(np.packbits(taken.cpu().numpy()))
-            return "entries", {"taken": bits, "like": change.matrix.new_empty(0)}
-    return "dense", {"matrix": change.matrix}
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
 
-
-def _unpack(form: str, parts: Mapping[str, Tensor], update: MatrixUpdate | None) -> MatrixUpdate | None:
-    if form in ("nothing", "recomputed"):
-        return None
-    if form == "factors":
-        return LowRankUpdate(parts["left"], parts["right"])
-    if form == "dense":
-        return DenseUpdate(parts["matrix"])
-    assert update is not None
-    like = update.dense()
-    bits = np.unpackbits(parts["taken"].cpu().numpy(), count=like.numel())
-    taken = torch.from_numpy(bits).view(like.shape).bool().to(like.device)
-    return DenseUpdate(_entries(update, taken, parts["like"]))
-
-
-def _entries(update: MatrixUpdate, taken: Tensor, like: Tensor) -> Tensor:
-    return torch.where(taken, update.dense().to(like.dtype), 0)
+    return {
+        name: MatrixSketch(tuple(map(number, plain["products"])), number(plain["change_norm"]))
+        for name, plain in line["sketch"].items()
+    }

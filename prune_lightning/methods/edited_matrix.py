@@ -160,21 +160,29 @@ class EditedMatrix:
         self.parameter.copy_(self._original)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the change and what is withheld of it; the original is not part of it."""
+        """Return the change, what is withheld of it, and then the weight itself; the original is not part of it.
+
+        The weight follows from the other two, but for rounding: a product of factors need not come out equal bit for
+        bit in another process. A sum does.
+        """
         state = {f"change.{name}": tensor for name, tensor in self.change.state_dict().items()}
         if self.withheld is not None:
             state |= {"withheld.left": self.withheld.left, "withheld.right": self.withheld.right}
+            state["weight"] = self.weight()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` returned and write the weight, bit for bit."""
+        """Replace the change by what :meth:`state_dict` returned and write the weight, bit for bit."""
         self._start()
         part = "change."
         self.change.load_state_dict({n.removeprefix(part): t for n, t in state.items() if n.startswith(part)})
         if "withheld.left" in state:
             device = fp64(self.change.master[:0]).device
             self.withheld = LowRankUpdate(state["withheld.left"].to(device), state["withheld.right"].to(device))
-        self.write()
+            with torch.no_grad():
+                self.weight().copy_(state["weight"])
+        else:
+            self.write()
 
     def rounding_loss(self) -> float:
         r"""Return what the cast to the weight's dtype lost, :math:`\|W - (W_0+\Delta)\|_F / \|\Delta\|_F`.

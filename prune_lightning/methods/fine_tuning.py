@@ -51,6 +51,7 @@ class FineTuning(EditingModule):
         skip_loss: No step is made where the loss of a batch is below this.
         stop_loss: Stop after a pass with a mean loss below this.
         fast: Run only what depends on the trained weights. The plain path computes the same from the whole model.
+        kwargs: See :class:`~.base.EditingModule`.
 
     Raises:
         UserError: An unknown loss or anchor, or a number out of range.
@@ -70,8 +71,9 @@ class FineTuning(EditingModule):
         skip_loss: float = 1e-2,
         stop_loss: float = 1e-2,
         fast: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(language_model, layers)
+        super().__init__(language_model, layers, **kwargs)
         one_of("method.loss", loss, LOSSES)
         one_of("method.anchor", anchor, ("current", "original"))
         if epsilon is not None and not epsilon > 0:

@@ -120,6 +120,7 @@ class KnowledgeNeurons(EditingModule):
         new_weight: :math:`\lambda_2`; the paper has 8.
         single_token_factor: Both weights are multiplied by this where the new answer is one token; the public code
             has 2, the paper (whose answers are single tokens) 1.
+        kwargs: See :class:`~.base.EditingModule`.
 
     Raises:
         UserError: The embeddings are not as wide as the down-projection's output, or the model's family does not say
@@ -135,8 +136,9 @@ class KnowledgeNeurons(EditingModule):
         old_weight: float = 1.0,
         new_weight: float = 1.0,
         single_token_factor: float = 2.0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(language_model, range(language_model.num_layers) if layers is None else layers)
+        super().__init__(language_model, range(language_model.num_layers) if layers is None else layers, **kwargs)
         self.attribution = attribution or AttributionOptions()
         self.selection = selection or SelectionOptions()
         self.old_weight, self.new_weight = old_weight, new_weight

@@ -29,6 +29,7 @@ class LocateThenEdit(EditingModule):
         second_moments: Where the keys' second moments come from.
         value: Hyper-parameters of the value optimisation.
         contexts: Which prefixes to sample.
+        kwargs: See :class:`~.base.EditingModule`.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class LocateThenEdit(EditingModule):
         second_moments: SecondMoments,
         value: ValueOptions | None = None,
         contexts: ContextOptions | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(language_model, layers)
+        super().__init__(language_model, layers, **kwargs)
         self.value = value or ValueOptions()
         self.contexts = contexts or ContextOptions()
         self.second_moments = second_moments

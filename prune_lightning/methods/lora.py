@@ -46,6 +46,7 @@ class LoRA(EditingModule):
         keep: Train one set of adapters throughout the stream.
         seed: Seed of the initial :math:`A` and of the dropout, together with the number of edits before.
         fast: Run only the blocks with adapters, and those above. The plain path computes the same from the whole model.
+        kwargs: See :class:`~.base.EditingModule`.
 
     Raises:
         UserError: A number out of range, or a name that no module of an edited block has.
@@ -66,8 +67,9 @@ class LoRA(EditingModule):
         keep: bool = False,
         seed: int = 0,
         fast: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(language_model, range(language_model.num_layers) if layers is None else layers)
+        super().__init__(language_model, range(language_model.num_layers) if layers is None else layers, **kwargs)
         if min(rank, steps, batch_size) < 1 or not learning_rate > 0 or not alpha > 0 or not 0 <= dropout < 1:
             raise UserError(
                 "method.rank, method.steps and method.batch_size are expected to be at least 1, method.learning_rate "
@@ -151,7 +153,7 @@ class LoRA(EditingModule):
         """Draw the same numbers for the same edit on every process, and leave the others' as they were."""
         device = self.language_model.device
         with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
-            torch.manual_seed(self.seed + self.num_edits)
+            torch.manual_seed(self.seed + self.run.num_requests)
             yield
 
     @contextmanager

@@ -42,6 +42,7 @@ class MEND(EditingModule):
         restart_norm_stats: Forget the trained running moments and estimate them from the edits instead, as the
             published wrappers do that never leave training mode. To reproduce their figures only.
         training: Options of meta-training, see :class:`~.mend_training.TrainingOptions`; not used for editing.
+        kwargs: See :class:`~.base.EditingModule`.
 
     Raises:
         UserError: The network is missing, damaged or another model's, or a name is not one of the family's.
@@ -57,8 +58,9 @@ class MEND(EditingModule):
         update_scale: float = 1.0,
         restart_norm_stats: bool = False,
         training: TrainingOptions | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(language_model, layers)
+        super().__init__(language_model, layers, **kwargs)
         self.weights = tuple(language_model.family.mlp_weights if weights is None else weights)
         for name in self.weights:
             if name not in language_model.family.mlp_weights:
@@ -87,17 +89,16 @@ class MEND(EditingModule):
         if not self._trained:
             rank_zero_warn(f"MEND without a trained network is a plain gradient step; {HOW_TO_TRAIN}")
 
-    def restart(self) -> None:
-        """Go back to before the first edit."""
-        super().restart()
+    def forget(self) -> None:
+        """Start the running moments anew, if they are estimated from the edits."""
         self._start_moments()
 
     def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
-        """Return the running moments, if they are estimated from the edits."""
-        return self.memory()
+        """Return the running moments with these requests, if they are estimated from the edits."""
+        return self._moments
 
     def remember(self, observed: Mapping[str, Tensor]) -> None:
-        """Go on with these moments."""
+        """Use these moments from now on."""
         self.network.load_state_dict(dict(observed), strict=False)
 
     def memory(self) -> Mapping[str, Tensor]:
@@ -105,7 +106,7 @@ class MEND(EditingModule):
         return {name: b.clone() for name, b in self.network.named_buffers()} if self.restart_norm_stats else {}
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Go on with these moments."""
+        """Use these moments from now on."""
         self.remember(memory)
 
     def _start_moments(self) -> None:
@@ -117,9 +118,11 @@ class MEND(EditingModule):
         rows = LabelledRows(self.language_model, [(request.prompt, request.target_new) for request in requests])
         gradients, loss = edit_gradients(self.language_model, self.edited_modules(), rows)
         self.network.train(self.restart_norm_stats)
-        updates = {}
+        updates, before = {}, self.memory()
         with torch.no_grad():
             for name, found in gradients.items():
                 inputs, deltas = self.network(name, found.inputs[found.kept], found.gradients[found.kept])
                 updates[name] = LowRankUpdate(self.update_scale * deltas.double().T, inputs.double().T)
+        self._moments = self.memory()
+        self.remember(before)  # until the update is written
         return updates, [{"loss": float(loss)} for _ in requests]

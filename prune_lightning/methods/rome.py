@@ -11,7 +11,7 @@ from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.types import EditRequest, LowRankUpdate
 
-LOOK_AHEAD = 16  # requests whose keys are computed in one pass
+WINDOW = 16  # requests of the stream whose keys are computed in one pass
 
 
 class ROME(LocateThenEdit):
@@ -68,8 +68,7 @@ class ROME(LocateThenEdit):
         if layer != self.layers[0]:
             return self.choose(self.subject_keys([request], [layer])[layer][0])
         if request not in self._chosen:
-            ahead = self.upcoming(LOOK_AHEAD)
-            requests = ahead if request in ahead else [request]
+            requests = self.stream_window(request, WINDOW)
             keys = self.subject_keys(requests, [layer])[layer]
             self._chosen = {one: self.choose(of_one) for one, of_one in zip(requests, keys, strict=True)}
         return self._chosen[request]

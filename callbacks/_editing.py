@@ -1,0 +1,53 @@
+"""What the callbacks of edit streams share: the module they need, and the state they keep per step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import lightning as L
+
+from prune_lightning.errors import UserError
+from prune_lightning.methods.base import EditingModule
+from prune_lightning.types import EditReport
+
+
+@runtime_checkable
+class KeepsStepState(Protocol):
+    """A callback whose state grows with the steps; the ledger keeps it, so that a resumed run has it."""
+
+    def step_state(self) -> Mapping[str, Any]:
+        """Return what has been added since this was called last, JSON-able; empty for nothing."""
+        ...
+
+    def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Restore the state from what was returned along the steps of an earlier run, in order."""
+        ...
+
+
+def editing_module(callback: L.Callback, module: L.LightningModule) -> EditingModule:
+    """Return the module, if it edits.
+
+    Raises:
+        UserError: It does not.
+    """
+    if not isinstance(module, EditingModule):
+        raise UserError(f"{type(callback).__name__} works with editing modules, but got {type(module).__name__}")
+    return module
+
+
+def last_report(module: EditingModule) -> EditReport:
+    """Return what the latest step did."""
+    assert module.run.last_report is not None, "there is no step yet"
+    return module.run.last_report
+
+
+def keepers(trainer: L.Trainer) -> dict[str, KeepsStepState]:
+    """Return the callbacks that keep a state per step, by a name that is the same in a resumed run."""
+    found: dict[str, KeepsStepState] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, KeepsStepState):
+            name = type(callback).__name__
+            same = sum(known.partition("#")[0] == name for known in found)
+            found[f"{name}#{same + 1}" if same else name] = callback
+    return found

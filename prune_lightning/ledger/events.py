@@ -1,0 +1,102 @@
+"""What happened to matrices, as data: each event in the cheapest form that brings it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prune_lightning.methods.edited_matrix import MatrixEvent
+from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate
+
+_KEPT_RANK = 4  # corrections up to so many times the rank of their step's update are kept
+
+
+def flatten_events(
+    events_by_name: Mapping[str, Sequence[MatrixEvent]],
+) -> tuple[dict[str, list[list[str]]], dict[str, Tensor]]:
+    """Return the form in which each event is kept, and the tensors."""
+    forms_by_name: dict[str, list[list[str]]] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, events in events_by_name.items():
+        forms: list[list[str]] = []
+        latest: MatrixUpdate | None = None
+        for number, event in enumerate(events):
+            form, parts = ("recomputed", {}) if _is_large(event, latest) else _pack(event.change, latest)
+            forms.append([event.kind, form])
+            tensors |= {f"{name}/{number}/{part}": stored(tensor) for part, tensor in parts.items()}
+            latest = event.change if event.kind == "add" else latest
+        forms_by_name[name] = forms
+    return forms_by_name, tensors
+
+
+def restore_events(
+    forms_by_name: Mapping[str, Sequence[Sequence[str]]], tensors: Mapping[str, Tensor], device: torch.device
+) -> dict[str, list[MatrixEvent]]:
+    """Return what :func:`flatten_events` took apart."""
+    events: dict[str, list[MatrixEvent]] = {}
+    for name, forms in forms_by_name.items():
+        latest: MatrixUpdate | None = None
+        events[name] = []
+        for number, (kind, form) in enumerate(forms):
+            start = f"{name}/{number}/"
+            parts = {k.removeprefix(start): t.to(device) for k, t in tensors.items() if k.startswith(start)}
+            change = _unpack(form, parts, latest)
+            events[name].append(MatrixEvent(kind, change, recomputed=form == "recomputed"))
+            latest = change if kind == "add" else latest
+    return events
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is written: on the CPU, contiguous."""
+    return tensor.detach().cpu().contiguous()
+
+
+def _is_large(event: MatrixEvent, update: MatrixUpdate | None) -> bool:
+    """Whether a correction would make the ledger grow faster than the stream.
+
+    A spectral restraint takes away as many directions as exceed its reference, in the end as many as there are edits.
+    It computes the same from the same change, so the correction is not kept then.
+    """
+    if event.kind == "add" or not isinstance(event.change, LowRankUpdate):
+        return False
+    known = update.left.shape[1] if isinstance(update, LowRankUpdate) else 1
+    return event.change.left.shape[1] > _KEPT_RANK * known
+
+
+def _pack(change: MatrixUpdate | None, update: MatrixUpdate | None) -> tuple[str, dict[str, Tensor]]:
+    """Return the form in which a change is kept, and its tensors.
+
+    Of a dense correction that takes away entries of the step's update as they are, only the places are kept, a bit
+    each: ``entries``.
+    """
+    if change is None:
+        return "nothing", {}
+    if isinstance(change, LowRankUpdate):
+        return "factors", {"left": change.left, "right": change.right}
+    if update is not None:
+        taken = change.matrix != 0
+        if torch.equal(_entries(update, taken, change.matrix), change.matrix):
+            bits = torch.from_numpy(np.packbits(taken.cpu().numpy()))
+            return "entries", {"taken": bits, "like": change.matrix.new_empty(0)}
+    return "dense", {"matrix": change.matrix}
+
+
+def _unpack(form: str, parts: Mapping[str, Tensor], update: MatrixUpdate | None) -> MatrixUpdate | None:
+    if form in ("nothing", "recomputed"):
+        return None
+    if form == "factors":
+        return LowRankUpdate(parts["left"], parts["right"])
+    if form == "dense":
+        return DenseUpdate(parts["matrix"])
+    assert update is not None
+    like = update.dense()
+    bits = np.unpackbits(parts["taken"].cpu().numpy(), count=like.numel())
+    taken = torch.from_numpy(bits).view(like.shape).bool().to(like.device)
+    return DenseUpdate(_entries(update, taken, parts["like"]))
+
+
+def _entries(update: MatrixUpdate, taken: Tensor, like: Tensor) -> Tensor:
+    return torch.where(taken, update.dense().to(like.dtype), 0)

@@ -1,0 +1,87 @@
+r"""A few numbers per matrix that tell rounding from a real difference when a state is rebuilt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.spectral import AccumulatedChange
+
+_SIDE = 4  # random vectors on each side: 16 products estimate a norm to about a fifth
+
+
+@dataclass(frozen=True)
+class MatrixSketch:
+    r"""What is recorded of one matrix after a step.
+
+    Args:
+        products: :math:`S^\top (W - W_0)\, T` with random signs :math:`S, T`, row by row. Their mean square over the
+            16 entries estimates :math:`\|W - W_0\|_F^2`, and that of a difference the square norm of the difference.
+        change_norm: :math:`\|\Delta\|_F`, the norm of the sum of all updates.
+    """
+
+    products: tuple[float, ...]
+    change_norm: float
+
+
+class StateSketch:
+    """Sketches edited matrices; equal shapes get equal random signs in every process.
+
+    Args:
+        matrices: The matrices under edit.
+    """
+
+    def __init__(self, matrices: Mapping[str, EditedMatrix]) -> None:
+        self.matrices = matrices
+        self._signs: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def take(self) -> dict[str, MatrixSketch]:
+        """Return the sketch of every matrix as it is."""
+        return {name: self._of(matrix) for name, matrix in self.matrices.items()}
+
+    def _of(self, matrix: EditedMatrix) -> MatrixSketch:
+        left, right = self._signs_for(matrix)
+        precise = matrix.change.master.dtype
+        # In 16-bit weights the change drowns in rounding: there it is taken as it was before the cast.
+        full = matrix.parameter.dtype == precise
+        delta = matrix.weight() - matrix.original() if full else matrix.delta()
+        products = left.T @ (delta @ right).double()
+        return MatrixSketch(tuple(products.flatten().tolist()), _norm(matrix.change))
+
+    def _signs_for(self, matrix: EditedMatrix) -> tuple[Tensor, Tensor]:
+        key = matrix.name, matrix.parameter.device
+        if key not in self._signs:
+            rows, columns = matrix.original().shape
+            generator = torch.Generator().manual_seed(rows * 1_000_003 + columns)
+            signs = torch.randint(0, 2, (rows + columns, _SIDE), generator=generator).mul_(2).sub_(1)
+            left, right = signs.to(matrix.parameter.device).split([rows, columns])
+            self._signs[key] = left.double(), right.to(matrix.change.master.dtype)
+        return self._signs[key]
+
+
+def _norm(change: AccumulatedChange) -> float:
+    return float(torch.linalg.vector_norm(change.master))
+
+
+def difference(found: MatrixSketch, recorded: MatrixSketch) -> float:
+    r"""Return an estimate of :math:`\|W - W'\|_F` relative to the norm of the change, at least one of them not zero."""
+    ours, theirs = torch.tensor(found.products).double(), torch.tensor(recorded.products).double()
+    scale = max(found.change_norm, recorded.change_norm)
+    norm = float((ours - theirs).square().mean().sqrt())
+    if not torch.isfinite(ours - theirs).all():
+        return float("inf")
+    return norm / scale if scale else float(norm > 0)
+
+
+def tolerance(matrix: EditedMatrix) -> float:
+    r"""Return the largest relative difference that rounding explains: the square root of the precision.
+
+    A rebuilt state differs by :math:`\epsilon` times the condition of what was computed, and by more where large
+    updates cancel. Half of the digits are left for that. Other settings, or another base, differ by far more.
+    """
+    return float(torch.finfo(matrix.change.master.dtype).eps) ** 0.5

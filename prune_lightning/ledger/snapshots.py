@@ -1,0 +1,206 @@
+"""Whole states of a run, two of them kept: what brings a resumed run back bit for bit, on any machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prune_lightning.atomic_files import write_tensors
+from prune_lightning.errors import UserError
+
+KEPT = 2
+_FINAL = "snapshot_final.safetensors"
+_FIRST_GUESS = 100e6  # bytes a second, until a snapshot has been timed
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A file that holds the state after a step, or at the end of the stream.
+
+    Args:
+        path: The file.
+        step: Number of the step.
+        final: Whether it holds the state after the stream was finished.
+    """
+
+    path: Path
+    step: int
+    final: bool = False
+
+
+class Snapshots:
+    """The snapshots of a run.
+
+    Args:
+        folder: The ledger's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def found(self) -> list[Snapshot]:
+        """Return the snapshots of steps, oldest first."""
+        paths = sorted(self.folder.glob("snapshot_[0-9]*.safetensors"))
+        return [Snapshot(path, int(path.stem.split("_")[1])) for path in paths]
+
+    def final(self) -> Snapshot | None:
+        """Return the snapshot of the end of the stream, if there is one."""
+        path = self.folder / _FINAL
+        if not path.exists():
+            return None
+        try:
+            return Snapshot(path, int(_header(path)["step"]), final=True)
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None
+
+    def write(self, step: int, state: Mapping[str, Any], final: bool = False) -> int:
+        """Write a state and drop the oldest of more than two; return its size in bytes.
+
+        Args:
+            step: Number of the latest step.
+            state: What ``EditRun.state_dict`` returns.
+            final: Whether the stream is finished.
+
+        Raises:
+            OSError: The disk is full, or the folder cannot be written; earlier snapshots are untouched.
+        """
+        tensors, plain = _flatten(state)
+        # Factors may be columns of one tensor; a file holds no two that share memory.
+        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        about = {"step": str(step), "state": json.dumps(plain), "checksum": checksum(held)}
+        path = self.folder / (_FINAL if final else f"snapshot_{step:08d}.safetensors")
+        write_tensors(path, held, about)
+        for old in self.found()[:-KEPT]:
+            old.path.unlink()
+        return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+    def cut(self, last: int) -> None:
+        """Delete what lies behind a step: later snapshots, and the one of the end."""
+        for snapshot in self.found():
+            if snapshot.step > last:
+                snapshot.path.unlink()
+        (self.folder / _FINAL).unlink(missing_ok=True)
+
+    def load(self, snapshot: Snapshot) -> dict[str, Any]:
+        """Return a state.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        try:
+            with safe_open(snapshot.path, framework="pt") as file:
+                about = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            whole = checksum(tensors) == about["checksum"]
+            plain = json.loads(about["state"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{snapshot.path} is damaged: {error}") from error
+        if not whole:
+            raise UserError(f"{snapshot.path} is damaged: its checksum does not match")
+        return _restored(tensors, plain)
+
+    def newest(self, last: int, final: bool) -> tuple[Snapshot, dict[str, Any]] | None:
+        """Return the newest whole snapshot up to a step and its state; damaged ones are named and passed over.
+
+        Args:
+            last: Number of the last step that is wanted.
+            final: Whether the end of the stream is wanted.
+        """
+        end = self.final() if final else None
+        candidates = [snapshot for snapshot in self.found() if snapshot.step <= last]
+        for snapshot in ([end] if end and end.step == last else []) + candidates[::-1]:
+            try:
+                return snapshot, self.load(snapshot)
+            except UserError as error:
+                rank_zero_warn(f"{error}; an earlier state and the steps after it are used instead")
+        return None
+
+
+class SnapshotCadence:
+    """Decides when a snapshot is due: every so many steps, or as often as it costs no more than a share of the time.
+
+    Args:
+        every_n: Steps between two snapshots; ``None`` to go by time.
+        share: Largest share of the run's time that snapshots may take.
+
+    Attributes:
+        seconds: Time spent on snapshots.
+    """
+
+    def __init__(self, every_n: int | None = None, share: float = 0.01) -> None:
+        if every_n is not None and (not isinstance(every_n, int) or every_n < 1):
+            raise UserError(f"snapshot_every is expected to be a number of steps or null, but got {every_n!r}")
+        self.every_n, self.share = every_n, share
+        self.seconds = 0.0
+        self._last_end = time.monotonic()
+        self._cost: float | None = None
+
+    def due(self, step: int, size: int) -> bool:
+        """Whether a snapshot is due.
+
+        Args:
+            step: Number of the step that was just written.
+            size: About how many bytes the snapshot would have.
+        """
+        if self.every_n is not None:
+            return step % self.every_n == 0
+        cost = size / _FIRST_GUESS if self._cost is None else self._cost
+        return (time.monotonic() - self._last_end) * self.share >= cost
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Time the snapshot that is written inside the block."""
+        start = time.monotonic()
+        yield
+        self._last_end = time.monotonic()
+        self._cost = self._last_end - start
+        self.seconds += self._cost
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return 32 hexadecimal digits that depend on names, dtypes, shapes and every bit."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _header(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a nested state by a path, and the plain values beside them."""
+    tensors = {
+        f"matrices/{name}/{key}": tensor for name, parts in state["matrices"].items() for key, tensor in parts.items()
+    }
+    tensors |= {f"memory/{name}": tensor for name, tensor in state["memory"].items()}
+    plain = {key: value for key, value in state.items() if key not in ("matrices", "memory")}
+    return tensors, {**plain, "names": list(state["matrices"])}
+
+
+def _restored(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
+    matrices: dict[str, dict[str, Tensor]] = {name: {} for name in plain["names"]}
+    memory = {}
+    for path, tensor in tensors.items():
+        kind, _, rest = path.partition("/")
+        if kind == "memory":
+            memory[rest] = tensor
+        else:
+            name, _, key = rest.rpartition("/")
+            matrices[name][key] = tensor
+    return {**{key: value for key, value in plain.items() if key != "names"}, "matrices": matrices, "memory": memory}

@@ -1,0 +1,318 @@
+"""The life of an edit stream on one module: what has been written, where the stream is, and what is still to be done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Protocol, TypeAlias, cast
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from prune_lightning.distributed import true_on_all_ranks
+from prune_lightning.errors import UserError, one_of
+from prune_lightning.methods.edited_matrix import EditedMatrix, MatrixEvent
+from prune_lightning.models.family import stores_transposed
+from prune_lightning.spectral import NonFiniteChange
+from prune_lightning.types import EditReport, EditRequest, EditStep, norm_of_all
+
+Veto: TypeAlias = Callable[[EditStep], str | None]
+"""Looks at a step before it is written; returns why it must not be, or ``None``."""
+
+
+class Phase(StrEnum):
+    """Where a run is: ``new`` on the unedited model, ``editing``, or ``finished``."""
+
+    NEW = "new"
+    EDITING = "editing"
+    FINISHED = "finished"
+
+
+class MethodMemory(Protocol):
+    """What an editing method remembers of its edits; see :class:`~.base.EditingModule`."""
+
+    def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
+        """Return what must be remembered of requests that have been written."""
+        ...
+
+    def remember(self, observed: Mapping[str, Tensor]) -> None:
+        """Add what :meth:`observe` returned."""
+        ...
+
+    def memory(self) -> Mapping[str, Tensor]:
+        """Return everything that has been remembered."""
+        ...
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Replace what has been remembered."""
+        ...
+
+    def forget(self) -> None:
+        """Drop everything that has been remembered."""
+        ...
+
+
+class AttachedRestraint(Protocol):
+    """What a run needs of a restraint that holds its matrices."""
+
+    pending: bool
+
+    def restore_pending(self, pending: bool) -> None:
+        """Set whether something is pending, when a step is undone."""
+        ...
+
+    def evaluation_view(self) -> AbstractContextManager[None]:
+        """Show, inside the block, the model as it would be if the run ended now."""
+        ...
+
+    def finish(self) -> None:
+        """Restrain what is pending, for good."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepBackup:
+    """What a step is going to change, to undo it: the matrices, and what was pending."""
+
+    matrices: Mapping[str, Mapping[str, Tensor]]
+    pending: Sequence[bool]
+
+
+class EditRun:
+    """Owns the matrices under edit, the position in the stream, and what is pending.
+
+    A step is ``begin_step``, ``apply`` and, once every callback has seen it, ``settle``. ``finish`` ends the stream.
+    Whatever happens to the matrices in between is kept as events until :meth:`take_events` collects them for the ledger.
+
+    Args:
+        modules: Returns the edited modules by the name of their weight; called once, when the matrices are first asked
+            for. The model has to be on its device by then.
+        memory: What the method remembers.
+        non_finite: What to do with an update that holds NaN or infinity; it is never written. ``skip`` it with a
+            warning, or ``raise``.
+        frozen: Context in which the method looks at the model.
+
+    Attributes:
+        phase: See :class:`Phase`.
+        num_requests: Requests handled so far, refused ones included.
+        num_steps: Steps made so far.
+        last_report: What the latest step did.
+
+    Raises:
+        UserError: An unknown policy.
+    """
+
+    def __init__(
+        self,
+        modules: Callable[[], Mapping[str, nn.Module]],
+        memory: MethodMemory,
+        non_finite: str,
+        frozen: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        one_of("non_finite", non_finite, ("skip", "raise"))
+        self.non_finite = non_finite
+        self._modules, self._memory, self._frozen = modules, memory, frozen
+        self._matrices: dict[str, EditedMatrix] | None = None
+        self._vetoes: list[Veto] = []
+        self._start()
+
+    def _start(self) -> None:
+        self.phase = Phase.NEW
+        self.num_requests, self.num_steps = 0, 0
+        self.last_report: EditReport | None = None
+        self._restraints: list[AttachedRestraint] = []
+        self._unsettled: Sequence[EditRequest] | None = None
+        self._observed: Mapping[str, Tensor] = {}
+
+    @property
+    def matrices(self) -> Mapping[str, EditedMatrix]:
+        """The matrices under edit, by the name of their weight."""
+        if self._matrices is None:
+            self._matrices = {
+                name: EditedMatrix(name, cast(nn.Parameter, module.weight), stores_transposed(module))
+                for name, module in self._modules().items()
+            }
+        return self._matrices
+
+    # -- who takes part -------------------------------------------------------------------------------------------
+    def register_restraint(self, restraint: AttachedRestraint) -> None:
+        """Let a restraint take part: in what is evaluated, in undoing a step, and in :meth:`finish`."""
+        if restraint not in self._restraints:
+            self._restraints.append(restraint)
+
+    def register_veto(self, veto: Veto) -> None:
+        """Ask ``veto`` about each finite update before it is written; the first refusal counts."""
+        self._vetoes.append(veto)
+
+    def remove_veto(self, veto: Veto) -> None:
+        """Ask no longer."""
+        self._vetoes.remove(veto)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a restraint has still to act on something."""
+        return any(restraint.pending for restraint in self._restraints)
+
+    @contextmanager
+    def evaluation_view(self) -> Iterator[None]:
+        """Show the model as it would be if the run ended now; enter it around every evaluation."""
+        with ExitStack() as stack:
+            for restraint in self._restraints:
+                stack.enter_context(restraint.evaluation_view())
+            yield
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+    def begin_step(self) -> None:
+        """Begin a step: the events of the one before are dropped if nobody has taken them."""
+        self.phase = Phase.EDITING
+        self._unsettled, self._observed = None, {}
+        for matrix in self.matrices.values():
+            matrix.begin_step()
+
+    def apply(self, step: EditStep, started: float) -> EditReport:
+        """Validate a step, ask whether it may be written, and write all of it or nothing.
+
+        Args:
+            step: What the method computed for the requests of the step.
+            started: ``time.perf_counter()`` when it began to.
+
+        Raises:
+            ValueError: An update of a matrix that is not under edit, of another shape, or details that do not fit the
+                requests; nothing has been written.
+            NonFiniteChange: NaN or infinity, under ``non_finite=raise``.
+        """
+        self._validate(step)
+        finite = true_on_all_ranks(all(self.matrices[n].can_hold(update) for n, update in step.updates.items()))
+        refused = self._refusal(step) if finite else self._not_finite(step)
+        if refused is None:
+            for name, update in step.updates.items():
+                self.matrices[name].add(update)
+            self._unsettled = step.requests
+        self.num_requests += len(step.requests)
+        self.num_steps += 1
+        norm = norm_of_all(step.updates) if finite else float("nan")
+        seconds = time.perf_counter() - started
+        self.last_report = EditReport(step.requests, norm, seconds, tuple(step.details), refused is None, refused)
+        return self.last_report
+
+    def _validate(self, step: EditStep) -> None:
+        if len(step.details) != len(step.requests):
+            raise ValueError(f"expected details of {len(step.requests)} requests, but got {len(step.details)}")
+        for name, update in step.updates.items():
+            if name not in self.matrices:
+                raise ValueError(f"the method updates {name!r}, which is not among its edited matrices")
+            shape, expected = tuple(update.shape), tuple(self.matrices[name].original().shape)
+            if shape != expected:
+                raise ValueError(f"expected an update of shape {expected} for {name}, but got {shape}")
+
+    def _refusal(self, step: EditStep) -> str | None:
+        return next((reason for veto in self._vetoes if (reason := veto(step))), None)
+
+    def _not_finite(self, step: EditStep) -> str:
+        cases = ", ".join(str(request.case_id) for request in step.requests)
+        message = f"the update of case {cases} is not finite; the model was left as it was"
+        if self.non_finite == "raise":
+            raise NonFiniteChange(f"{message}. `non_finite=skip` continues with the next edit")
+        rank_zero_warn(f"{message} and the edit was skipped")
+        return "the update is not finite"
+
+    def settle(self) -> Mapping[str, Tensor]:
+        """Let the method remember the step, on the model as every restraint has left it, and return what it observed.
+
+        The second call of a step returns the same.
+        """
+        if self._unsettled is not None:
+            requests, self._unsettled = self._unsettled, None
+            with self._frozen():
+                self._observed = dict(self._memory.observe(requests))
+                self._memory.remember(self._observed)
+        return self._observed
+
+    def backup(self) -> StepBackup:
+        """Copy what the coming step is going to change; what the method remembers changes only in :meth:`settle`."""
+        matrices = {name: deepcopy(matrix.state_dict()) for name, matrix in self.matrices.items()}
+        return StepBackup(matrices, [restraint.pending for restraint in self._restraints])
+
+    def roll_back(self, before: StepBackup, reason: str) -> EditReport:
+        """Undo the latest step, whatever was restrained since. It still counts as handled, and as refused.
+
+        Args:
+            before: What :meth:`backup` returned before the step.
+            reason: Why.
+        """
+        assert self.last_report is not None
+        assert self._unsettled is not None, "a step can be undone until it is settled"
+        for name, matrix in self.matrices.items():
+            matrix.load_state_dict(before.matrices[name])
+        for restraint, pending in zip(self._restraints, before.pending, strict=True):
+            restraint.restore_pending(pending)
+        self._unsettled = None
+        self.last_report = replace(self.last_report, applied=False, refused=reason)
+        return self.last_report
+
+    def take_events(self) -> dict[str, list[MatrixEvent]]:
+        """Return what has happened to each matrix since this was called last, or since the step began."""
+        events = {name: matrix.journal for name, matrix in self.matrices.items()}
+        for matrix in self.matrices.values():
+            matrix.journal = []
+        return events
+
+    # -- the ends -------------------------------------------------------------------------------------------------
+    def finish(self) -> None:
+        """End the stream: restraints act on what is pending. The second call does nothing."""
+        if self.phase is Phase.EDITING:
+            for restraint in self._restraints:
+                restraint.finish()
+            self.phase = Phase.FINISHED
+
+    def restore(self) -> None:
+        """Put the original weights back, bit for bit, and drop what the method remembers."""
+        for matrix in self.matrices.values():
+            matrix.restore()
+        self._unsettled, self._observed = None, {}
+        self._memory.forget()
+
+    def restart(self) -> None:
+        """Go back to before the first edit. Restraints have to attach again."""
+        self.restore()
+        self._start()
+
+    # -- state ----------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the edits so far have done; tensors are not copied."""
+        return {
+            "matrices": {name: matrix.state_dict() for name, matrix in self.matrices.items()},
+            "memory": dict(self._memory.memory()),
+            "num_requests": self.num_requests,
+            "num_steps": self.num_steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], memory: bool = True) -> None:
+        """Replace the edits by those of :meth:`state_dict` and write the weights.
+
+        Args:
+            state: See :meth:`state_dict`.
+            memory: Restore what the method remembers, too; only needed to edit further.
+
+        Raises:
+            UserError: The state holds other matrices.
+        """
+        if state["matrices"].keys() != self.matrices.keys():
+            raise UserError(
+                f"expected the state of {', '.join(sorted(self.matrices))}, but got {', '.join(sorted(state['matrices']))}"
+            )
+        for name, matrix in self.matrices.items():
+            matrix.load_state_dict(state["matrices"][name])
+        if memory:
+            device = next(iter(self.matrices.values())).parameter.device
+            self._memory.load_memory({name: tensor.to(device) for name, tensor in state["memory"].items()})
+        self.move_to(state["num_requests"], state["num_steps"])
+
+    def move_to(self, num_requests: int, num_steps: int) -> None:
+        """Set the position in the stream, after edits were put back by a replay."""
+        self.num_requests, self.num_steps = num_requests, num_steps
+        self.phase = Phase.EDITING if num_steps else Phase.NEW
