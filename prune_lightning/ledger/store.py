@@ -1,9 +1,8 @@
-"""The ledger's folder: a description of the base, a line per step, and the steps' tensors in segments."""
+"""The ledger's folder: a description of the base, a line per step, the steps' tensors in segments, and snapshots."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,15 +12,17 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from prune_lightning.atomic_files import SUFFIX, write_bytes, write_json, write_tensors
 from prune_lightning.errors import UserError
 from prune_lightning.json_files import nan_to_null
-from prune_lightning.ledger.record import StepRecord
+from prune_lightning.ledger.record import FinishRecord, StepRecord
+from prune_lightning.ledger.snapshots import Snapshots, checksum
 
-FORMAT = 1
+FORMAT = 2
 _TOGETHER = 64  # single-step segments that become one
+_FINISH = "finish"
 
 
 class Ledger:
@@ -29,20 +30,25 @@ class Ledger:
 
     ``base.json`` says what the steps are relative to: the model by name, revision and fingerprints, never its weights.
     ``steps.jsonl`` holds a line per step; a step is complete when its line is. ``steps_A_B.safetensors`` hold tensors.
+    ``finish.json`` says what happened after the last step, once the stream has ended. ``snapshot_*`` are whole states.
     Segments are written aside, synced and renamed before the line that needs them, so that whatever happens, at worst
     the latest step is missing. Each line carries a checksum of its tensors.
 
     Args:
         folder: ``ledger/`` in the run's folder.
+        base: See ``base.json``.
 
     Attributes:
-        base: What ``base.json`` says.
         lines: The lines of the complete steps.
+        finish_line: The line of the end; ``None`` where the stream has not ended.
+        snapshots: The run's snapshots.
     """
 
     def __init__(self, folder: Path, base: Mapping[str, Any]) -> None:
         self.folder, self.base = folder, dict(base)
         self.lines: list[dict[str, Any]] = []
+        self.finish_line: dict[str, Any] | None = None
+        self.snapshots = Snapshots(folder)
 
     @classmethod
     def create(cls, folder: Path, base: Mapping[str, Any]) -> Ledger:
@@ -56,12 +62,12 @@ class Ledger:
             UserError: There is one, or the disk is full.
         """
         if (folder / "base.json").exists():
-            raise UserError(f"{folder} holds the ledger of an earlier run; resume=RUN goes on with it")
+            raise UserError(f"{folder} holds the ledger of an earlier run; resume=RUN continues it")
         ledger = cls(folder, base)
-        with _disk(ledger):
+        with DiskErrors(ledger):
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / "base.json", json.dumps({"format": FORMAT, **nan_to_null(base)}, indent=2).encode())
-            _write(folder / "steps.jsonl", b"")
+            write_json(folder / "base.json", {"format": FORMAT, **base})
+            write_bytes(folder / "steps.jsonl", b"")
         return ledger
 
     @classmethod
@@ -69,18 +75,22 @@ class Ledger:
         """Read a ledger's lines, up to the last complete step.
 
         Raises:
-            UserError: There is none, or it cannot be read; the message names the last good edit.
+            UserError: There is none, it cannot be read, or it has another format.
         """
         if not (folder / "base.json").is_file():
-            raise UserError(f"{folder.parent} holds no ledger of edits: nothing was written there, or `ledger=null`")
+            raise UserError(f"{folder.parent} holds no ledger of edits: nothing was written there, or ledger=false")
         try:
             base = json.loads((folder / "base.json").read_text("utf-8"))
         except ValueError as error:
-            raise UserError(f"{folder / 'base.json'} is damaged ({error}); the run cannot be gone on with") from error
-        if base.pop("format", None) != FORMAT:
-            raise UserError(f"{folder} was written by another version of the project")
+            raise UserError(f"{folder / 'base.json'} is damaged ({error}); the run cannot be resumed") from error
+        if (found := base.pop("format", None)) != FORMAT:
+            raise UserError(
+                f"{folder} has format {found} of the ledger, and this version reads format {FORMAT}: resume or export "
+                "the run with the version of prune-lightning that wrote it, or start it again"
+            )
         ledger = cls(folder, base)
         ledger.lines = list(ledger._complete_lines())
+        ledger.finish_line = ledger._read_finish()
         return ledger
 
     def _complete_lines(self) -> Iterator[dict[str, Any]]:
@@ -93,53 +103,72 @@ class Ledger:
             except (ValueError, KeyError, TypeError):
                 line, whole = None, False
             if not whole:
-                rank_zero_warn(
-                    f"{path}: step {number} is not whole; the last good edit is {good}, what follows is done anew"
-                )
+                rank_zero_warn(f"{path}: step {number} is incomplete; the last good edit is {good}, later ones are redone")
                 return
             assert line is not None
-            good = line["num_edits"]
+            good = line["num_requests"]
             yield line
 
+    def _read_finish(self) -> dict[str, Any] | None:
+        try:
+            line = json.loads((self.folder / f"{_FINISH}.json").read_text("utf-8"))
+            whole = line["step"] == len(self.lines) and checksum(_tensors(self._finish_tensors, "")) == line["checksum"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+        return line if whole else None
+
     @property
-    def num_edits(self) -> int:
-        """Edits in the complete steps."""
-        return self.lines[-1]["num_edits"] if self.lines else 0
+    def _finish_tensors(self) -> Path:
+        return self.folder / f"{_FINISH}.safetensors"
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in the complete steps."""
+        return self.lines[-1]["num_requests"] if self.lines else 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of requests of each complete step."""
+        return [len(line["requests"]) for line in self.lines]
 
     # -- reading --------------------------------------------------------------------------------------------------
-    def records(self, device: torch.device, first: int = 1, last: int | None = None) -> Iterator[StepRecord]:
+    def steps(self, device: torch.device, first: int = 1, last: int | None = None) -> Iterator[StepRecord]:
         """Yield steps ``first`` to ``last``, their tensors checked.
 
         Raises:
             UserError: A segment is damaged; the message names the last good edit.
         """
         for line in self.lines[first - 1 : last]:
-            yield StepRecord.restore(line, self._tensors(line), device)
+            yield StepRecord.restore(line, self._tensors_of(line), device)
+
+    def finish(self, device: torch.device) -> FinishRecord | None:
+        """Return what happened after the last step, if the stream has ended."""
+        if self.finish_line is None:
+            return None
+        return FinishRecord.restore(self.finish_line, _tensors(self._finish_tensors, ""), device)
 
     def verified(self) -> Ledger:
         """Return the ledger cut after the last step whose tensors are whole, with a warning if that is earlier."""
         for number, line in enumerate(self.lines):
             try:
-                self._tensors(line)
+                self._tensors_of(line)
             except UserError as error:
-                rank_zero_warn(f"{error}; what follows is done anew")
-                self.lines = self.lines[:number]
+                rank_zero_warn(f"{error}; later ones are redone")
+                self.lines, self.finish_line = self.lines[:number], None
                 break
         return self
 
-    def _tensors(self, line: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _tensors_of(self, line: Mapping[str, Any]) -> dict[str, Tensor]:
         step = line["step"]
         path = self._segment(step)
-        good = self.lines[step - 2]["num_edits"] if step > 1 else 0
+        good = self.lines[step - 2]["num_requests"] if step > 1 else 0
         try:
-            assert path is not None
-            with safe_open(path, framework="pt") as file:
-                start = f"{step}/"
-                names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118 - the file is no mapping
-                tensors = {name.removeprefix(start): file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError, AssertionError) as error:
+            if path is None:
+                raise FileNotFoundError("it is missing")
+            tensors = _tensors(path, f"{step}/")
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}): the last good edit is {good}") from error
-        if _checksum(tensors) != line["checksum"]:
+        if checksum(tensors) != line["checksum"]:
             raise UserError(f"{path} is damaged (checksum of step {step}): the last good edit is {good}")
         return tensors
 
@@ -156,26 +185,29 @@ class Ledger:
 
     # -- writing --------------------------------------------------------------------------------------------------
     def cut(self) -> None:
-        """Make the files end where :attr:`lines` do, before steps are appended again."""
-        with _disk(self):
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
-            _write(self.folder / "steps.jsonl", text.encode())
+        """Make the files end where :attr:`lines` do, before steps are appended again; the stream has not ended then."""
+        with DiskErrors(self):
             kept = len(self.lines)
+            (self.folder / f"{_FINISH}.json").unlink(missing_ok=True)
+            self._finish_tensors.unlink(missing_ok=True)
+            self.finish_line = None
+            self.snapshots.cut(kept)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
+            write_bytes(self.folder / "steps.jsonl", text.encode())
             for path in sorted(self.folder.glob("steps_*_*.safetensors")):
                 first, last = (int(number) for number in path.stem.split("_")[1:])
                 if first <= kept < last:
                     self._take_apart(path, range(first, kept + 1))
                 if last > kept or (first == last and self._segment(last) != path):
                     path.unlink()
-            for path in self.folder.glob("*.tmp"):
+            for path in self.folder.glob(f"*{SUFFIX}"):
                 path.unlink()
 
     def _take_apart(self, path: Path, steps: range) -> None:
         """Give some steps of a segment of many a segment each."""
-        with safe_open(path, framework="pt") as file:
-            for step in steps:
-                names = [name for name in file.keys() if name.startswith(f"{step}/")]  # noqa: SIM118
-                _write_tensors(self._single(step), {name: file.get_tensor(name) for name in names})
+        for step in steps:
+            tensors = _tensors(path, f"{step}/")
+            write_tensors(self._single(step), {f"{step}/{name}": tensor for name, tensor in tensors.items()})
 
     def append(self, record: StepRecord) -> None:
         """Write a step: when this returns, it outlives whatever happens to the process.
@@ -184,11 +216,10 @@ class Ledger:
             UserError: The disk is full, or the folder cannot be written; earlier steps are whole.
         """
         line, tensors = record.flatten()
-        line = nan_to_null({**line, "checksum": _checksum(tensors)})
-        with _disk(self):
-            _write_tensors(
-                self._single(record.step), {f"{record.step}/{name}": tensor for name, tensor in tensors.items()}
-            )
+        line = nan_to_null({**line, "checksum": checksum(tensors)})
+        with DiskErrors(self):
+            named = {f"{record.step}/{name}": tensor for name, tensor in tensors.items()}
+            write_tensors(self._single(record.step), named)
             with (self.folder / "steps.jsonl").open("ab") as file:
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
                 file.flush()
@@ -197,61 +228,38 @@ class Ledger:
             if record.step % _TOGETHER == 0:
                 self._bring_together(record.step)
 
+    def append_finish(self, record: FinishRecord) -> None:
+        """Write what happened after the last step; the stream has ended.
+
+        Raises:
+            UserError: The disk is full, or the folder cannot be written; every step is whole.
+        """
+        line, tensors = record.flatten()
+        line = nan_to_null({**line, "checksum": checksum(tensors)})
+        with DiskErrors(self):
+            write_tensors(self._finish_tensors, tensors)
+            write_json(self.folder / f"{_FINISH}.json", line)
+        self.finish_line = line
+
     def _bring_together(self, last: int) -> None:
         steps = range(last - _TOGETHER + 1, last + 1)
         singles = [self._single(step) for step in steps]
         together: dict[str, Tensor] = {}
         for path in singles:
-            with safe_open(path, framework="pt") as file:
-                together |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        _write_tensors(self.folder / f"steps_{steps[0]:06d}_{last:06d}.safetensors", together)
+            together |= _tensors(path, "")
+        write_tensors(self.folder / f"steps_{steps[0]:06d}_{last:06d}.safetensors", together)
         for path in singles:
             path.unlink()
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _tensors(path: Path, start: str) -> dict[str, Tensor]:
+    """Return the tensors of a file whose name begins so, without that beginning."""
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118 - the file is no mapping
+        return {name.removeprefix(start): file.get_tensor(name) for name in names}
 
 
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sync_folder(path.parent)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    aside = path.with_name(f"{path.name}.tmp")
-    save_file(tensors, aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder last; not every file system or operating system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
-
-
-class _disk:
+class DiskErrors:
     """Turns trouble with the disk into one clear message."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -266,6 +274,6 @@ class _disk:
             reason = "the disk is full" if full else str(error)
             folder = self.ledger.folder
             raise UserError(
-                f"the ledger in {folder} cannot be written: {reason}. The last good edit is {self.ledger.num_edits}; "
-                f"when that is mended, resume={folder.parent} goes on from there"
+                f"the ledger in {folder} cannot be written: {reason}. The last good edit is "
+                f"{self.ledger.num_requests}; when that is mended, resume={folder.parent} continues from there"
             ) from error

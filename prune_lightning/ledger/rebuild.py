@@ -1,0 +1,110 @@
+"""A state brought back: from a snapshot bit for bit, from the steps behind it within rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prune_lightning.errors import UserError
+from prune_lightning.ledger.replay import Restrain, replay
+from prune_lightning.ledger.sketch import MatrixSketch, StateSketch, difference, tolerance
+from prune_lightning.ledger.store import Ledger
+from prune_lightning.methods.base import EditingModule
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """How a state came back.
+
+    Args:
+        num_requests: Requests in it.
+        snapshot: Number of the step whose snapshot it began with; 0 for the unedited model.
+        replayed: Steps that were computed again from what the ledger keeps of them.
+        difference: Estimated norm of the difference to the weights as they were, relative to the norm of the change;
+            zero where nothing had to be computed.
+    """
+
+    num_requests: int
+    snapshot: int
+    replayed: int
+    difference: float
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        if not self.replayed:
+            return f"restored after edit {self.num_requests}, bit for bit"
+        return f"rebuilt after edit {self.num_requests} within {self.difference:.1g} of the change"
+
+
+def check_base(ledger: Ledger, module: EditingModule) -> None:
+    """Refuse a module whose unedited matrices are not the ones that the ledger's steps belong to.
+
+    Raises:
+        UserError: They differ.
+    """
+    recorded, found = ledger.base["originals"], module.originals()
+    for name in sorted({*recorded, *found}):
+        if recorded.get(name) != found.get(name):
+            raise UserError(
+                f"the ledger in {ledger.folder} belongs to another base: {name} is "
+                f"{found.get(name, 'not edited')} here and {recorded.get(name, 'not edited')} there"
+            )
+
+
+def rebuild(
+    module: EditingModule,
+    ledger: Ledger,
+    last: int | None = None,
+    restrain: Restrain | None = None,
+    memory: bool = True,
+    finished: bool = True,
+) -> Rebuilt:
+    """Bring a module to where it was after a step: weights, change, and what the method remembers.
+
+    The state comes from the newest snapshot up to that step, bit for bit. Steps behind it are replayed from their
+    updates and, where these were kept, their corrections; then the weights are compared with what was recorded.
+
+    Args:
+        module: On its unedited model; prepared, unless it is not to remember anything.
+        ledger: The ledger of its stream.
+        last: Number of the step; ``None`` for the last one.
+        restrain: See :func:`~.replay.replay`; needed for corrections behind the snapshot only.
+        memory: See :func:`~.replay.replay`.
+        finished: With ``last=None``, include what happened when the stream ended.
+
+    Raises:
+        UserError: ``restrain`` is needed, or the weights differ by more than rounding explains.
+    """
+    count = len(ledger.lines) if last is None else last
+    end = ledger.finish(module.device) if finished and last is None else None
+    found = ledger.snapshots.newest(count, final=end is not None)
+    start = 0
+    if found is not None:
+        snapshot, state = found
+        module.run.load_state_dict(state, memory)
+        start = snapshot.step
+        if snapshot.final:
+            return Rebuilt(module.run.num_requests, start, 0, 0.0)
+    steps = list(ledger.steps(module.device, start + 1, count))
+    tail = [*steps, *([end] if end else [])]
+    replay(module, tail, restrain, memory)
+    if not tail or (steps and steps[-1].from_base):
+        return Rebuilt(module.run.num_requests, start, 0, 0.0)
+    return Rebuilt(module.run.num_requests, start, len(tail), compare(module, tail[-1].sketch))
+
+
+def compare(module: EditingModule, recorded: Mapping[str, MatrixSketch]) -> float:
+    """Return the largest relative difference of the weights to what was recorded of them.
+
+    Raises:
+        UserError: It is more than rounding explains.
+    """
+    found = StateSketch(module.edited_matrices()).take() if recorded else {}
+    by_name = {name: difference(found[name], recorded[name]) for name in recorded}
+    for name, value in by_name.items():
+        if not value <= tolerance(module.edited_matrices()[name]):
+            raise UserError(
+                f"after edit {module.run.num_requests} {name} differs from what was recorded by {value:.2g} of the "
+                "change. Rounding does not explain that: the restraint has other settings, or the ledger is damaged"
+            )
+    return max(by_name.values(), default=0.0)
