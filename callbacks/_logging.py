@@ -11,7 +11,7 @@ from prune_lightning.spectral import HasEditedMatrices
 
 def axis(trainer: L.Trainer, module: L.LightningModule) -> int:
     """Return the number of edits of an editing module, the number of optimizer steps of any other."""
-    return module.num_edits if isinstance(module, HasEditedMatrices) else trainer.global_step
+    return module.num_requests if isinstance(module, HasEditedMatrices) else trainer.global_step
 
 
 def log_metrics(

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from prune_lightning.distributed import broadcast
-from prune_lightning.errors import UserError, one_of
+from prune_lightning.errors import one_of
 from prune_lightning.json_files import nan_to_null
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.types import EditBatch, EditRequest, MatrixUpdate
+from prune_lightning.methods.edit_run import StepBackup
+from prune_lightning.types import EditBatch, EditRequest, EditStep
 
-from .restraint import Restraint
+from ._editing import editing_module, last_report
+from ._order import Place, check_order
 from .sentinel import PerplexityReading, Sentinel
 from .update_guards import POLICIES, Finding, UpdateGuard
 
@@ -41,7 +42,8 @@ class Guards(L.Callback):
 
     Args:
         policy: For all guards that have none of their own.
-        path: JSONL file of the requests that were refused, one line each, written at once; ``None`` for no file.
+        path: JSONL file of the requests that were refused, one line each, written at once; relative to the Trainer's
+            ``default_root_dir``. ``None`` for no file.
         finite: ``skip`` or ``stop`` at an update that is not finite; ``None`` for ``stop`` where that is set for all.
         perplexity: The sentinel sentences; ``None`` for none.
         collapse: ``warn`` or ``stop`` when perplexity stays above its factor.
@@ -50,12 +52,14 @@ class Guards(L.Callback):
     Attributes:
         found: In how many steps each guard found something.
         refused: Number of requests that were refused.
-        looks: What perplexity was at each look.
+        readings: What perplexity was each time it was taken.
         stopped: Why the run was ended early, if it was.
 
     Raises:
         UserError: An unknown policy.
     """
+
+    place: ClassVar[Place] = Place.GUARD
 
     def __init__(
         self,
@@ -80,61 +84,50 @@ class Guards(L.Callback):
             self._after = perplexity.policy
         self.found: Counter[str] = Counter()
         self.refused = 0
-        self.looks: list[PerplexityReading] = []
+        self.readings: list[PerplexityReading] = []
         self.stopped: str | None = None
-        self._writes = False
+        self._file: Path | None = None
         self._refusal: tuple[str, str, Finding] | None = None
-        self._before: dict[str, Any] | None = None
-        self._pending: dict[Restraint, bool] = {}
+        self._before: StepBackup | None = None
         self._step: dict[str, Any] = {}
 
     # -- along the stream -----------------------------------------------------------------------------------------
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Have the module ask before it writes."""
-        if not isinstance(pl_module, EditingModule):
-            raise UserError(f"Guards watch editing modules, but got {type(pl_module).__name__}")
-        pl_module.vetoes.append(self._veto)
+        check_order(trainer)
+        editing_module(self, pl_module).run.register_veto(self._veto)
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let the module write again."""
-        assert isinstance(pl_module, EditingModule)
-        pl_module.vetoes.remove(self._veto)
+        editing_module(self, pl_module).run.remove_veto(self._veto)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the file and look at the unedited model; earlier edits of a resumed run are put back later."""
-        assert isinstance(pl_module, EditingModule)
-        self._writes = trainer.is_global_zero
-        if self.path and self._writes:
-            self.path.unlink(missing_ok=True)
+        module = editing_module(self, pl_module)
+        self._file = Path(trainer.default_root_dir, self.path) if self.path and trainer.is_global_zero else None
+        if self._file:
+            self._file.unlink(missing_ok=True)
         if self.sentinel:
-            self.sentinel.begin(pl_module.language_model)
+            self.sentinel.begin(module.language_model)
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
     ) -> None:
         """Copy what the step will change, if it may have to be taken back."""
-        assert isinstance(pl_module, EditingModule)
         self._step, self._refusal = {}, None
         if self.sentinel and self._after == "rollback":
-            self._before = copy.deepcopy(pl_module.edits())
-            restraints = [c for c in trainer.callbacks if isinstance(c, Restraint)]  # type: ignore[attr-defined]
-            self._pending = {restraint: restraint.pending for restraint in restraints}
+            self._before = editing_module(self, pl_module).run.backup()
 
-    def _veto(
-        self,
-        requests: Sequence[EditRequest],
-        updates: Mapping[str, MatrixUpdate],
-        details: Sequence[Mapping[str, Any]],
-    ) -> str | None:
+    def _veto(self, step: EditStep) -> str | None:
         for name, guard in self.guards.items():
-            finding = broadcast(guard.look(updates, details))
+            finding = broadcast(guard.look(step.updates, step.details))
             if finding is not None:
                 policy = guard.policy or self.policy
-                self._note(name, finding.reason, requests)
+                self._note(name, finding.reason, step.requests)
                 if policy != "warn" and self._refusal is None:
                     self._refusal = name, policy, finding
         return f"{self._refusal[0]}: {self._refusal[2].reason}" if self._refusal else None
@@ -143,56 +136,52 @@ class Guards(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """PerplexityReading at the model, take the step back if need be, and write down what was refused."""
-        assert isinstance(pl_module, EditingModule)
-        report = pl_module.last_report
-        assert report is not None
+        """Read the model's perplexity, undo the step if need be, and write down what was refused."""
+        module = editing_module(self, pl_module)
+        report = last_report(module)
         if not report.applied and self._refusal is None:
             self._refusal = FINITE, self.finite, Finding(str(report.refused))
             self._note(FINITE, str(report.refused), batch.requests)
-        elif report.applied and self.sentinel and self._due(trainer, pl_module, batch):
-            self._look(self.sentinel, trainer, pl_module, batch)
-            report = pl_module.last_report
-            assert report is not None
+        elif report.applied and self.sentinel and self._due(trainer, module, batch):
+            self._read(self.sentinel, trainer, module, batch)
+            report = last_report(module)
         if report.applied:
             self._step["norm"] = report.update_norm
             self._written(report.update_norm)
         if self._refusal is not None:
             name, policy, finding = self._refusal
             if not report.applied:
-                self._quarantine(pl_module, batch, name, policy, finding)
+                self._quarantine(module, batch, name, policy, finding)
             if policy == "stop":
-                self._stop(trainer, pl_module, f"{name}: {finding.reason}")
+                self._stop(trainer, module, f"{name}: {finding.reason}")
 
     def _due(self, trainer: L.Trainer, module: EditingModule, batch: EditBatch) -> bool:
         assert self.sentinel is not None
         n = self.sentinel.every_n
-        reached = module.num_edits // n != (module.num_edits - len(batch.requests)) // n
+        reached = module.run.num_requests // n != (module.run.num_requests - len(batch.requests)) // n
         return reached or trainer.is_last_batch or self._after == "rollback"
 
-    def _look(self, sentinel: Sentinel, trainer: L.Trainer, module: EditingModule, batch: EditBatch) -> None:
-        with module.evaluation_view():
-            look = broadcast(sentinel.look(module.language_model, module.num_edits))
-        if wrong := sentinel.wrong(look.relative):
+    def _read(self, sentinel: Sentinel, trainer: L.Trainer, module: EditingModule, batch: EditBatch) -> None:
+        with module.run.evaluation_view():
+            reading = broadcast(sentinel.read(module.language_model, module.run.num_requests))
+        if wrong := sentinel.wrong(reading.relative):
             finding = Finding(
-                f"perplexity is {look.relative:.3g} times the unedited model's",
-                {"perplexity": look.perplexity, "relative": look.relative},
+                f"perplexity is {reading.relative:.3g} times the unedited model's",
+                {"perplexity": reading.perplexity, "relative": reading.relative},
             )
             self._note(PERPLEXITY, finding.reason, batch.requests)
             if self._after == "rollback":
                 assert self._before is not None
-                module.take_back(self._before, f"{PERPLEXITY}: {finding.reason}")
-                for restraint, pending in self._pending.items():
-                    restraint.pending = pending
+                module.run.roll_back(self._before, f"{PERPLEXITY}: {finding.reason}")
             if self._after != "warn":
                 self._refusal = PERPLEXITY, self._after, finding
-        look = replace(look, stays=not (wrong and self._after == "rollback"))
-        self.looks.append(look)
-        self._step["look"] = asdict(look)
-        if look.stays and sentinel.count(look.relative):
+        reading = replace(reading, kept=not (wrong and self._after == "rollback"))
+        self.readings.append(reading)
+        self._step["perplexity"] = asdict(reading)
+        if reading.kept and sentinel.count(reading.relative):
             times = f"{sentinel.factor:g} times the unedited model's"
-            reason = f"perplexity has been above {times} at {sentinel.above} looks in a row"
-            if sentinel.above == sentinel.looks:
+            reason = f"perplexity has been above {times} {sentinel.above} times in a row"
+            if sentinel.above == sentinel.readings:
                 self._note(COLLAPSE, reason, batch.requests)
             if self.collapse == "stop":
                 self._stop(trainer, module, f"{COLLAPSE}: {reason}")
@@ -211,15 +200,15 @@ class Guards(L.Callback):
     def _stop(self, trainer: L.Trainer, module: EditingModule, reason: str) -> None:
         if self.stopped is None:
             self.stopped = reason
-            rank_zero_warn(f"the run ends after {module.num_edits} edits: {reason}")
+            rank_zero_warn(f"the run ends after {module.run.num_requests} edits: {reason}")
         trainer.should_stop = True
 
     def _quarantine(self, module: EditingModule, batch: EditBatch, name: str, policy: str, finding: Finding) -> None:
-        first = module.num_edits - len(batch.requests) + 1
+        first = module.run.num_requests - len(batch.requests) + 1
         lines = [
             nan_to_null(
                 {
-                    "num_edits": place,
+                    "num_requests": place,
                     "request": request.as_dict(),
                     "guard": name,
                     "policy": policy,
@@ -234,39 +223,37 @@ class Guards(L.Callback):
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         self.refused += len(lines)
-        if self.path and self._writes and lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+        if self._file and lines:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-    # -- what is told ---------------------------------------------------------------------------------------------
+    # -- summary and state ----------------------------------------------------------------------------------------
     def summary(self) -> dict[str, Any]:
         """Return what there is to say at the end of a run."""
         return {
             "policy": self.policy,
             "found": dict(self.found),
             "refused": self.refused,
-            "perplexity": [asdict(look) for look in self.looks],
+            "perplexity": [asdict(reading) for reading in self.readings],
             "stopped": self.stopped,
         }
 
-    def step(self) -> dict[str, Any]:
+    def step_state(self) -> dict[str, Any]:
         """Return what was found in the latest step."""
-        return nan_to_null(self._step)
+        step, self._step = self._step, {}
+        return nan_to_null(step)
 
-    def take_up(self, steps: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from earlier steps, and write the lines of what they refused again."""
-        for step in steps:
-            self.found.update(step.get("found", []))
-            self._write(step.get("refused", []))
-            if "norm" in step:
-                self._written(step["norm"])
-            if "look" in step:
-                told = step["look"]
-                perplexity, relative = (
-                    math.nan if told[key] is None else told[key] for key in ("perplexity", "relative")
-                )
-                look = PerplexityReading(told["num_edits"], perplexity, relative, told["stays"])
-                self.looks.append(look)
-                if self.sentinel and look.stays:
-                    self.sentinel.count(look.relative)
+    def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Restore what was found in earlier steps, and write the lines of what was refused again."""
+        for state in states:
+            self.found.update(state.get("found", []))
+            self._write(state.get("refused", []))
+            if "norm" in state:
+                self._written(state["norm"])
+            if "perplexity" in state:
+                plain = {key: math.nan if value is None else value for key, value in state["perplexity"].items()}
+                reading = PerplexityReading(**plain)
+                self.readings.append(reading)
+                if self.sentinel and reading.kept:
+                    self.sentinel.count(reading.relative)

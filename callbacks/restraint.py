@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -24,9 +24,10 @@ from typing_extensions import override
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.spectral import HasEditedMatrices, RestrainedMatrix
-from prune_lightning.types import EditBatch, LowRankUpdate
+from prune_lightning.types import LowRankUpdate
 
 from ._logging import log_metrics
+from ._order import Place, check_order
 from ._snapshot import SnapshotMatrix, matching_matrices
 
 
@@ -52,6 +53,8 @@ class Restraint(L.Callback, ABC):
     Raises:
         UserError: An unknown schedule.
     """
+
+    place: ClassVar[Place] = Place.RESTRAINT
 
     def __init__(self, parameters: Sequence[str] | None = None, schedule: str = "each", every_n: int = 1) -> None:
         one_of("restraint.schedule", schedule, ("each", "every_n", "end"))
@@ -97,8 +100,7 @@ class Restraint(L.Callback, ABC):
         """
         if isinstance(module, HasEditedMatrices):
             self.matrices = dict(module.edited_matrices())
-            if self.schedule == "end":
-                module.evaluation_view = self.restrained_snapshot
+            module.register_restraint(self)
         else:
             held = {n: m for other in others for n, m in other.matrices.items() if isinstance(m, SnapshotMatrix)}
             matrices = matching_matrices(module, self.parameters, held)
@@ -146,10 +148,33 @@ class Restraint(L.Callback, ABC):
                 stack.enter_context(matrix.withholding(self.correction(matrix)))
             yield
 
+    def evaluation_view(self) -> AbstractContextManager[None]:
+        """Show, under ``schedule=end``, the model as it would be if the stream ended now."""
+        return self.restrained_snapshot() if self.schedule == "end" else nullcontext()
+
+    def finish(self) -> None:
+        """Restrain, for good, what the schedule has left."""
+        if self.pending:
+            self.restrain_all()
+
+    def restore_pending(self, pending: bool) -> None:
+        """Set whether something is pending, when a step is undone."""
+        self.pending = pending
+
+    def step_state(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides the matrices."""
+        return {"pending": self.pending}
+
+    def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Restore what the latest of some steps has left."""
+        if states:
+            self.pending = states[-1]["pending"]
+
     # -- Lightning ------------------------------------------------------------------------------------------------
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse strategies under which no whole matrix can be had."""
+        """Refuse strategies under which no whole matrix can be had, and a wrong order of callbacks."""
+        check_order(trainer)
         served = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
         sharded_edits = isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(pl_module, HasEditedMatrices)
         # DeepSpeed keeps weights of its own, XLA's are elsewhere; both derive from DDP's strategy.
@@ -171,18 +196,26 @@ class Restraint(L.Callback, ABC):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Restrain if the optimizer has stepped and the schedule says so."""
-        last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-        # An edit that is taken back right after its step is a stream of its own.
-        alone = isinstance(batch, EditBatch) and batch.from_base
-        last = last_epoch or trainer.global_step == trainer.max_steps or alone
-        report = pl_module.last_report if isinstance(pl_module, EditingModule) else None
-        if self.after_step(trainer.global_step, last, moved=report is None or report.applied):
+        if isinstance(pl_module, EditingModule):
+            report = pl_module.run.last_report
+            moved = report is not None and report.applied
+            last = batch.from_base  # such a step is a stream of its own; any other stream ends in `on_train_end`
+        else:
+            moved = True
+            last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+            last = last_epoch or trainer.global_step == trainer.max_steps
+        if self.after_step(trainer.global_step, last, moved):
             log_metrics(trainer, pl_module, lambda: self.metrics, always=self.schedule != "each")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restrain what the last steps left, where training ended early."""
-        if self.after_step(trainer.global_step, last=True):
+        """Restrain what the schedule has left."""
+        if isinstance(pl_module, EditingModule):
+            restrained = self.pending
+            pl_module.run.finish()
+        else:
+            restrained = self.after_step(trainer.global_step, last=True)
+        if restrained:
             log_metrics(trainer, pl_module, lambda: self.metrics, always=True)
 
     @property

@@ -19,31 +19,31 @@ NUM_SENTENCES = 8  # of the bundled text: plain English about nobody, so that no
 
 @dataclass
 class PerplexityReading:
-    """One look.
+    """Perplexity at one point of the stream.
 
     Args:
-        num_edits: Edits handled.
+        num_requests: Requests handled.
         perplexity: Over all tokens of the sentences, the first of each given; may be infinite or NaN.
         relative: In units of the unedited model's.
-        stays: The model that was looked at was kept; the latest step was not taken back for it.
+        kept: The model that was read was kept; the latest step was not undone for it.
     """
 
-    num_edits: int
+    num_requests: int
     perplexity: float
     relative: float
-    stays: bool = True
+    kept: bool = True
 
 
 class Sentinel:
     """Perplexity of a few fixed sentences, relative to the unedited model's.
 
     Args:
-        every_n: Edits between two looks.
+        every_n: Requests between two readings.
         factor: Times the unedited model's perplexity above which something is wrong.
-        looks: So many looks in a row above it are a collapse.
+        readings: So many readings in a row above it are a collapse.
         path: A text file with a sentence a line; ``None`` for bundled ones.
         policy: What to do when something is wrong; ``None`` for what is set for all guards. The edit is written by
-            then, so it cannot be skipped; under ``rollback`` there is a look after every step.
+            then, so it cannot be skipped; under ``rollback`` there is a reading after every step.
 
     Raises:
         UserError: Settings out of range, or a file that cannot be used.
@@ -53,26 +53,26 @@ class Sentinel:
         self,
         every_n: int = 10,
         factor: float = 10.0,
-        looks: int = 3,
+        readings: int = 3,
         path: str | None = None,
         policy: str | None = None,
     ) -> None:
-        if not (every_n >= 1 and factor > 1 and looks >= 1):
+        if not (every_n >= 1 and factor > 1 and readings >= 1):
             raise UserError(
-                "guards.perplexity expects `every_n` and `looks` of at least 1 and `factor` > 1, but got "
-                f"{every_n}, {looks} and {factor}"
+                "guards.perplexity expects `every_n` and `readings` of at least 1 and `factor` > 1, but got "
+                f"{every_n}, {readings} and {factor}"
             )
         if policy not in (None, "warn", "rollback", "stop"):
             raise UserError(
                 f"guards.perplexity looks at edits that are written, so it can warn, rollback or stop, not {policy!r}"
             )
-        self.every_n, self.factor, self.looks, self.policy = every_n, factor, looks, policy
+        self.every_n, self.factor, self.readings, self.policy = every_n, factor, readings, policy
         self.sentences = _bundled() if path is None else _lines(Path(path).expanduser())
         self.first = math.nan
         self.above = 0
 
     def begin(self, model: LanguageModel) -> None:
-        """PerplexityReading at the unedited model.
+        """Read the unedited model.
 
         Raises:
             UserError: It says nothing finite about the sentences, or there is no token to score.
@@ -81,19 +81,19 @@ class Sentinel:
         if not math.isfinite(self.first):
             raise UserError("guards.perplexity: the unedited model gives the sentences no finite perplexity")
 
-    def look(self, model: LanguageModel, num_edits: int) -> PerplexityReading:
-        """PerplexityReading at the model as it is."""
+    def read(self, model: LanguageModel, num_requests: int) -> PerplexityReading:
+        """Read the model as it is."""
         perplexity = self._perplexity(model)
-        return PerplexityReading(num_edits, perplexity, perplexity / self.first)
+        return PerplexityReading(num_requests, perplexity, perplexity / self.first)
 
     def wrong(self, relative: float) -> bool:
         """Whether a relative perplexity is above the factor, or no number."""
         return not relative <= self.factor
 
     def count(self, relative: float) -> bool:
-        """Count a look at a model that stays; whether that makes a collapse."""
+        """Count a reading of a model that is kept; return whether that makes a collapse."""
         self.above = self.above + 1 if self.wrong(relative) else 0
-        return self.above >= self.looks
+        return self.above >= self.readings
 
     def _perplexity(self, model: LanguageModel) -> float:
         nll, count = token_nll(model, self.sentences)

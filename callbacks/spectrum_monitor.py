@@ -56,12 +56,12 @@ class SpectrumMonitor(L.Callback):
         self.curve: list[dict[str, float]] = []
         self._original: dict[str, Tensor] = {}
         self._steps = -1
-        self._told = 0
+        self._kept = 0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget another module's matrices."""
-        self.matrices, self.curve, self._original, self._steps, self._told = {}, [], {}, -1, 0
+        self.matrices, self.curve, self._original, self._steps, self._kept = {}, [], {}, -1, 0
 
     @override
     def on_train_batch_start(
@@ -73,15 +73,19 @@ class SpectrumMonitor(L.Callback):
             if not self.curve:
                 self._look(trainer, pl_module)
 
-    def step(self) -> dict[str, Any]:
+    def step_state(self) -> dict[str, Any]:
         """Return the looks since this was called last."""
-        fresh, self._told = self.curve[self._told :], len(self.curve)
+        fresh, self._kept = self.curve[self._kept :], len(self.curve)
         return {"looks": fresh} if fresh else {}
 
-    def take_up(self, steps: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from earlier looks."""
-        self.curve = [look for step in steps for look in step["looks"]]
-        self._told = len(self.curve)
+    def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Restore earlier looks."""
+        self.curve = [look for state in states for look in state["looks"]]
+        self._kept = len(self.curve)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what there is to say at the end of a run."""
+        return {"curve": self.curve, "log_growth": log_growth(self.curve)}
 
     def _find(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, RestrainedMatrix]:
         if isinstance(module, HasEditedMatrices):
@@ -94,14 +98,16 @@ class SpectrumMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """PerplexityReading if the cadence says so."""
+        """Look if the cadence says so."""
         if trainer.global_step != self._steps and trainer.global_step % self.every_n == 0:
             self._look(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """PerplexityReading at the final weights and draw the spectra."""
-        if trainer.global_step != self._steps:
+        """Look at the final weights and draw the spectra."""
+        if isinstance(pl_module, EditingModule):
+            pl_module.run.finish()
+        if self._is_new(trainer):
             self._look(trainer, pl_module)
         if self.matrices and self.draw:
             figure = plot_spectra(spectra(self.matrices.values()))

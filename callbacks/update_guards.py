@@ -115,7 +115,7 @@ class KeyGuard(UpdateGuard):
 
     @override
     def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
-        """PerplexityReading at the smallest ratio of the step."""
+        """Look at the smallest ratio of the step."""
         ratio = min((detail["key_ratio"] for detail in details if "key_ratio" in detail), default=math.inf)
         if ratio >= self.least:
             return None
@@ -139,7 +139,7 @@ class ValueGuard(UpdateGuard):
 
     @override
     def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
-        """PerplexityReading at every request; the first one that is found counts."""
+        """Look at every request; the first one that is found counts."""
         for number, detail in enumerate(details, start=1):
             losses = detail.get("losses") or [0.0]
             probability = detail.get("target_probability", 1.0)

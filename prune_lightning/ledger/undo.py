@@ -12,7 +12,8 @@ from hydra.utils import instantiate
 from torch import nn
 
 from prune_lightning.errors import UserError
-from prune_lightning.ledger.replay import check_base, replay, without
+from prune_lightning.ledger.rebuild import Rebuilt, check_base, rebuild
+from prune_lightning.ledger.replay import without
 from prune_lightning.ledger.store import Ledger
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.loading import load_language_model
@@ -29,7 +30,7 @@ class Restraining(Protocol):
         """Restrain one matrix now."""
         ...
 
-    def after_step(self, steps: int, last: bool = False) -> bool:
+    def after_step(self, steps: int) -> bool:
         """Restrain if the schedule says so."""
         ...
 
@@ -42,11 +43,13 @@ class EditedRun:
         module: The editing module; not prepared, so that it does not edit further.
         base: What the ledger says of the base, the method and the restraint.
         requests: The edits in place, in order, as plain data.
+        rebuilt: How exactly the state came back; ``None`` for one that never was, without some edits.
     """
 
     module: EditingModule
     base: Mapping[str, Any]
     requests: list[dict[str, Any]]
+    rebuilt: Rebuilt | None = None
 
 
 def edited_run(path: str | Path, after: int | None = None, taken_back: Collection[int] = ()) -> EditedRun:
@@ -59,7 +62,7 @@ def edited_run(path: str | Path, after: int | None = None, taken_back: Collectio
 
     Raises:
         UserError: No run, no ledger, another base, no such edit, one that was written together with others, a damaged
-            segment, or weights that come out otherwise than they were.
+            segment, or weights that differ from those recorded by more than rounding.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -73,30 +76,30 @@ def edited_run(path: str | Path, after: int | None = None, taken_back: Collectio
     check_base(ledger, module)
     if restraint:
         restraint.attach(module)
-    records = ledger.records(module.device, last=count)
+    whole, rebuilt = count == len(ledger.lines), None
     if not left_out:
-        replay(module, records, restraint.restrain if restraint else None, memory=False)
+        restrain = restraint.restrain if restraint else None
+        rebuilt = rebuild(module, ledger, None if whole else count, restrain, memory=False)
     else:
-        _replay_others(module, records, left_out, count, count == len(ledger.lines), restraint)
+        _replay_others(module, ledger.steps(module.device, last=count), left_out, whole, restraint)
     kept = [line for line in ledger.lines[:count] if line["applied"] and line["step"] not in left_out]
-    return EditedRun(module, ledger.base, [request for line in kept for request in line["requests"]])
+    return EditedRun(module, ledger.base, [request for line in kept for request in line["requests"]], rebuilt)
 
 
 def _replay_others(
     module: EditingModule,
     records: Any,
     left_out: Collection[int],
-    count: int,
     whole: bool,
     restraint: Restraining | None,
 ) -> None:
-    kept = count - len(left_out)
-
     def after_step() -> None:
         if restraint:
-            restraint.after_step(module.num_steps, last=whole and module.num_steps == kept)
+            restraint.after_step(module.run.num_steps)
 
     without(module, records, left_out, after_step, memory=False)
+    if whole:
+        module.run.finish()
 
 
 def num_steps(ledger: Ledger, edits: int | None) -> int:
@@ -107,7 +110,7 @@ def num_steps(ledger: Ledger, edits: int | None) -> int:
     """
     if edits is None:
         return len(ledger.lines)
-    ends = [0, *(line["num_edits"] for line in ledger.lines)]
+    ends = [0, *(line["num_requests"] for line in ledger.lines)]
     if edits in ends:
         return ends.index(edits)
     if not 0 <= edits <= ends[-1]:
@@ -126,7 +129,7 @@ def steps_of(ledger: Ledger, edits: Collection[int], count: int) -> set[int]:
     """
     left, steps = set(edits), set()
     for line in ledger.lines[:count]:
-        members = set(range(line["num_edits"] - len(line["requests"]) + 1, line["num_edits"] + 1))
+        members = set(range(line["num_requests"] - len(line["requests"]) + 1, line["num_requests"] + 1))
         if named := members & left:
             if named != members:
                 raise UserError(
@@ -135,7 +138,7 @@ def steps_of(ledger: Ledger, edits: Collection[int], count: int) -> set[int]:
             steps.add(line["step"])
             left -= members
     if left:
-        held = ledger.lines[count - 1]["num_edits"] if count else 0
+        held = ledger.lines[count - 1]["num_requests"] if count else 0
         raise UserError(f"there is no edit {min(left)} to take back: there are {held}")
     return steps
 

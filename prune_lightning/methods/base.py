@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prune_lightning.distributed import broadcast
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import fingerprint
-from prune_lightning.methods.edit_run import EditRun
+from prune_lightning.methods.edit_run import AttachedRestraint, EditRun
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.methods.no_op_optimizer import NoOpOptimizer
 from prune_lightning.models.language_model import LanguageModel
@@ -124,6 +124,10 @@ class EditingModule(L.LightningModule, ABC):
     def edited_matrices(self) -> Mapping[str, EditedMatrix]:
         """Return the matrices under edit, by the name of their weight."""
         return self.run.matrices
+
+    def register_restraint(self, restraint: AttachedRestraint) -> None:
+        """Let a restraint of these matrices take part in the run; see :meth:`.EditRun.register_restraint`."""
+        self.run.register_restraint(restraint)
 
     @property
     def num_requests(self) -> int:

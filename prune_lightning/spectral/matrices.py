@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -60,13 +60,16 @@ class RestrainedMatrix(Protocol):
 
 @runtime_checkable
 class HasEditedMatrices(Protocol):
-    """A module that keeps the accumulated change of the matrices it edits.
+    """A module that keeps the accumulated change of the matrices it edits."""
 
-    ``evaluation_view`` is entered around every evaluation.
-    """
+    @property
+    def num_requests(self) -> int:
+        """Requests handled so far."""
+        ...
 
-    evaluation_view: Callable[[], AbstractContextManager[None]]
-    num_edits: int
+    def register_restraint(self, restraint: Any) -> None:
+        """Let a restraint of these matrices take part in the life of the run."""
+        ...
 
     def edited_matrices(self) -> Mapping[str, RestrainedMatrix]:
         """Return the matrices by the name of their weight."""
