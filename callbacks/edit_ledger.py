@@ -1,116 +1,187 @@
-"""Keeps the ledger of an edit stream, and goes on with one."""
+"""Keeps the ledger of an edit stream, and resumes one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import lightning as L
 from typing_extensions import override
 
 from prune_lightning.errors import UserError
-from prune_lightning.ledger import Ledger, StepRecord, check_base, replay
-from prune_lightning.ledger.replay import originals, weights_fingerprint
+from prune_lightning.ledger import FinishRecord, Ledger, Rebuilt, StepRecord, check_base, rebuild
+from prune_lightning.ledger.sketch import StateSketch
+from prune_lightning.ledger.snapshots import SnapshotCadence
+from prune_lightning.ledger.store import DiskErrors
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch
 
+from ._editing import editing_module, keepers, last_report
+from ._order import Place, check_order
 from .restraint import Restraint
 
-
-@runtime_checkable
-class SpeaksOfSteps(Protocol):
-    """A callback that has something to say of each step, with which it can go on in a resumed run."""
-
-    def step(self) -> Mapping[str, Any]:
-        """Return what it has to say of what happened since it was asked last, JSON-able; empty for nothing."""
-        ...
-
-    def take_up(self, steps: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from what it said of earlier steps, in order."""
-        ...
+_SETTINGS = ("method_options", "restraint_options", "seed")
+_log = logging.getLogger(__name__)
 
 
 class EditLedger(L.Callback):
-    """Writes every step into the ledger once everything else about it is done; list it last.
+    """Writes every step into the ledger once every other callback is done with it; list it last.
 
-    With a ``ledger`` that is there already, the run goes on after its last complete step: the steps are put back bit
-    for bit when the module is prepared, and the stream begins behind them (see ``EditStream.skip``).
+    A step is written as it happens: its update, what a restraint took away, what the method remembers of it. Whole
+    states, from which a resumed run starts bit for bit, are written between steps, as often as they cost no more than
+    a share of the time, and at the end.
+
+    With a ``ledger`` of an earlier run, the run continues after its last complete step: the state is restored when the
+    module is prepared, and the stream has to begin behind it (``EditStream(done=ledger.sizes)``).
 
     Args:
         folder: Where the ledger lies.
         base: What is known of the base besides the fingerprints: name, revision, method, seed, and so on.
-        ledger: The ledger to go on with.
+        ledger: The ledger to resume.
+        snapshot_every: Steps between two snapshots; ``None`` for as often as ``snapshot_share`` allows.
+        snapshot_share: Largest share of the run's time that snapshots may take.
+
+    Attributes:
+        rebuilt: How the state of a resumed run came back.
     """
 
-    def __init__(self, folder: str | Path, base: Mapping[str, Any] | None = None, ledger: Ledger | None = None) -> None:
+    place: ClassVar[Place] = Place.LEDGER
+
+    def __init__(
+        self,
+        folder: str | Path,
+        base: Mapping[str, Any] | None = None,
+        ledger: Ledger | None = None,
+        snapshot_every: int | None = None,
+        snapshot_share: float = 0.01,
+    ) -> None:
         self.folder, self.base = Path(folder), dict(base or {})
         self.ledger = ledger
-        self._resumed = ledger is not None
+        self.rebuilt: Rebuilt | None = None
+        self._to_resume = ledger is not None
+        self._cadence = SnapshotCadence(snapshot_every, snapshot_share)
+        self._sketch: StateSketch | None = None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have the module put the earlier steps back once it is prepared, and count them as steps made."""
-        if not isinstance(pl_module, EditingModule):
-            raise UserError(f"EditLedger keeps the ledger of editing modules, but got {type(pl_module).__name__}")
-        if self._resumed:
-            pl_module.go_on = lambda: self._put_back(pl_module)
+        """Check the order of callbacks and the settings, and count the earlier steps as made."""
+        editing_module(self, pl_module)
+        check_order(trainer)
+        if self.ledger is not None:
+            self._check_settings(self.ledger)
             progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-            assert self.ledger is not None
             progress.total.ready = progress.total.completed = len(self.ledger.lines)
 
-    def _put_back(self, module: EditingModule) -> None:
-        assert self.ledger is not None
-        check_base(self.ledger, module)
-        restraints = _restraints(module.trainer)
-        replay(module, self.ledger.records(module.device), restraints[-1].restrain if restraints else None)
-        module.trainer.strategy.barrier("ledger")  # everybody has read it
-        if module.trainer.is_global_zero:
-            self.ledger.cut()
-        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SpeaksOfSteps):
-                name = type(callback).__name__
-                callback.take_up([line["callbacks"][name] for line in self.ledger.lines if name in line["callbacks"]])
-        self._resumed = False
+    def _check_settings(self, ledger: Ledger) -> None:
+        for name in _SETTINGS:
+            if name in self.base and name in ledger.base and self.base[name] != ledger.base[name]:
+                difference = _difference(name, ledger.base[name], self.base[name])
+                raise UserError(f"the run to resume had other settings: {difference}")
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the ledger."""
-        assert isinstance(pl_module, EditingModule)
-        if self.ledger is None and trainer.is_global_zero:
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin the ledger, or restore the state of the run to resume: by now, everything is prepared."""
+        module = editing_module(self, pl_module)
+        self._sketch = StateSketch(module.edited_matrices())
+        if self._to_resume:
+            self._to_resume = False
+            self._resume(trainer, module)
+        elif self.ledger is None and trainer.is_global_zero:
             about = {
                 **self.base,
-                "device": pl_module.device.type,
+                "device": module.device.type,
                 "restraints": [type(restraint).__name__ for restraint in _restraints(trainer)],
-                "originals": originals(pl_module),
+                "originals": module.originals(),
             }
             self.ledger = Ledger.create(self.folder, about)
+
+    def _resume(self, trainer: L.Trainer, module: EditingModule) -> None:
+        assert self.ledger is not None
+        check_base(self.ledger, module)
+        restraints = _restraints(trainer)
+        restrain = restraints[-1].restrain if restraints else None
+        self.rebuilt = rebuild(module, self.ledger, restrain=restrain, finished=False)
+        _log.info("%s", self.rebuilt)
+        trainer.strategy.barrier("ledger")  # every process has read it
+        if trainer.is_global_zero:
+            self.ledger.cut()
+        for name, callback in keepers(trainer).items():
+            states = [line["callbacks"][name] for line in self.ledger.lines if name in line["callbacks"]]
+            callback.load_step_states(states)
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Write the step."""
-        assert isinstance(pl_module, EditingModule)
-        report = pl_module.last_report
-        assert report is not None
-        said = {type(c).__name__: c.step() for c in trainer.callbacks if isinstance(c, SpeaksOfSteps)}  # type: ignore[attr-defined]
-        if trainer.is_global_zero:
-            assert self.ledger is not None
-            self.ledger.append(
-                StepRecord(
-                    step=pl_module.num_steps,
-                    num_edits=pl_module.num_edits,
-                    requests=[request.as_dict() for request in batch.requests],
-                    applied=report.applied,
-                    from_base=batch.from_base,
-                    callbacks={name: words for name, words in said.items() if words},
-                    events={name: matrix.journal for name, matrix in pl_module.edited_matrices().items()},
-                    observed=pl_module.observed,
-                    weights=weights_fingerprint(pl_module),
-                )
+        """Write the step, and a snapshot if one is due."""
+        module = editing_module(self, pl_module)
+        report, observed = last_report(module), module.run.settle()
+        states = {name: callback.step_state() for name, callback in keepers(trainer).items()}
+        if not trainer.is_global_zero:
+            return
+        assert self.ledger is not None
+        assert self._sketch is not None
+        self.ledger.append(
+            StepRecord(
+                step=module.run.num_steps,
+                num_requests=module.run.num_requests,
+                requests=[request.as_dict() for request in batch.requests],
+                applied=report.applied,
+                from_base=batch.from_base,
+                callbacks={name: state for name, state in states.items() if state},
+                events=module.run.take_events(),
+                observed=observed,
+                sketch={} if batch.from_base else self._sketch.take(),
             )
+        )
+        # What the end is going to change must be there unchanged for a run that continues after it.
+        ends = module.run.pending and (trainer.is_last_batch or trainer.should_stop)
+        if not batch.from_base and (ends or self._cadence.due(module.run.num_steps, _size(module))):
+            self._snapshot(module)
+
+    def _snapshot(self, module: EditingModule, final: bool = False) -> None:
+        assert self.ledger is not None
+        with self._cadence.timed(), DiskErrors(self.ledger):
+            self.ledger.snapshots.write(module.run.num_steps, module.run.state_dict(), final)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write what happened when the stream ended, and the final state."""
+        module = editing_module(self, pl_module)
+        module.run.finish()
+        states = {name: callback.step_state() for name, callback in keepers(trainer).items()}
+        if not trainer.is_global_zero or not module.run.num_steps:
+            return
+        assert self.ledger is not None
+        assert self._sketch is not None
+        if any(line["from_base"] for line in self.ledger.lines[-1:]):
+            return  # no edited model is left
+        record = FinishRecord(
+            step=module.run.num_steps,
+            callbacks={name: state for name, state in states.items() if state},
+            events=module.run.take_events(),
+            sketch=self._sketch.take(),
+        )
+        self._snapshot(module, final=True)
+        self.ledger.append_finish(record)
 
 
 def _restraints(trainer: L.Trainer) -> list[Restraint]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Restraint)]  # type: ignore[attr-defined]
+
+
+def _size(module: EditingModule) -> int:
+    """Return about how many bytes a snapshot has: the changes at least."""
+    masters = [matrix.change.master for matrix in module.edited_matrices().values()]
+    return sum(master.numel() * master.element_size() for master in masters)
+
+
+def _difference(name: str, earlier: Any, now: Any) -> str:
+    """Return which part of a nested setting differs."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        for key in sorted({*earlier, *now}, key=str):
+            if earlier.get(key) != now.get(key):
+                return _difference(f"{name}.{key}", earlier.get(key), now.get(key))
+    return f"{name.replace('_options', '')} was {earlier!r} and is {now!r} now"

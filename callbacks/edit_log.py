@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from typing_extensions import override
@@ -16,6 +16,9 @@ from prune_lightning.json_files import nan_to_null
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch
 
+from ._editing import editing_module, last_report
+from ._order import Place, check_order
+
 
 class EditLog(L.Callback):
     """Logs every request with its success just before and just after the edit, its update's norm, and the seconds.
@@ -24,21 +27,28 @@ class EditLog(L.Callback):
 
     Args:
         path: The JSONL file; written anew. ``None`` for no file.
+        stream: Takes the same scores, if there is one: nothing is scored twice.
 
     Attributes:
         seconds: Sum of the edits' seconds.
         scoring_seconds: Time spent on scoring the requests before and after.
-        stream: Takes the same scores, if there is one: nothing is scored twice.
     """
 
-    def __init__(self, path: str | Path | None) -> None:
-        self.path = None if path is None else Path(path)
+    place: ClassVar[Place] = Place.LOG
+
+    def __init__(self, path: str | Path | None, stream: StreamScores | None = None) -> None:
+        self.path, self.stream = None if path is None else Path(path), stream
         self.seconds = 0.0
         self.scoring_seconds = 0.0
-        self.stream: StreamScores | None = None
         self._before: Success | None = None
         self._lines: list[dict[str, Any]] = []
         self._writes = False
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the order of callbacks."""
+        editing_module(self, pl_module)
+        check_order(trainer)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,15 +63,17 @@ class EditLog(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
     ) -> None:
         """Score the requests before they are written."""
-        assert isinstance(pl_module, EditingModule)
-        self._before = self._success(pl_module, batch)
+        if not batch.requests:
+            return
+        module = editing_module(self, pl_module)
+        self._before = self._success(module, batch)
         if self.stream:
-            cases = range(pl_module.num_edits, pl_module.num_edits + len(batch.requests))
-            self.stream.just_before(cases, pl_module.num_edits, self._before)
+            cases = range(module.num_requests, module.num_requests + len(batch.requests))
+            self.stream.just_before(cases, module.num_requests, self._before)
 
     def _success(self, module: EditingModule, batch: EditBatch) -> Success:
         start = time.perf_counter()
-        with module.evaluation_view():
+        with module.run.evaluation_view():
             found = success(module.language_model, batch.requests)
         self.scoring_seconds += time.perf_counter() - start
         return found
@@ -71,14 +83,13 @@ class EditLog(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
         """Score the requests again and write their lines."""
-        assert isinstance(pl_module, EditingModule)
-        report = pl_module.last_report
-        assert report is not None
+        module = editing_module(self, pl_module)
+        report = last_report(module)
         assert self._before is not None
-        before, after = self._before, self._success(pl_module, batch)
-        first = pl_module.num_edits - len(batch.requests)
+        before, after = self._before, self._success(module, batch)
+        first = module.num_requests - len(batch.requests)
         if self.stream:
-            self.stream.just_after(range(first, pl_module.num_edits), pl_module.num_edits, after)
+            self.stream.just_after(range(first, module.num_requests), module.num_requests, after)
         self.seconds += report.seconds
         lines = [
             {
@@ -89,7 +100,7 @@ class EditLog(L.Callback):
                 "applied": report.applied,
                 "refused": report.refused,
                 "update_norm": report.update_norm if report.applied else None,
-                **report.details[i],
+                "details": report.details[i],
                 "seconds": report.seconds,
             }
             for i, request in enumerate(batch.requests)
@@ -99,7 +110,7 @@ class EditLog(L.Callback):
             self._write(self._lines)
         for logger in trainer.loggers:
             logger.log_metrics(
-                {"edit/update_norm": report.update_norm, "edit/seconds": report.seconds}, step=pl_module.num_edits
+                {"edit/update_norm": report.update_norm, "edit/seconds": report.seconds}, step=module.num_requests
             )
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
@@ -107,13 +118,14 @@ class EditLog(L.Callback):
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-    def step(self) -> dict[str, Any]:
+    def step_state(self) -> dict[str, Any]:
         """Return the lines of the latest step."""
-        return {"lines": self._lines}
+        lines, self._lines = self._lines, []
+        return {"lines": lines} if lines else {}
 
-    def take_up(self, steps: Sequence[Mapping[str, Any]]) -> None:
+    def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Write the lines of earlier steps again."""
-        for step in steps:
-            self.seconds += step["lines"][0]["seconds"]
+        for state in states:
+            self.seconds += state["lines"][0]["seconds"]
             if self._writes:
-                self._write(step["lines"])
+                self._write(state["lines"])

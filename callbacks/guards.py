@@ -252,7 +252,7 @@ class Guards(L.Callback):
             if "norm" in state:
                 self._written(state["norm"])
             if "perplexity" in state:
-                plain = {key: math.nan if value is None else value for key, value in state["perplexity"].items()}
+                plain: dict[str, Any] = {key: math.nan if value is None else value for key, value in state["perplexity"].items()}
                 reading = PerplexityReading(**plain)
                 self.readings.append(reading)
                 if self.sentinel and reading.kept:

@@ -10,7 +10,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from prune_lightning.errors import UserError
+from prune_lightning.methods.base import EditingModule
 from prune_lightning.report.plots import Spectra, plot_spectra, show_figure
+from prune_lightning.report.trajectories import log_growth
 from prune_lightning.spectral import (
     AccumulatedChange,
     HasEditedMatrices,
@@ -107,7 +109,12 @@ class SpectrumMonitor(L.Callback):
         """Look at the final weights and draw the spectra."""
         if isinstance(pl_module, EditingModule):
             pl_module.run.finish()
-        if self._is_new(trainer):
+        restraints = [c for c in trainer.callbacks if isinstance(c, Restraint)]  # type: ignore[attr-defined]
+        changed = any(restraint.schedule != "each" for restraint in restraints)  # perhaps, after the latest look
+        if changed and trainer.global_step == self._steps:
+            self.curve.pop()
+            self._kept = min(self._kept, len(self.curve))
+        if changed or trainer.global_step != self._steps:
             self._look(trainer, pl_module)
         if self.matrices and self.draw:
             figure = plot_spectra(spectra(self.matrices.values()))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any
 
 import lightning as L
@@ -58,11 +60,11 @@ class EditStream(L.LightningDataModule, ABC):
         seed: Seed of the order and of whatever the data set draws.
         shuffle: Take the requests in a random order and not in that of the source.
         unique_subjects: Keep only the first request about each subject (case ignored).
-        bad_rows: ``fail`` refuses to start on unusable records, ``skip`` warns and goes on; both list them by line.
+        bad_rows: ``fail`` refuses to start on unusable records, ``skip`` warns and continues; both list them by line.
+        done: Sizes of the steps at its beginning that an earlier run has written; the loader begins behind them.
 
     Attributes:
         requests: The stream's requests, once it is set up.
-        skip: Requests at its beginning that were written before, whole batches of them; set by whoever resumes a run.
 
     Raises:
         UserError: Unknown protocol or policy, or a batch size that the protocol excludes.
@@ -77,6 +79,7 @@ class EditStream(L.LightningDataModule, ABC):
         shuffle: bool = False,
         unique_subjects: bool = True,
         bad_rows: str = "fail",
+        done: Sequence[int] = (),
     ) -> None:
         super().__init__()
         choices = [choice.value for choice in EditProtocol]
@@ -97,7 +100,8 @@ class EditStream(L.LightningDataModule, ABC):
             )
         self.num_edits, self.batch_size, self.seed = num_edits, batch_size, seed
         self.shuffle, self.unique_subjects, self.bad_rows = shuffle, unique_subjects, bad_rows
-        self.skip = 0
+        self.done = tuple(done)
+        self._first = len(self.done)  # step that the loader begins with
         self.requests: list[EditRequest] = []
         self.rejected: list[BadRow] = []
 
@@ -147,16 +151,26 @@ class EditStream(L.LightningDataModule, ABC):
         rank_zero_warn(message)
 
     def batches(self) -> list[EditBatch]:
-        """Return the steps of the stream."""
-        starts = range(0, len(self.requests), self.batch_size)
-        return [
-            EditBatch(tuple(self.requests[start : start + self.batch_size]), self.protocol.from_base)
-            for start in starts
-        ]
+        """Return the steps of the stream: those that are done as they were, then full batches of what is left."""
+        ends = list(accumulate(self.done))
+        behind = ends[-1] if ends else 0
+        starts = [0, *ends[:-1]] if ends else []
+        starts += range(behind, len(self.requests), self.batch_size)
+        pairs = zip(starts, [*starts[1:], len(self.requests)], strict=True)
+        return [EditBatch(tuple(self.requests[start:end]), self.protocol.from_base) for start, end in pairs]
 
     def train_dataloader(self) -> EditLoader:
-        """Return a loader that yields one :class:`~prune_lightning.types.EditBatch` per step, in order."""
-        return EditLoader(self.batches()[-(-self.skip // self.batch_size) :])
+        """Return a loader of one :class:`~prune_lightning.types.EditBatch` per step that is not done, in order.
+
+        Where all are, it yields one batch without requests, so that training starts and ends.
+        """
+        return EditLoader(self.batches()[self._first :] or [EditBatch(())])
+
+    def from_start(self) -> EditStream:
+        """Return a stream of the same steps of which none is done."""
+        stream = copy(self)
+        stream._first = 0
+        return stream
 
 
 class EditLoader(DataLoader[Any]):

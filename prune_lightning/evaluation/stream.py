@@ -191,8 +191,8 @@ class StreamScores:
         fresh, self._fresh = self._fresh, []
         return fresh
 
-    def take_up(self, scores: Sequence[Mapping[str, Any]]) -> None:
-        """Take scores again that an earlier run had taken; what was not finite is a failure."""
+    def restore(self, scores: Sequence[Mapping[str, Any]]) -> None:
+        """Add the scores that :meth:`fresh` returned in an earlier run; what was not finite is a failure."""
         for found in scores:
             self._add(found["num_edits"], found["cases"], Success(found["score"], found["accuracy"]))
         self._fresh = []

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prune_lightning.errors import UserError
+from prune_lightning.ledger.record import FinishRecord, StepRecord
 from prune_lightning.ledger.replay import Restrain, replay
 from prune_lightning.ledger.sketch import MatrixSketch, StateSketch, difference, tolerance
 from prune_lightning.ledger.store import Ledger
@@ -86,7 +87,7 @@ def rebuild(
         if snapshot.final:
             return Rebuilt(module.run.num_requests, start, 0, 0.0)
     steps = list(ledger.steps(module.device, start + 1, count))
-    tail = [*steps, *([end] if end else [])]
+    tail: list[StepRecord | FinishRecord] = [*steps, *([end] if end else [])]
     replay(module, tail, restrain, memory)
     if not tail or (steps and steps[-1].from_base):
         return Rebuilt(module.run.num_requests, start, 0, 0.0)

@@ -65,9 +65,7 @@ class StepRecord:
         events = restore_events(line["events"], tensors, device)
         start = f"{_OBSERVED}/"
         observed = {k.removeprefix(start): t.to(device) for k, t in tensors.items() if k.startswith(start)}
-        plain = {
-            key: line[key] for key in ("step", "num_requests", "requests", "applied", "from_base", "callbacks")
-        }
+        plain = {key: line[key] for key in ("step", "num_requests", "requests", "applied", "from_base", "callbacks")}
         return cls(**plain, sketch=sketches(line), events=events, observed=observed)
 
 

@@ -103,7 +103,9 @@ class Ledger:
             except (ValueError, KeyError, TypeError):
                 line, whole = None, False
             if not whole:
-                rank_zero_warn(f"{path}: step {number} is incomplete; the last good edit is {good}, later ones are redone")
+                rank_zero_warn(
+                    f"{path}: step {number} is incomplete; the last good edit is {good}, the rest is redone"
+                )
                 return
             assert line is not None
             good = line["num_requests"]
@@ -153,7 +155,7 @@ class Ledger:
             try:
                 self._tensors_of(line)
             except UserError as error:
-                rank_zero_warn(f"{error}; later ones are redone")
+                rank_zero_warn(f"{error}; the rest is redone")
                 self.lines, self.finish_line = self.lines[:number], None
                 break
         return self

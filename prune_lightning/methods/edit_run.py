@@ -1,4 +1,4 @@
-"""The life of an edit stream on one module: what has been written, where the stream is, and what is still to be done."""
+"""The life of an edit stream on one module: what is written, where the stream is, and what is pending."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class EditRun:
     """Owns the matrices under edit, the position in the stream, and what is pending.
 
     A step is ``begin_step``, ``apply`` and, once every callback has seen it, ``settle``. ``finish`` ends the stream.
-    Whatever happens to the matrices in between is kept as events until :meth:`take_events` collects them for the ledger.
+    What happens to the matrices in between is kept as events until :meth:`take_events` collects them for the ledger.
 
     Args:
         modules: Returns the edited modules by the name of their weight; called once, when the matrices are first asked
@@ -302,9 +302,8 @@ class EditRun:
             UserError: The state holds other matrices.
         """
         if state["matrices"].keys() != self.matrices.keys():
-            raise UserError(
-                f"expected the state of {', '.join(sorted(self.matrices))}, but got {', '.join(sorted(state['matrices']))}"
-            )
+            expected, found = (", ".join(sorted(names)) for names in (self.matrices, state["matrices"]))
+            raise UserError(f"expected the state of {expected}, but got that of {found}")
         for name, matrix in self.matrices.items():
             matrix.load_state_dict(state["matrices"][name])
         if memory:

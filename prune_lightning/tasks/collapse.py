@@ -8,7 +8,7 @@ from typing import Any
 
 from prune_lightning.callbacks import EditEvaluation
 from prune_lightning.evaluation.measurement import Measurement
-from prune_lightning.ledger import Ledger, replay
+from prune_lightning.ledger import Ledger, rebuild
 from prune_lightning.ledger.replay import Restrain
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.metrics.functional import retention
@@ -51,22 +51,22 @@ def bisect_collapses(
         if not measurement.tasks or not count < math.inf:
             continue
         earlier = max(entry["num_edits"] for entry in evaluation.curve if entry["num_edits"] < count and key in entry)
-        ends = [line["num_edits"] for line in ledger.lines]
+        ends = [line["num_requests"] for line in ledger.lines]
         low, high = sum(end <= earlier for end in ends), sum(end <= count for end in ends)
 
         def collapsed(step: int, measurement: Measurement = measurement) -> bool:
             _go_to(module, ledger, step, restrain)
-            return not _retention(measurement, module, evaluation.baseline) > THRESHOLD
+            return not _retention(measurement, module, evaluation.evaluator.baseline) > THRESHOLD
 
         found[key] = ends[first_true(collapsed, low, high) - 1]
     if found:
-        _go_to(module, ledger, len(ledger.lines), restrain)
+        _go_to(module, ledger, None, restrain)
     return found
 
 
-def _go_to(module: EditingModule, ledger: Ledger, step: int, restrain: Restrain | None) -> None:
-    module.restart()
-    replay(module, ledger.records(module.device, last=step), restrain)
+def _go_to(module: EditingModule, ledger: Ledger, step: int | None, restrain: Restrain | None) -> None:
+    module.run.restore()
+    rebuild(module, ledger, step, restrain)
 
 
 def _retention(measurement: Measurement, module: EditingModule, baseline: Mapping[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""Going on with a run that was interrupted: its own command line, its ledger, its metrics."""
+"""Resuming an interrupted run: its own command line, its ledger, its metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RESUME = "resume="
 
 
 def full_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the command line of a run that is to be gone on with: what it was begun with, and what is said now.
+    """Return the command line of a run to resume: the one it was begun with, and what is overridden now.
 
     Args:
         arguments: The command line; without ``resume=RUN`` in it, it is returned as it is.
@@ -39,30 +39,38 @@ def full_arguments(arguments: Sequence[str]) -> list[str]:
     )
 
 
-def ledger_to_go_on_with(run: str | None, folder: Path, stream: EditStream) -> Ledger | None:
-    """Return the ledger of the run, and have the stream begin behind it.
+def ledger_to_resume(run: str | None, folder: Path) -> Ledger | None:
+    """Return the ledger of a run, cut after the last step that is whole.
 
     Args:
-        run: The run to go on with; ``None`` for a new one.
+        run: The run to resume; ``None`` for a new one.
         folder: The run's folder.
-        stream: Its stream, set up.
 
     Raises:
-        UserError: There is no ledger, nothing is left to do, or the stream is another one.
+        UserError: There is no ledger.
     """
-    if run is None:
-        return None
-    ledger = Ledger.open(folder / "ledger").verified()
+    return None if run is None else Ledger.open(folder / "ledger").verified()
+
+
+def check_stream(ledger: Ledger, stream: EditStream) -> None:
+    """Refuse a stream that is not the one of the run to resume.
+
+    Args:
+        ledger: The run's ledger.
+        stream: The stream, set up.
+
+    Raises:
+        UserError: It is another stream, or nothing is left to do.
+    """
+    folder = ledger.folder.parent
     if stream.protocol.from_base:
         raise UserError(f"data.protocol={stream.protocol.value} starts every step from the unedited model: run it anew")
     written = [request for line in ledger.lines for request in line["requests"]]
-    if len(written) >= len(stream.requests):
-        raise UserError(f"{folder} holds all of its {len(written)} edits: there is nothing to go on with")
+    if len(written) > len(stream.requests) or (len(written) == len(stream.requests) and ledger.finish_line):
+        raise UserError(f"{folder} holds all of its {len(written)} edits: there is nothing to resume")
     for place, (earlier, request) in enumerate(zip(written, stream.requests, strict=False)):
         if (earlier["prompt"], earlier["target_new"]) != (request.prompt, request.target_new):
             raise UserError(f"the data are not the run's: edit {place + 1} was {earlier['prompt']!r}")
-    stream.skip = ledger.num_edits
-    return ledger
 
 
 def earlier_metrics(path: Path, num_edits: int) -> list[tuple[int, dict[str, float]]]:

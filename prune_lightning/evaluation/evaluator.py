@@ -1,0 +1,215 @@
+"""How a model is evaluated: measurements over cases, their rows, intervals over resampled cases, and retention."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torchmetrics import Metric
+
+from prune_lightning.evaluation.case_rows import CaseRows, resampled
+from prune_lightning.evaluation.measurement import Cases, EditingMeasurement, Measured, Measurement
+from prune_lightning.evaluation.stream import StreamScores
+from prune_lightning.metrics.bootstrap import Floats, interval
+from prune_lightning.metrics.functional import retention
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.types import Track, untracked
+
+Scores = dict[str, float]
+Job = Callable[[], Measured]
+
+
+class Evaluator:
+    """Takes measurements of one model and puts their scores together.
+
+    The first evaluation is the baseline: it is taken on the unedited model over all cases that will be looked at.
+
+    Args:
+        measurements: What to measure; those not enabled are left out.
+        stream: Metrics over the whole stream, taken with every evaluation but the baseline.
+        rows: Takes the rows of every case.
+        track: Wraps the measurements of an evaluation for a progress bar.
+
+    Attributes:
+        baseline: Scores of the unedited model.
+        curve: Scores at each evaluated count, ``num_edits`` among them.
+        intervals: At each evaluated count, 95 % bootstrap intervals over cases of all scores that have rows.
+        seconds: Time spent on each measurement.
+    """
+
+    def __init__(
+        self,
+        measurements: Sequence[Measurement],
+        stream: StreamScores | None = None,
+        rows: CaseRows | None = None,
+        track: Track = untracked,
+    ) -> None:
+        self.measurements = [measurement for measurement in measurements if measurement.enabled]
+        self.stream, self.track = stream, track
+        self.rows = rows or CaseRows(None)
+        self.baseline: Scores = {}
+        self.curve: list[Scores] = []
+        self.intervals: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._resampled_baseline: dict[str, Floats] = {}
+        self._immediate: dict[str, tuple[Metric, list[dict[str, Any]]]] = {}
+
+    # -- the unedited model ---------------------------------------------------------------------------------------
+    def take_baseline(self, model: LanguageModel, cases: Cases, spectrum: Job) -> Scores:
+        """Measure the unedited model.
+
+        Args:
+            model: The unedited model.
+            cases: All cases that will be looked at.
+            spectrum: Measures the edited matrices.
+        """
+        for measurement in self.measurements:
+            with self._timed(measurement.name):
+                measurement.take_reference(model, cases)
+        self.baseline = self.evaluate(model, cases, dict.fromkeys(cases, 1.0), 0, self.measurements, spectrum, 1)
+        return self.baseline
+
+    def begin_stream(self, model: LanguageModel, cases: Cases, commits: Sequence[int], max_probes: int | None) -> None:
+        """Score the unedited model for the metrics over the whole stream.
+
+        Args:
+            model: The unedited model.
+            cases: All cases that will be looked at.
+            commits: Edit count at which each case of the stream is written.
+            max_probes: Most unrelated probes to look at; ``None`` for all.
+        """
+        if self.stream is None:
+            return
+        unrelated = dict.fromkeys(probe for request in cases.values() for probe in request.locality)
+        with self._timed(self.stream.name):
+            rows = self.stream.begin(model, cases, commits, list(unrelated)[:max_probes])
+        self.rows.add(self.stream.name, 0, rows)
+
+    def share_baseline(self, earlier: Evaluator) -> None:
+        """Use the baseline of an evaluation of the same stream with the same measurements."""
+        self.baseline, self._resampled_baseline = earlier.baseline, earlier._resampled_baseline
+        self.intervals = [earlier.intervals[0]]
+        self.rows = CaseRows(None, known=earlier.rows.known)
+
+    # -- steps that start from the unedited model ---------------------------------------------------------------
+    def begin_immediate(self, device: Any) -> None:
+        """Score each request right after its own step from now on, and average over the steps."""
+        editing = [m for m in self.measurements if isinstance(m, EditingMeasurement)]
+        self._immediate = {m.name: (m.metric().to(device), []) for m in editing}
+
+    def score_immediately(self, model: LanguageModel, cases: Cases) -> None:
+        """Score the requests of a step, before the unedited model is put back."""
+        for m in self.measurements:
+            if isinstance(m, EditingMeasurement):
+                metric, rows = self._immediate[m.name]
+                with self._timed(m.name):
+                    rows.extend(m.update(metric, model, cases))
+
+    # -- an evaluation --------------------------------------------------------------------------------------------
+    def evaluate(
+        self,
+        model: LanguageModel,
+        cases: Cases,
+        weights: Mapping[int, float],
+        num_edits: int,
+        due: Sequence[Measurement],
+        spectrum: Job,
+        rounds: int,
+    ) -> Scores:
+        """Run one evaluation.
+
+        Args:
+            model: The model.
+            cases: The cases to score.
+            weights: How many cases each of them stands for.
+            num_edits: Requests handled so far.
+            due: What to take.
+            spectrum: Measures the edited matrices.
+            rounds: Evaluations of the whole run, for the progress bar.
+        """
+        jobs = list(self._jobs(model, cases, weights, num_edits, due, spectrum))
+        parts: dict[str, list[Measured]] = defaultdict(list)
+        for number in self.track(range(len(jobs)), "evaluate" if num_edits else "baseline", len(jobs) * rounds):
+            name, job = jobs[number]
+            with self._timed(name):
+                parts[name].append(job())
+        with self._timed("rows and intervals"):
+            scores = self._joined(parts, weights, num_edits, due)
+        self.curve.append({"num_edits": num_edits, **scores})
+        return scores
+
+    def _jobs(
+        self,
+        model: LanguageModel,
+        cases: Cases,
+        weights: Mapping[int, float],
+        num_edits: int,
+        due: Sequence[Measurement],
+        spectrum: Job,
+    ) -> Iterable[tuple[str, Job]]:
+        """Yield everything there is to do, each with the name of its measurement."""
+        yield "spectrum", spectrum
+        if self.stream and num_edits:
+            yield self.stream.name, partial(self.stream.look, model, cases, num_edits, weights)
+        for measurement in due:
+            if measurement.name in self._immediate:
+                yield measurement.name, partial(self._averaged, measurement)
+            else:
+                for job in measurement.jobs(model, cases).values():
+                    yield measurement.name, job
+
+    def _averaged(self, measurement: Measurement) -> Measured:
+        metric, rows = self._immediate[measurement.name]
+        return Measured({name: float(score) for name, score in metric.compute().items()}, rows)
+
+    def _joined(
+        self,
+        parts: Mapping[str, Sequence[Measured]],
+        weights: Mapping[int, float],
+        num_edits: int,
+        due: Sequence[Measurement],
+    ) -> Scores:
+        """Put the parts of each measurement together, keep the rows, and take the intervals."""
+        by_place = {m.name for m in due if isinstance(m, EditingMeasurement)}
+        sampled = any(weight != 1 for weight in weights.values())
+        scores: Scores = {}
+        means: dict[str, Floats] = {}
+        for name, found in parts.items():
+            rows = [row for part in found for row in part.cases]
+            figures = {key: value for part in found for key, value in part.scores.items()}
+            if sampled and name in by_place:
+                rows = [{**row, "weight": weights[row["case"]]} for row in rows]
+            self.rows.add(name, num_edits, rows, asked=weights.keys() if name in by_place | {"stream"} else None)
+            per_case = resampled(rows, figures.keys())
+            if sampled and name in by_place:
+                figures |= {key: float(values[0]) for key, values in per_case.items()}
+            scores |= {f"{name}/{key}": value for key, value in figures.items()}
+            means |= {f"{name}/{key}": values for key, values in per_case.items()}
+        self._retain(scores, means, due)
+        self.intervals.append({"num_edits": num_edits} | {key: interval(v[1:]) for key, v in means.items()})
+        return scores
+
+    def _retain(self, scores: Scores, means: dict[str, Floats], due: Sequence[Measurement]) -> None:
+        """Add what is left of each group of tasks, relative to the baseline."""
+        before, resampled_before = self.baseline or scores, self._resampled_baseline or means
+        for measurement in due:
+            keys = [f"{measurement.name}/{task}" for task in measurement.tasks]
+            if keys:
+                name = f"{measurement.name}/retention"
+                scores[name] = retention(scores, {key: before[key] for key in keys})
+                kept = [key for key in keys if before[key] > 0]
+                if kept and all(key in means and key in resampled_before for key in kept):
+                    shares = [means[key] / np.maximum(resampled_before[key], 1e-12) for key in kept]
+                    means[name] = np.mean(shares, axis=0)
+        self._resampled_baseline = resampled_before
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
