@@ -23,6 +23,7 @@ from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.metrics.bootstrap import Floats, interval
 from prune_lightning.metrics.functional import retention
+from prune_lightning.phases import Phase
 from prune_lightning.types import EditBatch, EditRequest
 
 from ._measuring import edited_spectrum, timed
@@ -102,13 +103,24 @@ class EditEvaluation(L.Callback):
             num_edits: Edits written so far.
             due: What to take.
         """
+        with module.phase_clock.phase("evaluate" if num_edits else "baseline") as phase:
+            return self._evaluate(module, weights, num_edits, due, phase)
+
+    def _evaluate(
+        self,
+        module: EditingModule,
+        weights: Mapping[int, float],
+        num_edits: int,
+        due: Sequence[Measurement],
+        phase: Phase,
+    ) -> Scores:
         cases = {i: self._requests[i] for i in weights}
         jobs = list(self._jobs(module, cases, weights, num_edits, due))
         parts: dict[str, list[Measured]] = defaultdict(list)
-        phase, rounds = ("evaluate", self._evaluations) if num_edits else ("baseline", 1)
+        phase.expect(phase.done + len(jobs) * max(1, self._evaluations if num_edits else 1))
+        self._evaluations -= bool(num_edits)
         with module.evaluation_view():
-            for number in module.track(range(len(jobs)), phase, len(jobs) * rounds):
-                name, job = jobs[number]
+            for name, job in phase.track(jobs):
                 with timed(self.seconds, name):
                     parts[name].append(job())
         with timed(self.seconds, "rows and intervals"):
@@ -182,7 +194,10 @@ class EditEvaluation(L.Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the cases to look at and take the baseline."""
-        module, stream = _editing_module(pl_module), _stream(trainer)
+        with _editing_module(pl_module).phase_clock.phase("baseline"):
+            self._begin(trainer, _editing_module(pl_module), _stream(trainer))
+
+    def _begin(self, trainer: L.Trainer, module: EditingModule, stream: EditStream) -> None:
         self._requests = stream.requests
         sizes = [len(batch.requests) for batch in stream.batches()]
         ends = list(accumulate(sizes))
@@ -228,7 +243,7 @@ class EditEvaluation(L.Callback):
         before = module.num_edits - len(batch.requests)
         if self._immediate:
             cases = dict(enumerate(batch.requests, start=before))
-            with module.evaluation_view():
+            with module.phase_clock.part("scores"), module.evaluation_view():
                 for m in self.measurements:
                     if isinstance(m, EditingMeasurement):
                         metric, rows = self._immediate[m.name]

@@ -15,6 +15,7 @@ from prune_lightning.ledger.replay import originals, weights_fingerprint
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch
 
+from ._measuring import part_of_phase
 from .restraint import Restraint
 
 
@@ -87,6 +88,7 @@ class EditLedger(L.Callback):
             self.ledger = Ledger.create(self.folder, about)
 
     @override
+    @part_of_phase("ledger")
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:

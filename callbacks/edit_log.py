@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import lightning as L
 from typing_extensions import override
 
 from prune_lightning.evaluation.stream import StreamScores, Success, success
-from prune_lightning.json_files import nan_to_null
+from prune_lightning.json_files import append_lines, nan_to_null, replace_lines
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch
 
@@ -42,11 +41,13 @@ class EditLog(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the file."""
+        """Begin the file; a resumed run keeps it until the earlier steps are put back."""
+        assert isinstance(pl_module, EditingModule)
         self._writes = trainer.is_global_zero
         if self.path and self._writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
+            if pl_module.go_on is None:
+                self.path.write_text("")
 
     @override
     def on_train_batch_start(
@@ -61,7 +62,7 @@ class EditLog(L.Callback):
 
     def _success(self, module: EditingModule, batch: EditBatch) -> Success:
         start = time.perf_counter()
-        with module.evaluation_view():
+        with module.phase_clock.part("scores"), module.evaluation_view():
             found = success(module.language_model, batch.requests)
         self.scoring_seconds += time.perf_counter() - start
         return found
@@ -104,16 +105,14 @@ class EditLog(L.Callback):
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
         if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            append_lines(self.path, lines)
 
     def step(self) -> dict[str, Any]:
         """Return the lines of the latest step."""
         return {"lines": self._lines}
 
     def take_up(self, steps: Sequence[Mapping[str, Any]]) -> None:
-        """Write the lines of earlier steps again."""
-        for step in steps:
-            self.seconds += step["lines"][0]["seconds"]
-            if self._writes:
-                self._write(step["lines"])
+        """Have the file hold the lines of earlier steps, and no others."""
+        self.seconds += sum(step["lines"][0]["seconds"] for step in steps)
+        if self.path and self._writes:
+            replace_lines(self.path, [line for step in steps for line in step["lines"]])

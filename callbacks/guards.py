@@ -21,6 +21,7 @@ from prune_lightning.json_files import nan_to_null
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch, EditRequest, MatrixUpdate
 
+from ._measuring import part_of_phase
 from .restraint import Restraint
 from .sentinel import PerplexityReading, Sentinel
 from .update_guards import POLICIES, Finding, UpdateGuard
@@ -103,16 +104,18 @@ class Guards(L.Callback):
         pl_module.vetoes.remove(self._veto)
 
     @override
+    @part_of_phase("guards")
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the file and look at the unedited model; earlier edits of a resumed run are put back later."""
         assert isinstance(pl_module, EditingModule)
         self._writes = trainer.is_global_zero
-        if self.path and self._writes:
+        if self.path and self._writes and pl_module.go_on is None:
             self.path.unlink(missing_ok=True)
         if self.sentinel:
             self.sentinel.begin(pl_module.language_model)
 
     @override
+    @part_of_phase("guards")
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
     ) -> None:
@@ -140,6 +143,7 @@ class Guards(L.Callback):
         return f"{self._refusal[0]}: {self._refusal[2].reason}" if self._refusal else None
 
     @override
+    @part_of_phase("guards")
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
@@ -256,6 +260,8 @@ class Guards(L.Callback):
 
     def take_up(self, steps: Sequence[Mapping[str, Any]]) -> None:
         """Go on from earlier steps, and write the lines of what they refused again."""
+        if self.path and self._writes:
+            self.path.unlink(missing_ok=True)
         for step in steps:
             self.found.update(step.get("found", []))
             self._write(step.get("refused", []))

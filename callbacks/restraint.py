@@ -27,6 +27,7 @@ from prune_lightning.spectral import HasEditedMatrices, RestrainedMatrix
 from prune_lightning.types import EditBatch, LowRankUpdate
 
 from ._logging import log_metrics
+from ._measuring import part_of_phase
 from ._snapshot import SnapshotMatrix, matching_matrices
 
 
@@ -167,6 +168,7 @@ class Restraint(L.Callback, ABC):
         self.attach(pl_module, trainer.global_step, [other for other in before if isinstance(other, Restraint)])
 
     @override
+    @part_of_phase("restraint")
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -180,6 +182,7 @@ class Restraint(L.Callback, ABC):
             log_metrics(trainer, pl_module, lambda: self.metrics, always=self.schedule != "each")
 
     @override
+    @part_of_phase("restraint")
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restrain what the last steps left, where training ended early."""
         if self.after_step(trainer.global_step, last=True):

@@ -21,6 +21,7 @@ from prune_lightning.spectral import (
 )
 
 from ._logging import axis, log_metrics
+from ._measuring import part_of_phase
 from ._snapshot import matching_matrices
 from .restraint import Restraint
 
@@ -64,6 +65,7 @@ class SpectrumMonitor(L.Callback):
         self.matrices, self.curve, self._original, self._steps, self._told = {}, [], {}, -1, 0
 
     @override
+    @part_of_phase("spectrum")
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -91,6 +93,7 @@ class SpectrumMonitor(L.Callback):
         return held if held and self.parameters is None else {**matching_matrices(module, self.parameters)}
 
     @override
+    @part_of_phase("spectrum")
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -99,6 +102,7 @@ class SpectrumMonitor(L.Callback):
             self._look(trainer, pl_module)
 
     @override
+    @part_of_phase("spectrum")
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """PerplexityReading at the final weights and draw the spectra."""
         if trainer.global_step != self._steps:

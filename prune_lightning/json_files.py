@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,30 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(nan_to_null(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
     partial.replace(path)
+
+
+def append_lines(path: Path, lines: Iterable[Any]) -> None:
+    """Append lines of JSON to a file.
+
+    Args:
+        path: The file.
+        lines: Plain data without NaN.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_json_lines(lines))
+
+
+def replace_lines(path: Path, lines: Iterable[Any]) -> None:
+    """Have a file hold these lines of JSON only; until they are all written it is what it was.
+
+    Args:
+        path: The file.
+        lines: Plain data without NaN.
+    """
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(_json_lines(lines), "utf-8")
+    partial.replace(path)
+
+
+def _json_lines(lines: Iterable[Any]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)

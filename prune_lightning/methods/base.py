@@ -23,8 +23,9 @@ from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.methods.no_op_optimizer import NoOpOptimizer
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.phases import PhaseClock
 from prune_lightning.spectral import NonFiniteChange
-from prune_lightning.types import EditBatch, EditReport, EditRequest, MatrixUpdate, Track, norm_of_all, untracked
+from prune_lightning.types import EditBatch, EditReport, EditRequest, MatrixUpdate, norm_of_all
 
 COMPARE_EVERY = 100  # edits between two comparisons of the processes' weights
 
@@ -52,7 +53,7 @@ class EditingModule(L.LightningModule, ABC):
         vetoes: Asked in turn about each finite update before it is written; the first refusal counts.
         go_on: Puts earlier edits back, once, when everything is prepared; set by whoever resumes a run.
         last_report: What the latest step did.
-        track: Wraps long loops for a progress bar; set by whoever shows one.
+        phase_clock: Accounts for the time; set by whoever accounts for a whole run.
         evaluation_view: Entered around every evaluation; set by a restraint that restrains snapshots only.
     """
 
@@ -69,7 +70,7 @@ class EditingModule(L.LightningModule, ABC):
         self.facts: dict[str, float] = {}
         self.num_edits, self.num_steps = 0, 0
         self.last_report: EditReport | None = None
-        self.track: Track = untracked
+        self.phase_clock = PhaseClock()
         self.evaluation_view: Callable[[], AbstractContextManager[None]] = nullcontext
         self._matrices: dict[str, EditedMatrix] | None = None
         self.observed: dict[str, Tensor] = {}
@@ -177,11 +178,14 @@ class EditingModule(L.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Take hold of the original weights and prepare; the Trainer has moved the model by now."""
         self.edited_matrices()
-        with self.language_model.frozen_mode():
+        with self.phase_clock.phase("prepare"), self.language_model.frozen_mode():
             self.prepare()
         if self.go_on:
-            self.go_on()
+            with self.phase_clock.phase("replay"):
+                self.go_on()
             self.go_on = None
+        requests = getattr(self.trainer.datamodule, "requests", ())  # type: ignore[attr-defined]
+        self.phase_clock.named("edit").expect(len(requests), done=self.num_edits)
 
     def on_fit_end(self) -> None:
         """Put earlier edits back where nothing was left to do, so that training never started."""
@@ -205,6 +209,7 @@ class EditingModule(L.LightningModule, ABC):
         self.num_steps += 1
         norm = norm_of_all(updates) if finite else float("nan")
         seconds = time.perf_counter() - start
+        self.phase_clock.named("edit").advance(len(batch.requests))
         if refused is None:
             self._compare_processes(self.num_edits - len(batch.requests))
         self.last_report = EditReport(batch.requests, norm, seconds, tuple(details), refused is None, refused)

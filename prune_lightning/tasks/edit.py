@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,16 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog, Guards, RunProgress, SpectrumMonitor, spectra
+from prune_lightning.callbacks import (
+    EditEvaluation,
+    EditLedger,
+    EditLog,
+    Guards,
+    RunLog,
+    RunProgress,
+    SpectrumMonitor,
+    spectra,
+)
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.evaluation.measurement import Measurement
@@ -29,20 +37,28 @@ from prune_lightning.report.table import result_table
 from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories, log_growth
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
-from prune_lightning.tasks.resuming import earlier_metrics, ledger_to_go_on_with, log_again
-from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, first_process, quieten, run_folder
+from prune_lightning.tasks.resuming import ledger_to_go_on_with
+from prune_lightning.tasks.setup import (
+    build_loggers,
+    build_trainer,
+    choice,
+    first_process,
+    quieten,
+    run_clock,
+    run_folder,
+)
 
 
 def run(config: DictConfig) -> None:
     """Edit, evaluate, and leave the results in the run folder."""
-    started = time.perf_counter()
+    clock = run_clock()
     quieten()
     folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
     out = Console()
-    progress = RunProgress(Console(stderr=True, quiet=not (config.progress and first_process())))
-    with progress:
-        with progress.phase("load"):
+    run_log = RunLog(clock)
+    with RunProgress(clock, Console(stderr=True, quiet=not (config.progress and first_process()))):
+        with clock.phase("load"):
             restraint = instantiate(config.restraint) if config.restraint else None
             further = _further_callbacks(config, folder)
             log = EditLog(folder / "edits.jsonl")
@@ -53,19 +69,23 @@ def run(config: DictConfig) -> None:
             ledger = ledger_to_go_on_with(config.resume, folder, stream)
             formats = formats_wanted(config, stream)
             module = _method(config)
-        before = earlier_metrics(folder / "metrics.csv", stream.skip)
-        loggers = build_loggers(config, folder)
-        log_again(loggers[0], before)
-        callbacks = [*([restraint] if restraint else []), progress, *further, log, evaluation]
-        if config.ledger:
-            callbacks.append(EditLedger(folder / "ledger", _base(config), ledger))
-        trainer = build_trainer(config, callbacks, loggers)
-        trainer.fit(module, datamodule=stream)
+            module.phase_clock = clock
+            loggers = build_loggers(config, folder, keep=stream.skip if config.resume else None)
+            callbacks = [*([restraint] if restraint else []), *further, log, evaluation, run_log]
+            if config.ledger:
+                callbacks.append(EditLedger(folder / "ledger", _base(config), ledger))
+            trainer = build_trainer(config, callbacks, loggers)
+        with clock.phase("edit"):
+            trainer.fit(module, datamodule=stream)
         stream.skip = 0
-        collapses = _collapses(config, module, evaluation, trainer, restraint)
-        looked_at = spectra(module.edited_matrices().values())
-        exports = export_all(formats if trainer.is_global_zero else [], config, folder, module, stream, out)
-        control = _control(config, module, stream, progress, evaluation) if restraint and config.control else None
+        with clock.phase("bisect"):
+            collapses = _collapses(config, module, evaluation, trainer, restraint)
+        with clock.phase("spectrum"):
+            looked_at = spectra(module.edited_matrices().values())
+        with clock.phase("export"):
+            exports = export_all(formats if trainer.is_global_zero else [], config, folder, module, stream, out)
+        with clock.prefixed("control/"):
+            control = _control(config, module, stream, run_log, evaluation) if restraint and config.control else None
     if not trainer.is_global_zero:
         return
     summary = {
@@ -92,8 +112,10 @@ def run(config: DictConfig) -> None:
         "method_facts": module.facts,
         "context_prefixes": list(getattr(module, "prefixes", ())),
     }
-    _report(config, folder, summary, looked_at, loggers, evaluation, out)
-    summary["wall_s"] = time.perf_counter() - started
+    with clock.phase("report"):
+        _report(config, folder, summary, looked_at, loggers, evaluation, out)
+    summary["phases"] = clock.seconds()
+    summary["wall_s"] = sum(summary["phases"].values())
     write_json(folder / "summary.json", summary)
     left = "report.html, summary.json, edits.jsonl, cases.jsonl, metrics.csv, plots/, ledger/"
     out.print(f"The run lies in [bold]{folder}[/bold]: {left}")
@@ -159,15 +181,16 @@ def _collapses(
 
 
 def _control(
-    config: DictConfig, module: EditingModule, stream: EditStream, progress: RunProgress, main: EditEvaluation
+    config: DictConfig, module: EditingModule, stream: EditStream, run_log: RunLog, main: EditEvaluation
 ) -> EditEvaluation:
     """Edit the same stream again without the restraint, as far as the run went."""
     steps = module.num_steps
     module.restart()
-    progress.prefix = "without restraint: "
     log = EditLog(None)
     evaluation = _evaluation(config, main.measurements, edit_log=log, earlier=main)
-    build_trainer(config, [progress, log, evaluation], [], max_steps=steps).fit(module, datamodule=stream)
+    trainer = build_trainer(config, [log, evaluation, run_log], [], max_steps=steps)
+    with module.phase_clock.phase("edit"):
+        trainer.fit(module, datamodule=stream)
     return evaluation
 
 

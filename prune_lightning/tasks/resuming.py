@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
 from prune_lightning.data.stream import EditStream
@@ -63,22 +61,3 @@ def ledger_to_go_on_with(run: str | None, folder: Path, stream: EditStream) -> L
             raise UserError(f"the data are not the run's: edit {place + 1} was {earlier['prompt']!r}")
     stream.skip = ledger.num_edits
     return ledger
-
-
-def earlier_metrics(path: Path, num_edits: int) -> list[tuple[int, dict[str, float]]]:
-    """Return what a run has logged into its CSV file up to an edit count, the baseline left out."""
-    if not path.is_file():
-        return []
-    found = []
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if (row.get("step") or "").isdigit() and 0 < int(row["step"]) <= num_edits:
-                values = {key: value for key, value in row.items() if value and key and key not in ("step", "epoch")}
-                found.append((int(row["step"]), {key: float(value) for key, value in values.items()}))
-    return found
-
-
-def log_again(logger: Logger, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
-    """Hand rows that were logged before to a logger that begins its file anew."""
-    for step, values in rows:
-        logger.log_metrics(values, step=step)
