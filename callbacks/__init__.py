@@ -11,6 +11,7 @@ from .progress import RunProgress
 from .prune import PRUNE
 from .rect import RECT
 from .restraint import Restraint
+from .run_log import RunLog
 from .spectral_restraint import SpectralRestraint
 from .spectrum_monitor import SpectrumMonitor, spectra
 
@@ -22,6 +23,7 @@ __all__ = [
     "EditLog",
     "Guards",
     "Restraint",
+    "RunLog",
     "RunProgress",
     "SpectralRestraint",
     "SpectrumMonitor",

@@ -17,10 +17,12 @@ from prune_lightning.evaluation.case_rows import CaseRows
 from prune_lightning.evaluation.case_sampler import CaseSampler
 from prune_lightning.evaluation.evaluator import Evaluator, Scores
 from prune_lightning.evaluation.measurement import Measured, Measurement
-from prune_lightning.evaluation.stream import StreamScores
+from prune_lightning.evaluation.stream import FORMS, StreamScores
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.phases import PhaseClock
+from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories
 from prune_lightning.spectral import condition_number, sigma_max
-from prune_lightning.types import EditBatch, EditRequest, Track, untracked
+from prune_lightning.types import EditBatch, EditRequest
 
 from ._editing import editing_module
 from ._order import Place, check_order
@@ -44,7 +46,7 @@ class EditEvaluation(L.Callback):
         cases_file: JSONL file for per-case rows.
         max_case_mb: See :class:`~.case_rows.CaseRows`.
         earlier: An evaluation of the same stream with the same measurements, whose baseline is used again.
-        track: Wraps the measurements for a progress bar.
+        clock: Accounts for the time; one of its own by default.
 
     Attributes:
         evaluator: What has been measured.
@@ -62,14 +64,14 @@ class EditEvaluation(L.Callback):
         cases_file: Path | None = None,
         max_case_mb: float | None = None,
         earlier: EditEvaluation | None = None,
-        track: Track = untracked,
+        clock: PhaseClock | None = None,
     ) -> None:
         if any(not isinstance(count, int) or count < 0 for count in counts):
             raise UserError(f"evaluation.counts is expected to be edit counts, but got {list(counts)}")
         self.counts = sorted(set(counts) - {0})
         self.max_cases, self.seed = max_cases, seed
         self.cases_file, self.max_case_mb = cases_file, max_case_mb
-        self.evaluator = Evaluator(measurements, stream, track=track)
+        self.evaluator = Evaluator(measurements, stream, clock=clock)
         if earlier:
             self.evaluator.share_baseline(earlier.evaluator)
         self._requests: list[EditRequest] = []
@@ -172,8 +174,9 @@ class EditEvaluation(L.Callback):
                 module.num_requests,
                 due,
                 partial(_spectrum, module),
-                self._evaluations,
+                max(1, self._evaluations),
             )
+        self._evaluations -= 1
         self._log(trainer)
 
     def _due(self, before: int, now: int) -> list[Measurement] | None:
@@ -213,6 +216,33 @@ class EditEvaluation(L.Callback):
             self.evaluator.curve += state.get("scores", [])
             self.evaluator.intervals += state.get("intervals", [])
         self._kept = len(self.curve)
+
+    # -- summary --------------------------------------------------------------------------------------------------
+    def summary(self) -> dict[str, Any]:
+        """Return all scores, their intervals, and the time that they took."""
+        evaluator = self.evaluator
+        final = {key: value for key, value in self.curve[-1].items() if key != "num_edits"}
+        return {
+            "baseline": evaluator.baseline,
+            "final": final,
+            "curve": self.curve,
+            "intervals": evaluator.intervals,
+            "stream": _trajectories(evaluator),
+            "case_rows_left_out": evaluator.rows.left_out,
+            "evaluate_s": sum(evaluator.seconds.values()),
+            "evaluate_s_by": dict(evaluator.seconds),
+        }
+
+
+def _trajectories(evaluator: Evaluator) -> dict[str, Any]:
+    """Return what there is to say about the stream as a whole, beyond the figures of each evaluation."""
+    groups = [measurement for measurement in evaluator.measurements if measurement.tasks]
+    abilities = [f"{m.name}/{key}" for m in groups for key in ("retention", *m.tasks)]
+    return {
+        "forms": evaluator.stream.details() if evaluator.stream else {},
+        "abilities": ability_trajectories(evaluator.curve, abilities),
+        "edits": edit_trajectories(evaluator.curve, [f"stream/{form}/final" for form in FORMS]),
+    }
 
 
 def _spectrum(module: EditingModule) -> Measured:

@@ -20,6 +20,7 @@ from prune_lightning.types import EditBatch
 
 from ._editing import editing_module, keepers, last_report
 from ._order import Place, check_order
+from ._timing import part_of_phase
 from .restraint import Restraint
 
 _SETTINGS = ("method_options", "restraint_options", "seed")
@@ -87,7 +88,8 @@ class EditLedger(L.Callback):
         self._sketch = StateSketch(module.edited_matrices())
         if self._to_resume:
             self._to_resume = False
-            self._resume(trainer, module)
+            with module.clock.phase("resume"):
+                self._resume(trainer, module)
         elif self.ledger is None and trainer.is_global_zero:
             about = {
                 **self.base,
@@ -112,6 +114,7 @@ class EditLedger(L.Callback):
             callback.load_step_states(states)
 
     @override
+    @part_of_phase("ledger")
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
@@ -147,6 +150,7 @@ class EditLedger(L.Callback):
             self.ledger.snapshots.write(module.run.num_steps, module.run.state_dict(), final)
 
     @override
+    @part_of_phase("ledger")
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write what happened when the stream ended, and the final state."""
         module = editing_module(self, pl_module)

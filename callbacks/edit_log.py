@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 import lightning as L
 from typing_extensions import override
 
+from prune_lightning.atomic_files import append_lines, write_lines
 from prune_lightning.evaluation.stream import StreamScores, Success, success
 from prune_lightning.json_files import nan_to_null
 from prune_lightning.methods.base import EditingModule
@@ -56,7 +56,8 @@ class EditLog(L.Callback):
         self._writes = trainer.is_global_zero
         if self.path and self._writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
+            if not _stream_done(trainer):  # a resumed run keeps the file until its earlier steps are restored
+                write_lines(self.path, [])
 
     @override
     def on_train_batch_start(
@@ -73,7 +74,7 @@ class EditLog(L.Callback):
 
     def _success(self, module: EditingModule, batch: EditBatch) -> Success:
         start = time.perf_counter()
-        with module.run.evaluation_view():
+        with module.clock.part("scores"), module.run.evaluation_view():
             found = success(module.language_model, batch.requests)
         self.scoring_seconds += time.perf_counter() - start
         return found
@@ -115,8 +116,7 @@ class EditLog(L.Callback):
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
         if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            append_lines(self.path, lines)
 
     def step_state(self) -> dict[str, Any]:
         """Return the lines of the latest step."""
@@ -124,8 +124,15 @@ class EditLog(L.Callback):
         return {"lines": lines} if lines else {}
 
     def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Write the lines of earlier steps again."""
-        for state in states:
-            self.seconds += state["lines"][0]["seconds"]
-            if self._writes:
-                self._write(state["lines"])
+        """Make the file hold the lines of earlier steps, and no others."""
+        self.seconds += sum(state["lines"][0]["seconds"] for state in states)
+        if self.path and self._writes:
+            write_lines(self.path, [line for state in states for line in state["lines"]])
+
+    def summary(self) -> dict[str, Any]:
+        """Return the seconds spent on edits."""
+        return {"edit_s": self.seconds, "edit_log_s": self.scoring_seconds}
+
+
+def _stream_done(trainer: L.Trainer) -> bool:
+    return bool(getattr(trainer.datamodule, "done", ()))  # type: ignore[attr-defined]

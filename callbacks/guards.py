@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from prune_lightning.atomic_files import append_lines
 from prune_lightning.distributed import broadcast
 from prune_lightning.errors import one_of
 from prune_lightning.json_files import nan_to_null
@@ -23,6 +23,7 @@ from prune_lightning.types import EditBatch, EditRequest, EditStep
 
 from ._editing import editing_module, last_report
 from ._order import Place, check_order
+from ._timing import part_of_phase
 from .sentinel import PerplexityReading, Sentinel
 from .update_guards import POLICIES, Finding, UpdateGuard
 
@@ -104,16 +105,18 @@ class Guards(L.Callback):
         editing_module(self, pl_module).run.remove_veto(self._veto)
 
     @override
+    @part_of_phase("guards")
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the file and look at the unedited model; earlier edits of a resumed run are put back later."""
         module = editing_module(self, pl_module)
         self._file = Path(trainer.default_root_dir, self.path) if self.path and trainer.is_global_zero else None
-        if self._file:
+        if self._file and not getattr(trainer.datamodule, "done", ()):  # type: ignore[attr-defined]
             self._file.unlink(missing_ok=True)
         if self.sentinel:
             self.sentinel.begin(module.language_model)
 
     @override
+    @part_of_phase("guards")
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
     ) -> None:
@@ -133,6 +136,7 @@ class Guards(L.Callback):
         return f"{self._refusal[0]}: {self._refusal[2].reason}" if self._refusal else None
 
     @override
+    @part_of_phase("guards")
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
@@ -225,19 +229,19 @@ class Guards(L.Callback):
         self.refused += len(lines)
         if self._file and lines:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            append_lines(self._file, lines)
 
     # -- summary and state ----------------------------------------------------------------------------------------
     def summary(self) -> dict[str, Any]:
-        """Return what there is to say at the end of a run."""
-        return {
+        """Return what the guards have found."""
+        guards = {
             "policy": self.policy,
             "found": dict(self.found),
             "refused": self.refused,
             "perplexity": [asdict(reading) for reading in self.readings],
             "stopped": self.stopped,
         }
+        return {"guards": guards}
 
     def step_state(self) -> dict[str, Any]:
         """Return what was found in the latest step."""
@@ -245,14 +249,18 @@ class Guards(L.Callback):
         return nan_to_null(step)
 
     def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Restore what was found in earlier steps, and write the lines of what was refused again."""
+        """Restore what was found in earlier steps, and make the file hold what they refused, and nothing else."""
+        if self._file:
+            self._file.unlink(missing_ok=True)
         for state in states:
             self.found.update(state.get("found", []))
             self._write(state.get("refused", []))
             if "norm" in state:
                 self._written(state["norm"])
             if "perplexity" in state:
-                plain: dict[str, Any] = {key: math.nan if value is None else value for key, value in state["perplexity"].items()}
+                plain: dict[str, Any] = {
+                    key: math.nan if value is None else value for key, value in state["perplexity"].items()
+                }
                 reading = PerplexityReading(**plain)
                 self.readings.append(reading)
                 if self.sentinel and reading.kept:

@@ -1,110 +1,58 @@
-"""A progress display with named phases and a time left that is measured, phase by phase."""
+"""A progress display: the phases of a run as they go, with the time that is left of each."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import lightning as L
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
 from rich.text import Text
-from typing_extensions import override
 
-from prune_lightning.methods.base import EditingModule
-from prune_lightning.types import EditBatch
+from prune_lightning.phases import Phase, PhaseClock, duration
 
 
-class _Seconds(ProgressColumn):
-    """Time spent inside the phase, and an estimate of what is left of it from its own pace."""
+class RunProgress:
+    """Shows the phases of a clock while the block lasts; it reads the clock and keeps nothing of its own.
 
-    max_refresh = 0.2
-
-    def render(self, task: Task) -> Text:
-        """Return ``spent`` or ``spent, left``."""
-        active = float(task.fields["active"])
-        done, total = task.completed, task.total
-        if task.finished or not total or not done:
-            return Text(f"{active:5.1f} s", style="progress.elapsed")
-        return Text(f"{active:5.1f} s, {active / done * (total - done):.0f} s left", style="progress.remaining")
-
-
-class RunProgress(L.Callback):
-    """Shows the phases of a run: load, baseline, statistics, edit, evaluate.
-
-    Each phase has a clock that runs only while the phase does, so the time left of the edits is not spoilt by the
-    evaluations between them. List it directly after the restraint: an edit's time then includes its restraint.
+    Parts of phases are not shown. The time left is the phase's recent pace times its steps left.
 
     Args:
+        clock: The clock.
         console: Where to draw; the terminal by default.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
-        self._progress = Progress(
-            SpinnerColumn(finished_text="[green]✓[/green]"),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Seconds(),
-            console=self.console,
-        )
-        self._tasks: dict[str, Any] = {}
-        self._edit_started = 0.0
-        self.prefix = ""
+    def __init__(self, clock: PhaseClock, console: Console | None = None) -> None:
+        self.clock = clock
+        self._spinner = Spinner("dots")
+        self._live = Live(get_renderable=self.table, console=console or Console(stderr=True), refresh_per_second=5)
 
     def __enter__(self) -> RunProgress:
-        self._progress.start()
+        self._live.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
+        self._live.stop()
 
-    def _task(self, phase: str, total: int) -> Any:
-        phase = self.prefix + phase
-        if phase not in self._tasks:
-            self._tasks[phase] = self._progress.add_task(phase, total=total, active=0.0)
-        return self._tasks[phase]
+    def table(self) -> Table:
+        """Return one row per phase: its state, name, steps, time spent and time left."""
+        table = Table.grid(padding=(0, 1))
+        for phase in list(self.clock.phases.values()):
+            if phase.active:
+                table.add_row(*self._row(phase))
+        return table
 
-    def _add(self, task: Any, seconds: float, steps: int) -> None:
-        active = self._progress.tasks[self._progress.task_ids.index(task)].fields["active"]
-        self._progress.update(task, advance=steps, active=active + seconds)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Show a phase of a single step."""
-        task, start = self._task(name, 1), time.perf_counter()
-        yield
-        self._add(task, time.perf_counter() - start, 1)
-
-    def track(self, items: Iterable[Any], phase: str, total: int) -> Iterator[Any]:
-        """Show a loop; calling it again for the same phase goes on counting."""
-        task, start = self._task(phase, total), time.perf_counter()
-        for item in items:
-            yield item
-            now = time.perf_counter()
-            self._add(task, now - start, 1)
-            start = now
-
-    @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let the module report its own loops."""
-        if isinstance(pl_module, EditingModule):
-            pl_module.track = self.track
-
-    @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
-    ) -> None:
-        """Start the edit's clock."""
-        self._edit_started = time.perf_counter()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
-    ) -> None:
-        """Count the edits of the batch."""
-        total = len(trainer.datamodule.requests)  # type: ignore[attr-defined]
-        self._add(self._task("edit", total), time.perf_counter() - self._edit_started, len(batch.requests))
+    def _row(self, phase: Phase) -> tuple[Spinner | Text, Text, ProgressBar | Text, Text, Text]:
+        running = self.clock.running(phase)
+        state = self._spinner if running else Text("✓" if phase.complete else " ", style="green")
+        spent = duration(self.clock.spent(phase))
+        if not phase.total:
+            return state, Text(phase.name), Text(), Text(), Text(spent, style="progress.elapsed")
+        left = f", {duration(phase.time_left)} left" if phase.time_left else ""
+        return (
+            state,
+            Text(phase.name),
+            ProgressBar(phase.total, phase.done, width=40),
+            Text(f"{phase.done:,.0f}/{phase.total:,.0f}", style="progress.download"),
+            Text(spent + left, style="progress.remaining"),
+        )

@@ -29,6 +29,7 @@ from prune_lightning.types import LowRankUpdate
 from ._logging import log_metrics
 from ._order import Place, check_order
 from ._snapshot import SnapshotMatrix, matching_matrices
+from ._timing import part_of_phase
 
 
 class Restraint(L.Callback, ABC):
@@ -192,6 +193,7 @@ class Restraint(L.Callback, ABC):
         self.attach(pl_module, trainer.global_step, [other for other in before if isinstance(other, Restraint)])
 
     @override
+    @part_of_phase("restraint")
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -208,6 +210,7 @@ class Restraint(L.Callback, ABC):
             log_metrics(trainer, pl_module, lambda: self.metrics, always=self.schedule != "each")
 
     @override
+    @part_of_phase("restraint")
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restrain what the schedule has left."""
         if isinstance(pl_module, EditingModule):

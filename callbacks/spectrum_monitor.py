@@ -24,6 +24,7 @@ from prune_lightning.spectral import (
 
 from ._logging import axis, log_metrics
 from ._snapshot import matching_matrices
+from ._timing import part_of_phase
 from .restraint import Restraint
 
 
@@ -66,6 +67,7 @@ class SpectrumMonitor(L.Callback):
         self.matrices, self.curve, self._original, self._steps, self._kept = {}, [], {}, -1, 0
 
     @override
+    @part_of_phase("spectrum")
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -86,8 +88,8 @@ class SpectrumMonitor(L.Callback):
         self._kept = len(self.curve)
 
     def summary(self) -> dict[str, Any]:
-        """Return what there is to say at the end of a run."""
-        return {"curve": self.curve, "log_growth": log_growth(self.curve)}
+        """Return every look, and how fast the norms grow."""
+        return {"spectrum": {"curve": self.curve, "log_growth": log_growth(self.curve)}}
 
     def _find(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, RestrainedMatrix]:
         if isinstance(module, HasEditedMatrices):
@@ -97,6 +99,7 @@ class SpectrumMonitor(L.Callback):
         return held if held and self.parameters is None else {**matching_matrices(module, self.parameters)}
 
     @override
+    @part_of_phase("spectrum")
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -105,6 +108,7 @@ class SpectrumMonitor(L.Callback):
             self._look(trainer, pl_module)
 
     @override
+    @part_of_phase("spectrum")
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at the final weights and draw the spectra."""
         if isinstance(pl_module, EditingModule):

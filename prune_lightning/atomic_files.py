@@ -11,7 +11,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,34 @@ def write_json(path: Path, value: Any) -> None:
     """
     text = json.dumps(nan_to_null(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_bytes(path, text.encode())
+
+
+def write_lines(path: Path, lines: Iterable[Any]) -> None:
+    """Write a file of one JSON document per line.
+
+    Args:
+        path: The file; its folder must exist.
+        lines: Plain data.
+
+    Raises:
+        OSError: The file cannot be written. What was there is unchanged.
+    """
+    write_bytes(path, "".join(_line(line) for line in lines).encode())
+
+
+def append_lines(path: Path, lines: Iterable[Any]) -> None:
+    """Append JSON lines to a file; a reader that follows it sees them at once.
+
+    Args:
+        path: The file.
+        lines: Plain data.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(_line(line) for line in lines))
+
+
+def _line(value: Any) -> str:
+    return json.dumps(nan_to_null(value), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

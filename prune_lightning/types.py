@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -239,16 +239,3 @@ class EditReport:
     details: tuple[Mapping[str, Any], ...] = ()
     applied: bool = True
     refused: str | None = None
-
-
-class Track(Protocol):
-    """Wraps an iterable so that somebody can watch it: ``track(items, phase, total)``."""
-
-    def __call__(self, items: Iterable[Any], phase: str, total: int) -> Iterable[Any]:
-        """Return the items, watched."""
-        ...
-
-
-def untracked(items: Iterable[Any], phase: str, total: int) -> Iterable[Any]:
-    """Return ``items`` as they are: nobody watches."""
-    return items

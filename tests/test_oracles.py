@@ -33,7 +33,7 @@ class GivenMoments(SecondMoments):
         super().__init__(corpus=None)
         self.tensors = tensors
 
-    def compute(self, model, layers, track=None):
+    def compute(self, model, layers, clock=None):
         return {layer: SecondMoment(self.tensors[f"second_moment.{layer}"]) for layer in layers}
 
 

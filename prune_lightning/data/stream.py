@@ -159,6 +159,10 @@ class EditStream(L.LightningDataModule, ABC):
         pairs = zip(starts, [*starts[1:], len(self.requests)], strict=True)
         return [EditBatch(tuple(self.requests[start:end]), self.protocol.from_base) for start, end in pairs]
 
+    def summary(self) -> dict[str, Any]:
+        """Return how the edits follow one another, and how many records could not be used."""
+        return {"protocol": self.protocol.value, "rejected_records": len(self.rejected)}
+
     def train_dataloader(self) -> EditLoader:
         """Return a loader of one :class:`~prune_lightning.types.EditBatch` per step that is not done, in order.
 

@@ -18,7 +18,7 @@ from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.metrics.bootstrap import Floats, interval
 from prune_lightning.metrics.functional import retention
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.types import Track, untracked
+from prune_lightning.phases import PhaseClock
 
 Scores = dict[str, float]
 Job = Callable[[], Measured]
@@ -33,7 +33,7 @@ class Evaluator:
         measurements: What to measure; those not enabled are left out.
         stream: Metrics over the whole stream, taken with every evaluation but the baseline.
         rows: Takes the rows of every case.
-        track: Wraps the measurements of an evaluation for a progress bar.
+        clock: Accounts for the time; one of its own by default.
 
     Attributes:
         baseline: Scores of the unedited model.
@@ -47,10 +47,10 @@ class Evaluator:
         measurements: Sequence[Measurement],
         stream: StreamScores | None = None,
         rows: CaseRows | None = None,
-        track: Track = untracked,
+        clock: PhaseClock | None = None,
     ) -> None:
         self.measurements = [measurement for measurement in measurements if measurement.enabled]
-        self.stream, self.track = stream, track
+        self.stream, self.clock = stream, clock or PhaseClock()
         self.rows = rows or CaseRows(None)
         self.baseline: Scores = {}
         self.curve: list[Scores] = []
@@ -68,9 +68,10 @@ class Evaluator:
             cases: All cases that will be looked at.
             spectrum: Measures the edited matrices.
         """
-        for measurement in self.measurements:
-            with self._timed(measurement.name):
-                measurement.take_reference(model, cases)
+        with self.clock.phase("baseline"):
+            for measurement in self.measurements:
+                with self._timed(measurement.name):
+                    measurement.take_reference(model, cases)
         self.baseline = self.evaluate(model, cases, dict.fromkeys(cases, 1.0), 0, self.measurements, spectrum, 1)
         return self.baseline
 
@@ -86,7 +87,7 @@ class Evaluator:
         if self.stream is None:
             return
         unrelated = dict.fromkeys(probe for request in cases.values() for probe in request.locality)
-        with self._timed(self.stream.name):
+        with self.clock.phase("baseline"), self._timed(self.stream.name):
             rows = self.stream.begin(model, cases, commits, list(unrelated)[:max_probes])
         self.rows.add(self.stream.name, 0, rows)
 
@@ -107,7 +108,7 @@ class Evaluator:
         for m in self.measurements:
             if isinstance(m, EditingMeasurement):
                 metric, rows = self._immediate[m.name]
-                with self._timed(m.name):
+                with self.clock.part("scores"), self._timed(m.name):
                     rows.extend(m.update(metric, model, cases))
 
     # -- an evaluation --------------------------------------------------------------------------------------------
@@ -130,16 +131,17 @@ class Evaluator:
             num_edits: Requests handled so far.
             due: What to take.
             spectrum: Measures the edited matrices.
-            rounds: Evaluations of the whole run, for the progress bar.
+            rounds: Evaluations that are left, this one included, for the time left.
         """
         jobs = list(self._jobs(model, cases, weights, num_edits, due, spectrum))
         parts: dict[str, list[Measured]] = defaultdict(list)
-        for number in self.track(range(len(jobs)), "evaluate" if num_edits else "baseline", len(jobs) * rounds):
-            name, job = jobs[number]
-            with self._timed(name):
-                parts[name].append(job())
-        with self._timed("rows and intervals"):
-            scores = self._joined(parts, weights, num_edits, due)
+        with self.clock.phase("evaluate" if num_edits else "baseline") as phase:
+            phase.expect(phase.done + len(jobs) * rounds)
+            for name, job in phase.track(jobs):
+                with self._timed(name):
+                    parts[name].append(job())
+            with self._timed("rows and intervals"):
+                scores = self._joined(parts, weights, num_edits, due)
         self.curve.append({"num_edits": num_edits, **scores})
         return scores
 

@@ -103,9 +103,7 @@ class Ledger:
             except (ValueError, KeyError, TypeError):
                 line, whole = None, False
             if not whole:
-                rank_zero_warn(
-                    f"{path}: step {number} is incomplete; the last good edit is {good}, the rest is redone"
-                )
+                rank_zero_warn(f"{path}: step {number} is incomplete; the last good edit is {good}, the rest is redone")
                 return
             assert line is not None
             good = line["num_requests"]

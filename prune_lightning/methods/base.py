@@ -20,7 +20,8 @@ from prune_lightning.methods.edit_run import AttachedRestraint, EditRun
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.methods.no_op_optimizer import NoOpOptimizer
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.types import EditBatch, EditReport, EditRequest, EditStep, MatrixUpdate, Track, untracked
+from prune_lightning.phases import PhaseClock
+from prune_lightning.types import EditBatch, EditReport, EditRequest, EditStep, MatrixUpdate
 
 COMPARE_EVERY = 100  # requests between two comparisons of the processes' weights
 
@@ -35,7 +36,7 @@ class EditingModule(L.LightningModule, ABC):
         layers: Indices of the blocks that are edited, ascending; their MLP down-projection unless the method says
             otherwise (:meth:`edited_modules`).
         non_finite: What to do with an update that holds NaN or infinity; see :class:`~.edit_run.EditRun`.
-        track: Wraps long loops for a progress bar.
+        clock: Accounts for the time of a run; one of its own by default.
 
     Attributes:
         facts: What a method found out while preparing, for the run's summary.
@@ -47,7 +48,7 @@ class EditingModule(L.LightningModule, ABC):
         language_model: LanguageModel,
         layers: Sequence[int],
         non_finite: str = "skip",
-        track: Track = untracked,
+        clock: PhaseClock | None = None,
     ) -> None:
         super().__init__()
         if not layers or list(layers) != sorted(set(layers)):
@@ -58,7 +59,7 @@ class EditingModule(L.LightningModule, ABC):
         for layer in self.layers:
             language_model.rewrite_module(layer)
         self.facts: dict[str, float] = {}
-        self.track = track
+        self.clock = clock or PhaseClock()
         self.run = EditRun(self.edited_modules, self, non_finite, language_model.frozen_mode)
         self.strict_loading = False  # a checkpoint holds what the edits did, not the model
         self._checkpoint: Mapping[str, Any] | None = None
@@ -157,6 +158,10 @@ class EditingModule(L.LightningModule, ABC):
             updates, details = self.compute_update(requests)
             return self.run.apply(EditStep(tuple(requests), updates, details), started)
 
+    def summary(self) -> dict[str, Any]:
+        """Return how far the stream went, and what the method found out while preparing."""
+        return {"num_edits": self.num_requests, "method_facts": self.facts}
+
     # -- Lightning ------------------------------------------------------------------------------------------------
     def configure_optimizers(self) -> NoOpOptimizer:
         """Return an optimizer that does nothing; editing methods keep their inner optimizers to themselves."""
@@ -169,9 +174,14 @@ class EditingModule(L.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Take hold of the original weights and prepare; the Trainer has moved the model by now."""
         self.edited_matrices()
-        with self.language_model.frozen_mode():
+        with self.clock.phase("prepare"), self.language_model.frozen_mode():
             self.prepare()
         self._load_checkpoint()
+
+    def on_train_epoch_start(self) -> None:
+        """Count the edits of the stream, now that earlier ones are restored."""
+        requests = getattr(self.trainer.datamodule, "requests", ())  # type: ignore[attr-defined]
+        self.clock.named("edit").expect(len(requests), done=self.num_requests)
 
     def on_train_batch_start(self, batch: EditBatch, batch_idx: int) -> int | None:
         """End the epoch where a resumed stream has nothing left to write."""
@@ -180,6 +190,7 @@ class EditingModule(L.LightningModule, ABC):
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Write one batch of requests into the weights."""
         report = self.edit(batch.requests)
+        self.clock.named("edit").advance(len(batch.requests))
         if report.applied:
             self._compare_processes(self.run.num_requests - len(batch.requests))
         figures = {"edit/update_norm": report.update_norm, "edit/seconds": report.seconds}

@@ -53,7 +53,11 @@ class LocateThenEdit(EditingModule):
         if not self.moments:
             # Sampled on each process from the same seed; the first one's are everybody's, whatever the devices round.
             self.prefixes = ("", *broadcast(sample_prefixes(self.language_model, self.contexts)))
-            self.moments = self.second_moments.compute(self.language_model, self.layers, self.track)
+            self.moments = self.second_moments.compute(self.language_model, self.layers, self.clock)
+
+    def summary(self) -> dict[str, Any]:
+        """Return also the prefixes that were sampled."""
+        return {**super().summary(), "context_prefixes": list(self.prefixes)}
 
     def subject_keys(self, requests: Sequence[EditRequest], layers: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Return the keys at the subject's last token under the present weights, by layer.

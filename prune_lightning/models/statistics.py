@@ -20,7 +20,7 @@ from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import local_path
 from prune_lightning.models.running_moments import RunningMoments
 from prune_lightning.models.statistics_store import StatisticsStore
-from prune_lightning.types import Track, untracked
+from prune_lightning.phases import Phase, PhaseClock
 
 
 class Corpus(Protocol):
@@ -116,17 +116,24 @@ class SecondMoments:
         self.num_tokens = 0
         self.convergence = float("nan")
 
-    def compute(self, model: LanguageModel, layers: Sequence[int], track: Track = untracked) -> dict[int, SecondMoment]:
+    def compute(
+        self, model: LanguageModel, layers: Sequence[int], clock: PhaseClock | None = None
+    ) -> dict[int, SecondMoment]:
         """Return the second moment of the down-projection's input at each layer.
 
         Args:
             model: The unedited model.
             layers: Layers wanted.
-            track: Watches the corpus go by.
+            clock: Accounts for the time, as the phase ``statistics``.
 
         Raises:
             UserError: The corpus holds no text, or a file of the cache is damaged.
         """
+        clock = clock or PhaseClock()
+        with clock.phase("statistics"):
+            return self._compute(model, layers, clock)
+
+    def _compute(self, model: LanguageModel, layers: Sequence[int], clock: PhaseClock) -> dict[int, SecondMoment]:
         if self.corpus is None:
             return {layer: SecondMoment(torch.eye(model.key_size(layer), device=model.device)) for layer in layers}
         manifest = self.manifest(model)
@@ -137,7 +144,7 @@ class SecondMoments:
                 break
         else:
             store = StatisticsStore(self.cache, manifest) if self.cache else None
-            moments = self.take(model, layers, store, track)
+            moments = self.take(model, layers, store, clock)
         return {layer: SecondMoment(self._damped(moment)) for layer, moment in moments.items()}
 
     def manifest(self, model: LanguageModel) -> dict[str, Any]:
@@ -161,7 +168,7 @@ class SecondMoments:
         model: LanguageModel,
         layers: Sequence[int],
         store: StatisticsStore | None = None,
-        track: Track = untracked,
+        clock: PhaseClock | None = None,
     ) -> dict[int, Tensor]:
         """Run the corpus through the model and return the bare second moments, fp64; see :meth:`compute`.
 
@@ -169,30 +176,13 @@ class SecondMoments:
             model: The unedited model.
             layers: Layers wanted.
             store: Where to go on from and to leave the result, if anywhere.
-            track: Watches the corpus go by.
+            clock: Accounts for the time, and counts the texts, as the phase ``statistics``.
         """
-        corpus = self.corpus
-        assert corpus is not None
         running = RunningMoments([model.key_size(layer) for layer in layers], model.device)
         if store:
             store.load_partial(layers, running)
-        modules = [model.rewrite_module(layer) for layer in layers]
-        texts = iter(track(corpus.texts(), "statistics", len(corpus)))
-        for _ in itertools.islice(texts, running.texts):  # what an interrupted pass has seen
-            pass
-        while window := list(itertools.islice(texts, min(2048, self.save_every))):
-            for number, batch in enumerate(self.batches(self._pieces(model, window, running.tokens))):
-                running.count(sum(map(len, batch)))
-                if number % world_size() == rank():
-                    ids, mask = model.tokens.pad(batch, model.device)
-                    with capture(inputs=modules) as seen:
-                        model(ids, mask)
-                    running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
-            running.texts += len(window)
-            if store and running.texts % self.save_every < len(window):
-                store.save_partial(layers, running)
-            if self.max_tokens is not None and running.tokens >= self.max_tokens:
-                break
+        with (clock or PhaseClock()).phase("statistics") as phase:
+            self._sum(model, layers, running, store, phase)
         if not running.tokens:
             raise UserError("the statistics corpus holds no text")
         moments = dict(zip(layers, running.finish(), strict=True))
@@ -201,6 +191,45 @@ class SecondMoments:
             moments = {layer: moment.float().double() for layer, moment in moments.items()}
             store.save(moments, {"tokens": running.tokens, "texts": running.texts, "convergence": self.convergence})
         return moments
+
+    def _sum(
+        self,
+        model: LanguageModel,
+        layers: Sequence[int],
+        running: RunningMoments,
+        store: StatisticsStore | None,
+        phase: Phase,
+    ) -> None:
+        """Add the corpus to the sums, from the first text on that they do not hold."""
+        assert self.corpus is not None
+        modules = [model.rewrite_module(layer) for layer in layers]
+        texts = itertools.islice(iter(self.corpus.texts()), running.texts, None)
+        phase.expect(len(self.corpus), done=running.texts)
+        while window := list(itertools.islice(texts, min(2048, self.save_every))):
+            pieces = self._pieces(model, window, running.tokens)
+            tokens = sum(map(len, pieces))
+            phase.expect(self._texts_in_all(running.texts + len(window), running.tokens + tokens))
+            for number, batch in enumerate(self.batches(pieces)):
+                running.count(sum(map(len, batch)))
+                if number % world_size() == rank():
+                    ids, mask = model.tokens.pad(batch, model.device)
+                    with capture(inputs=modules) as seen:
+                        model(ids, mask)
+                    running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
+                # The batches of a window come in order of length: their share of it is that of their tokens.
+                phase.advance(len(window) * sum(map(len, batch)) / tokens)
+            running.texts += len(window)
+            if store and running.texts % self.save_every < len(window):
+                store.save_partial(layers, running)
+            if self.max_tokens is not None and running.tokens >= self.max_tokens:
+                break
+
+    def _texts_in_all(self, texts: int, tokens: int) -> float:
+        """Return how many texts will be read, if those to come are as long as those so far."""
+        assert self.corpus is not None
+        if self.max_tokens is None or not tokens:
+            return len(self.corpus)
+        return min(len(self.corpus), texts * self.max_tokens / tokens)
 
     def _pieces(self, model: LanguageModel, texts: Sequence[str], seen: int) -> list[list[int]]:
         left = float("inf") if self.max_tokens is None else self.max_tokens - seen

@@ -2,124 +2,144 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from prune_lightning.atomic_files import write_json
-from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog, Guards, RunProgress, SpectrumMonitor, spectra
+from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog, RunLog, RunProgress, spectra
 from prune_lightning.data.stream import EditStream
-from prune_lightning.errors import UserError, one_of
+from prune_lightning.errors import UserError
 from prune_lightning.evaluation.measurement import Measurement
-from prune_lightning.evaluation.stream import FORMS, entries
+from prune_lightning.evaluation.stream import StreamScores
+from prune_lightning.ledger import Ledger
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.loading import load_language_model
-from prune_lightning.report.curves import plot_abilities, plot_editing, plot_immediate, plot_retention
-from prune_lightning.report.page import write_page
-from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
-from prune_lightning.report.table import result_table
-from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories, log_growth
+from prune_lightning.phases import PhaseClock
+from prune_lightning.report.summary import RunSummary
 from prune_lightning.tasks.collapse import bisect_collapses
+from prune_lightning.tasks.edit_report import report
 from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
-from prune_lightning.tasks.resuming import earlier_metrics, ledger_to_go_on_with, log_again
-from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, first_process, quieten, run_folder
+from prune_lightning.tasks.resuming import check_stream, ledger_to_resume
+from prune_lightning.tasks.setup import (
+    build_loggers,
+    build_trainer,
+    choice,
+    first_process,
+    quieten,
+    run_clock,
+    run_folder,
+)
 
 
 def run(config: DictConfig) -> None:
     """Edit, evaluate, and leave the results in the run folder."""
-    started = time.perf_counter()
+    clock = run_clock()
     quieten()
     folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
     out = Console()
-    progress = RunProgress(Console(stderr=True, quiet=not (config.progress and first_process())))
-    with progress:
-        with progress.phase("load"):
-            restraint = instantiate(config.restraint) if config.restraint else None
-            further = _further_callbacks(config, folder)
-            log = EditLog(folder / "edits.jsonl")
-            measurements = _measurements(config)
-            evaluation = _evaluation(config, measurements, edit_log=log, cases_file=folder / "cases.jsonl")
-            stream: EditStream = instantiate(config.data)
-            stream.setup()
-            ledger = ledger_to_go_on_with(config.resume, folder, stream)
-            formats = formats_wanted(config, stream)
-            module = _method(config)
-        before = earlier_metrics(folder / "metrics.csv", stream.skip)
-        loggers = build_loggers(config, folder)
-        log_again(loggers[0], before)
-        callbacks = [*([restraint] if restraint else []), progress, *further, log, evaluation]
-        if config.ledger:
-            callbacks.append(EditLedger(folder / "ledger", _base(config), ledger))
-        trainer = build_trainer(config, callbacks, loggers)
-        trainer.fit(module, datamodule=stream)
-        stream.skip = 0
-        collapses = _collapses(config, module, evaluation, trainer, restraint)
-        looked_at = spectra(module.edited_matrices().values())
-        exports = export_all(formats if trainer.is_global_zero else [], config, folder, module, stream, out)
-        control = _control(config, module, stream, progress, evaluation) if restraint and config.control else None
+    run_log = RunLog(clock)
+    with RunProgress(clock, Console(stderr=True, quiet=not (config.progress and first_process()))):
+        with clock.phase("load"):
+            job = _load(config, folder, clock)
+            loggers = build_loggers(config, folder, keep=sum(job.stream.done) if config.resume else None)
+            trainer = build_trainer(config, [*job.callbacks(), run_log, *job.ledger_callback()], loggers, folder)
+        with clock.phase("edit"):
+            trainer.fit(job.module, datamodule=job.stream)
+        with clock.phase("bisect"):
+            collapses = _collapses(config, job, trainer)
+        with clock.phase("spectrum"):
+            looked_at = spectra(job.module.edited_matrices().values())
+        with clock.phase("export"):
+            wanted = job.formats if trainer.is_global_zero else []
+            exports = export_all(wanted, config, folder, job.module, job.stream, out)
+        summary = RunSummary(_about(config, job)).collect([job.module, job.stream, *job.callbacks()])
+        with clock.prefixed("control/"):
+            control = _control(config, job, run_log) if job.restraint and config.control else None
     if not trainer.is_global_zero:
         return
-    summary = {
-        "num_edits": module.num_edits,
-        "method": choice("method"),
-        "restraint": choice("restraint"),
-        "restraint_options": OmegaConf.to_container(config.restraint, resolve=True) if restraint else None,
-        "model": choice("model"),
-        "data": choice("data"),
-        "protocol": stream.protocol.value,
-        "seed": config.seed,
-        **_times(evaluation, log),
-        "baseline": evaluation.baseline,
-        "final": _scores(evaluation.curve[-1]),
-        "curve": evaluation.curve,
-        "intervals": evaluation.intervals,
-        "stream": {**_stream_summary(evaluation), "collapses": collapses},
-        "spectrum": _spectrum_summary(further),
-        "guards": next((callback.summary() for callback in further if isinstance(callback, Guards)), None),
-        "control": control and _control_summary(control),
-        "case_rows_left_out": evaluation.case_rows.left_out,
-        "exports": exports,
-        "rejected_records": len(stream.rejected),
-        "method_facts": module.facts,
-        "context_prefixes": list(getattr(module, "prefixes", ())),
-    }
-    _report(config, folder, summary, looked_at, loggers, evaluation, out)
-    summary["wall_s"] = time.perf_counter() - started
-    write_json(folder / "summary.json", summary)
+    summary.add({"exports": exports, "control": control and RunSummary({}).collect([control]).entries})
+    summary["stream"]["collapses"] = collapses
+    with clock.phase("report"):
+        report(config, folder, summary, looked_at, loggers, job.evaluation, out)
+    seconds = clock.seconds()
+    summary.add({"phases": seconds, "wall_s": sum(seconds.values())})
+    write_json(folder / "summary.json", summary.entries)
     left = "report.html, summary.json, edits.jsonl, cases.jsonl, metrics.csv, plots/, ledger/"
     out.print(f"The run lies in [bold]{folder}[/bold]: {left}")
     raise_failed(exports)
 
 
-def _further_callbacks(config: DictConfig, folder: Path) -> list[L.Callback]:
-    further: list[L.Callback] = [instantiate(callback) for callback in (config.callbacks or {}).values()]
-    for callback in further:
-        if isinstance(callback, Guards):
-            callback.path = folder / "quarantine.jsonl"
-    return further
+@dataclass(frozen=True)
+class Job:
+    """What a run consists of.
+
+    Args:
+        module: The method, on its model.
+        stream: The edits.
+        restraint: The restraint; ``None`` without one.
+        further: Guards, monitors, and what else the configuration lists, in its order.
+        log: The edit log.
+        evaluation: The evaluation.
+        ledger: Keeps the ledger; ``None`` without one.
+        formats: Formats to export.
+    """
+
+    module: EditingModule
+    stream: EditStream
+    restraint: Any
+    further: Sequence[L.Callback]
+    log: EditLog
+    evaluation: EditEvaluation
+    ledger: EditLedger | None
+    formats: list[str]
+
+    def callbacks(self) -> list[L.Callback]:
+        """Return everything that sees a step before the ledger does, in order."""
+        return [*([self.restraint] if self.restraint else []), *self.further, self.log, self.evaluation]
+
+    def ledger_callback(self) -> list[L.Callback]:
+        """Return the ledger, if one is kept."""
+        return [self.ledger] if self.ledger else []
 
 
-def _method(config: DictConfig) -> EditingModule:
+def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
+    """Build everything; what is wrong with the configuration shows here, before anything is computed."""
+    restraint = instantiate(config.restraint) if config.restraint else None
+    further = [instantiate(callback) for callback in (config.callbacks or {}).values()]
+    measurements = _measurements(config)
+    ledger = ledger_to_resume(config.resume, folder)
+    stream: EditStream = instantiate(config.data, done=ledger.sizes if ledger else ())
+    stream.setup()
+    if ledger:
+        check_stream(ledger, stream)
+    formats = formats_wanted(config, stream)
+    module = _method(config, clock)
+    scores = None if stream.protocol.from_base else StreamScores()
+    log = EditLog(folder / "edits.jsonl", scores)
+    evaluation = _evaluation(config, measurements, stream=scores, cases_file=folder / "cases.jsonl", clock=clock)
+    keeper = _ledger(config, folder, ledger) if config.ledger else None
+    return Job(module, stream, restraint, further, log, evaluation, keeper, formats)
+
+
+def _method(config: DictConfig, clock: PhaseClock) -> EditingModule:
     model = load_language_model(config.model.path, config.model.dtype, config.model.revision)
-    module = instantiate(config.method, language_model=model, _convert_="all")
+    module = instantiate(
+        config.method, language_model=model, non_finite=config.non_finite, clock=clock, _convert_="all"
+    )
     assert isinstance(module, EditingModule)
-    one_of("non_finite", config.non_finite, ("skip", "raise"))
-    module.non_finite = config.non_finite
     return module
 
 
-def _base(config: DictConfig) -> dict[str, Any]:
-    """Return what the ledger has to say of the run, besides the fingerprints of the weights."""
-    return {
+def _ledger(config: DictConfig, folder: Path, ledger: Ledger | None) -> EditLedger:
+    base = {
         "model": {key: config.model[key] for key in ("path", "revision", "dtype")},
         "method": choice("method"),
         "restraint": choice("restraint"),
@@ -128,6 +148,7 @@ def _base(config: DictConfig) -> dict[str, Any]:
         "method_options": OmegaConf.to_container(config.method, resolve=True),
         "restraint_options": OmegaConf.to_container(config.restraint, resolve=True) if config.restraint else None,
     }
+    return EditLedger(folder / "ledger", base, ledger, config.snapshot_every)
 
 
 def _is_measurement(entry: Any) -> bool:
@@ -146,116 +167,36 @@ def _evaluation(config: DictConfig, measurements: Sequence[Measurement], **furth
     return EditEvaluation(measurements=measurements, seed=config.seed, **own, **further)
 
 
-def _collapses(
-    config: DictConfig, module: EditingModule, evaluation: EditEvaluation, trainer: L.Trainer, restraint: Any
-) -> dict[str, int]:
+def _about(config: DictConfig, job: Job) -> dict[str, Any]:
+    """Return what the run was."""
+    return {
+        "method": choice("method"),
+        "restraint": choice("restraint"),
+        "restraint_options": OmegaConf.to_container(config.restraint, resolve=True) if job.restraint else None,
+        "model": choice("model"),
+        "data": choice("data"),
+        "seed": config.seed,
+    }
+
+
+def _collapses(config: DictConfig, job: Job, trainer: L.Trainer) -> dict[str, int]:
     """Return the edits to collapse to the step, if that was asked for."""
     if not config.bisect_collapse or not trainer.is_global_zero:
         return {}
-    ledgers = [c.ledger for c in trainer.callbacks if isinstance(c, EditLedger)]  # type: ignore[attr-defined]
-    if not ledgers or ledgers[0] is None or getattr(restraint, "schedule", "") == "end":
+    if job.ledger is None or job.ledger.ledger is None or getattr(job.restraint, "schedule", "") == "end":
         raise UserError("bisect_collapse brings back earlier states: it needs ledger=true, and no restraint at the end")
-    return bisect_collapses(module, ledgers[0], evaluation, restraint.restrain if restraint else None)
+    restrain = job.restraint.restrain if job.restraint else None
+    return bisect_collapses(job.module, job.ledger.ledger, job.evaluation, restrain)
 
 
-def _control(
-    config: DictConfig, module: EditingModule, stream: EditStream, progress: RunProgress, main: EditEvaluation
-) -> EditEvaluation:
+def _control(config: DictConfig, job: Job, run_log: RunLog) -> EditEvaluation:
     """Edit the same stream again without the restraint, as far as the run went."""
-    steps = module.num_steps
-    module.restart()
-    progress.prefix = "without restraint: "
-    log = EditLog(None)
-    evaluation = _evaluation(config, main.measurements, edit_log=log, earlier=main)
-    build_trainer(config, [progress, log, evaluation], [], max_steps=steps).fit(module, datamodule=stream)
+    steps = job.module.run.num_steps
+    job.module.run.restart()
+    scores = None if job.stream.protocol.from_base else StreamScores()
+    clock = job.module.clock
+    evaluation = _evaluation(config, job.evaluation.measurements, stream=scores, earlier=job.evaluation, clock=clock)
+    trainer = build_trainer(config, [EditLog(None, scores), evaluation, run_log], [], max_steps=steps)
+    with clock.phase("edit"):
+        trainer.fit(job.module, datamodule=job.stream.from_start())
     return evaluation
-
-
-def _control_summary(control: EditEvaluation) -> dict[str, Any]:
-    return {
-        "final": _scores(control.curve[-1]),
-        "curve": control.curve,
-        "intervals": control.intervals,
-        "stream": _stream_summary(control),
-    }
-
-
-def _times(evaluation: EditEvaluation, log: EditLog) -> dict[str, Any]:
-    """Return the seconds spent on edits and on evaluation, and the share of evaluation in both together."""
-    by_name = {**evaluation.seconds, "edit log": log.scoring_seconds}
-    spent = sum(by_name.values())
-    share = spent / (spent + log.seconds)
-    return {"edit_s": log.seconds, "evaluate_s": spent, "evaluate_s_by": by_name, "evaluate_share": share}
-
-
-def _stream_summary(evaluation: EditEvaluation) -> dict[str, Any]:
-    """Return what is to say about the stream as a whole, beyond the figures that each evaluation has."""
-    groups = [measurement for measurement in evaluation.measurements if measurement.tasks]
-    abilities = [f"{m.name}/{key}" for m in groups for key in ("retention", *m.tasks)]
-    return {
-        "forms": evaluation.stream.details() if evaluation.stream else {},
-        "abilities": ability_trajectories(evaluation.curve, abilities),
-        "edits": edit_trajectories(evaluation.curve, [f"stream/{form}/final" for form in FORMS]),
-    }
-
-
-def _spectrum_summary(callbacks: Sequence[L.Callback]) -> dict[str, Any] | None:
-    monitors = [callback for callback in callbacks if isinstance(callback, SpectrumMonitor)]
-    return {"curve": monitors[0].curve, "log_growth": log_growth(monitors[0].curve)} if monitors else None
-
-
-def _scores(entry: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in entry.items() if key != "num_edits"}
-
-
-def _stream_figures(evaluation: EditEvaluation, summary: dict[str, Any], title: str) -> dict[str, Figure | None]:
-    """Return the pictures of how edits hold along the stream."""
-    if not evaluation.stream:
-        return {}
-    figures = {"immediate": plot_immediate({title: summary["curve"]}, summary["stream"]["forms"], title)}
-    for form, what in zip(FORMS, ("new answer preferred to the old one", "new answer said outright"), strict=True):
-        if evaluation.stream.matrices[form].update_called:
-            figures[f"retention_{form}"] = plot_retention(entries(evaluation.stream.matrices[form]), what)
-    return figures
-
-
-def _report(
-    config: DictConfig,
-    folder: Path,
-    summary: dict[str, Any],
-    looked_at: list[Spectra],
-    loggers: list[Logger],
-    evaluation: EditEvaluation,
-    out: Console,
-) -> None:
-    """Print the table, draw the plots, write the page, and hand table and plots to loggers that take them."""
-    edits = f"{summary['num_edits']} edits"
-    restrained = "no restraint" if summary["restraint"] == "none" else summary["restraint"]
-    title = f"{summary['method']}, {restrained}: {edits} (data: {summary['data']}, model: {summary['model']})"
-    columns = {"before": summary["baseline"], f"after {edits}": summary["final"]}
-    curves, intervals = {restrained: summary["curve"]}, {restrained: summary["intervals"]}
-    if control := summary["control"]:
-        columns["without restraint"] = control["final"]
-        curves["without restraint"], intervals["without restraint"] = control["curve"], control["intervals"]
-    drawn = {
-        "abilities": plot_abilities(curves, intervals),
-        "editing": plot_editing(curves, intervals),
-        **_stream_figures(evaluation, summary, title),
-    }
-    figures = {name: figure for name, figure in drawn.items() if figure} | {"spectra": plot_spectra(looked_at)}
-    plots = save_plots(folder / "plots", figures)
-    remark = (
-        f"{summary['edit_s']:.0f} s of edits, {summary['evaluate_s']:.0f} s of evaluation "
-        f"({100 * summary['evaluate_share']:.0f} % of both). Bands are 95 % bootstrap intervals over cases."
-    )
-    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), [remark])
-    for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-        for name, figure in figures.items():
-            show_figure(logger, name, figure, step=summary["num_edits"])
-        if hasattr(logger, "log_table"):
-            names = sorted(set().union(*columns.values()))
-            data = [[name, *(scores.get(name) for scores in columns.values())] for name in names]
-            logger.log_table(key="result", columns=["metric", *columns], data=data, step=summary["num_edits"])
-        logger.finalize("success")
-    out.print(result_table(title, columns))

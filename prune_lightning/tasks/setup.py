@@ -12,10 +12,14 @@ from typing import Any
 import lightning as L
 import transformers
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+
+from prune_lightning.phases import PhaseClock, process_age
+from prune_lightning.report.csv_logger import StepCSVLogger
 
 _OF_EDITING = ("summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "quarantine.jsonl", "plots", "report.html")
 RESULTS = (*_OF_EDITING, "export", "ledger", "check.json", "plan.json", "error.txt")
@@ -65,18 +69,45 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", pattern)
 
 
-def build_loggers(config: DictConfig, folder: Path) -> list[Logger]:
-    """Return the CSV logger (`metrics.csv`) and whatever the configuration adds."""
-    loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="")]
+def run_clock() -> PhaseClock:
+    """Return the clock of the job: what its process did until now, such as imports, is the phase ``start``."""
+    hydra = HydraConfig.get()
+    later = hydra.mode == RunMode.MULTIRUN and bool(hydra.job.num)  # the process has run other jobs before
+    return PhaseClock(start=0.0 if later else process_age())
+
+
+def build_loggers(config: DictConfig, folder: Path, keep: int | None = None) -> list[Logger]:
+    """Return the logger of `metrics.csv` and whatever the configuration adds.
+
+    Args:
+        config: The job's configuration.
+        folder: The run's folder.
+        keep: The step up to which `metrics.csv` of the run that is resumed stays; ``None`` for a new run.
+    """
+    loggers: list[Logger] = [StepCSVLogger(folder, keep)]
     if config.logger:
         loggers.append(instantiate(config.logger))
     return loggers
 
 
 def build_trainer(
-    config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Logger], **further: Any
+    config: DictConfig,
+    callbacks: Sequence[L.Callback],
+    loggers: Sequence[Logger],
+    folder: Path | None = None,
+    **further: Any,
 ) -> L.Trainer:
-    """Return the configured Trainer; ``further`` arguments go before its configuration."""
-    trainer: Any = instantiate(config.trainer, callbacks=list(callbacks), logger=list(loggers) or False, **further)
+    """Return the configured Trainer.
+
+    Args:
+        config: The job's configuration.
+        callbacks: In order.
+        loggers: None for none.
+        folder: Where callbacks and loggers write by default.
+        further: Arguments that go before the configured ones.
+    """
+    trainer: Any = instantiate(
+        config.trainer, callbacks=list(callbacks), logger=list(loggers) or False, default_root_dir=folder, **further
+    )
     assert isinstance(trainer, L.Trainer)
     return trainer

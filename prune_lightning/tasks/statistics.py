@@ -6,11 +6,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
-from prune_lightning.callbacks import RunProgress
+from prune_lightning.callbacks import RunLog, RunProgress
 from prune_lightning.errors import UserError
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
-from prune_lightning.tasks.setup import choice, quieten
+from prune_lightning.tasks.setup import choice, quieten, run_clock
 
 
 def run(config: DictConfig) -> None:
@@ -21,9 +21,11 @@ def run(config: DictConfig) -> None:
     moments: SecondMoments = instantiate(config.model.second_moments, _convert_="all")
     if moments.cache is None:
         raise UserError("statistics that nobody keeps: give model.second_moments.cache=FOLDER")
-    with RunProgress(Console(stderr=True, quiet=not config.progress)) as progress:
-        with progress.phase("load"):
+    clock = run_clock()
+    RunLog(clock)
+    with RunProgress(clock, Console(stderr=True, quiet=not config.progress)):
+        with clock.phase("load"):
             model = load_language_model(config.model.path, config.model.dtype, config.model.revision)
-        moments.compute(model, list(config.method.layers), progress.track)
+        moments.compute(model, list(config.method.layers), clock)
     known = f"{moments.num_tokens} tokens, last change {moments.convergence:.1%}" if moments.num_tokens else "as before"
     Console().print(f"Second moments of layers {list(config.method.layers)}: {known}; in {moments.cache}")

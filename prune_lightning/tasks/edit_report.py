@@ -1,0 +1,80 @@
+"""What a run shows at its end: the table, the plots, the page, and what loggers take of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from prune_lightning.callbacks import EditEvaluation
+from prune_lightning.evaluation.stream import FORMS, entries
+from prune_lightning.report.curves import plot_abilities, plot_editing, plot_immediate, plot_retention
+from prune_lightning.report.page import write_page
+from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
+from prune_lightning.report.summary import RunSummary
+from prune_lightning.report.table import result_table
+
+
+def report(
+    config: DictConfig,
+    folder: Path,
+    summary: RunSummary,
+    looked_at: list[Spectra],
+    loggers: list[Logger],
+    evaluation: EditEvaluation,
+    out: Console,
+) -> None:
+    """Print the table, draw the plots, write the page, and hand table and plots to loggers that take them."""
+    edits = f"{summary['num_edits']} edits"
+    restrained = "no restraint" if summary["restraint"] == "none" else summary["restraint"]
+    title = f"{summary['method']}, {restrained}: {edits} (data: {summary['data']}, model: {summary['model']})"
+    columns = {"before": summary["baseline"], f"after {edits}": summary["final"]}
+    curves, intervals = {restrained: summary["curve"]}, {restrained: summary["intervals"]}
+    if control := summary["control"]:
+        columns["without restraint"] = control["final"]
+        curves["without restraint"], intervals["without restraint"] = control["curve"], control["intervals"]
+    drawn = {
+        "abilities": plot_abilities(curves, intervals),
+        "editing": plot_editing(curves, intervals),
+        **_stream_figures(evaluation, summary, title),
+    }
+    figures = {name: figure for name, figure in drawn.items() if figure} | {"spectra": plot_spectra(looked_at)}
+    plots = save_plots(folder / "plots", figures)
+    share = summary["evaluate_s"] / ((summary["evaluate_s"] + summary["edit_s"]) or 1.0)
+    remark = (
+        f"{summary['edit_s']:.0f} s of edits, {summary['evaluate_s']:.0f} s of evaluation "
+        f"({100 * share:.0f} % of both). Bands are 95 % bootstrap intervals over cases."
+    )
+    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), [remark])
+    for logger in loggers:
+        _log(logger, config, columns, figures, summary["num_edits"])
+    out.print(result_table(title, columns))
+
+
+def _stream_figures(evaluation: EditEvaluation, summary: RunSummary, title: str) -> dict[str, Figure | None]:
+    """Return the pictures of how edits hold along the stream."""
+    stream = evaluation.evaluator.stream
+    if not stream:
+        return {}
+    figures = {"immediate": plot_immediate({title: summary["curve"]}, summary["stream"]["forms"], title)}
+    for form, what in zip(FORMS, ("new answer preferred to the old one", "exact match of the new answer"), strict=True):
+        if stream.matrices[form].update_called:
+            figures[f"retention_{form}"] = plot_retention(entries(stream.matrices[form]), what)
+    return figures
+
+
+def _log(
+    logger: Logger, config: DictConfig, columns: dict[str, Any], figures: dict[str, Figure], num_edits: int
+) -> None:
+    logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    for name, figure in figures.items():
+        show_figure(logger, name, figure, step=num_edits)
+    if hasattr(logger, "log_table"):
+        names = sorted(set().union(*columns.values()))
+        data = [[name, *(scores.get(name) for scores in columns.values())] for name in names]
+        logger.log_table(key="result", columns=["metric", *columns], data=data, step=num_edits)
+    logger.finalize("success")

@@ -1,0 +1,21 @@
+"""What of the log goes to the terminal."""
+
+from __future__ import annotations
+
+import logging
+
+
+class TerminalFilter(logging.Filter):
+    """Lets warnings through, and, where no progress is displayed, the run's own lines.
+
+    Args:
+        progress: Whether there is a progress display, which lines in between would tear.
+    """
+
+    def __init__(self, progress: bool) -> None:
+        super().__init__("prune_lightning")
+        self.progress = progress
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is shown."""
+        return record.levelno >= logging.WARNING or (not self.progress and bool(super().filter(record)))
