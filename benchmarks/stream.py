@@ -39,7 +39,7 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         """Note them."""
-        self.seconds.append(pl_module.last_report.seconds)
+        self.seconds.append(pl_module.run.last_report.seconds)
         self.mebibytes.append(self._process.memory_info().rss / 2**20)
 
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.family import ModelFamily
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_language_model
+from prune_lightning.types import EditRequest, EditStep, MatrixUpdate
 
 BUNDLED = "pkg://prune_lightning.bundled/model"
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +77,13 @@ def quiet_trainer(*callbacks: L.Callback, **kwargs: Any) -> L.Trainer:
     settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     settings |= {"enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(**(settings | kwargs), callbacks=list(callbacks))
+
+
+def write(module: EditingModule, requests: Sequence[EditRequest], updates: Mapping[str, MatrixUpdate]) -> None:
+    """Write an update outside of a Trainer."""
+    module.run.begin_step()
+    module.run.apply(EditStep(tuple(requests), updates, [{} for _ in requests]), time.perf_counter())
+    module.run.settle()
 
 
 def load_path() -> str:

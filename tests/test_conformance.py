@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ROOT, quiet_trainer
+from conftest import ROOT, quiet_trainer, write
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -86,7 +86,7 @@ def test_method_on_family(method, family, tiny):
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert set(changed) == {f"model.{name}" for name in updates}, "only the declared matrices may change"
 
-    module.restore()
+    module.run.restore()
     assert all(torch.equal(before[name], after[name]) for name in before), "restore has to be exact"
 
 
@@ -104,7 +104,7 @@ def test_update_moves_the_output_on_the_prompt_as_the_method_says(method, family
     before = language_model.rewrite_output(1, keys)
     update = module.compute_update([request])[0][name]
     by_hand = update.dense()
-    module.write([request], {name: update})
+    write(module, [request], {name: update})
     moved = language_model.rewrite_output(1, keys) - before
     expected = keys @ by_hand.T
     assert torch.allclose(moved, expected, rtol=1e-8, atol=1e-10)
@@ -128,5 +128,5 @@ def test_non_finite_update_is_skipped(method, tiny, monkeypatch):
     with pytest.warns(UserWarning, match="not finite"):
         quiet_trainer().fit(module, torch.utils.data.DataLoader([EditBatch(REQUESTS[:1])], batch_size=None))
     assert torch.equal(module.language_model.rewrite_module(1).weight, original)
-    assert module.last_report is not None
-    assert not module.last_report.applied
+    assert module.run.last_report is not None
+    assert not module.run.last_report.applied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import quiet_trainer
+from conftest import quiet_trainer, write
 from torch.nn import functional
 
 from prune_lightning.callbacks import PRUNE, RECT, SpectrumMonitor
@@ -172,7 +172,7 @@ def test_constraint_holds_against_its_anchor_over_a_stream(anchor, tiny):
     module = tuning(model, steps=5, epsilon=epsilon, anchor=anchor)
     before, drifts = original, []
     for request in REQUESTS:
-        module.write([request], module.compute_update([request])[0])
+        write(module, [request], module.compute_update([request])[0])
         weight = model.rewrite_module(1).weight.detach().clone()
         step, drift = float((weight - before).abs().max()), float((weight - original).abs().max())
         assert (step if anchor == "current" else drift) == pytest.approx(epsilon, rel=1e-9)
@@ -191,7 +191,7 @@ def test_16_bit_models_keep_the_change_in_single_precision(dtype, tiny):
         updates, details = module.compute_update(REQUESTS)
         assert updates[name].dense().dtype == torch.float32
         total += updates[name].dense()
-        module.write(REQUESTS, updates)
+        write(module, REQUESTS, updates)
         assert all(detail["losses"][-1] < detail["losses"][0] for detail in details)
     assert torch.allclose(module.edited_matrices()[name].delta(), total, atol=1e-7)
     assert torch.equal(model.rewrite_module(1).weight, (original.float() + total).to(dtype))
@@ -228,7 +228,7 @@ def test_restraints_and_monitor_under_every_protocol(restraint, protocol, bundle
     callback = Look(1.5) if restraint == "prune" else RECT(0.2)
     stream = BundledWorld(num_edits=4, protocol=protocol, batch_size=2 if "batch" in protocol else 1)
     quiet_trainer(callback, SpectrumMonitor(every_n=2, draw=False)).fit(module, datamodule=stream)
-    assert module.num_edits == 4
+    assert module.num_requests == 4
     assert len(raw) == (2 if "batch" in protocol else 4)
     if protocol in ("single", "batch"):
         assert torch.equal(matrix.weight(), matrix.original())
@@ -270,9 +270,9 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny):
         model.rewrite_module(2).weight[0, 0] = float("nan")
     module = tuning(model, steps=3)
     quiet_trainer().fit(module, torch.utils.data.DataLoader([EditBatch(tuple(REQUESTS[:1]))], batch_size=None))
-    assert module.last_report is not None
-    assert module.last_report.details[0]["steps"] == 0
-    assert module.last_report.update_norm == 0
+    assert module.run.last_report is not None
+    assert module.run.last_report.details[0]["steps"] == 0
+    assert module.run.last_report.update_norm == 0
 
 
 @pytest.mark.parametrize(

@@ -100,16 +100,15 @@ def module_with(model, planted):
     return module
 
 
-def run(module, numbers, *callbacks, skip=0, trainer=None):
-    stream = Requests(numbers)
+def run(module, numbers, *callbacks, done=(), trainer=None):
+    stream = Requests(numbers, done=done)
     stream.setup()
-    stream.skip = skip
     (trainer or quiet_trainer(*callbacks)).fit(module, datamodule=stream)
     return module
 
 
 def state(module):
-    edits = module.edits()
+    edits = module.run.state_dict()
     tensors = {f"{name}/{key}": t for name, of in edits["matrices"].items() for key, t in of.items()}
     weight = module.language_model.rewrite_module(1).weight.detach()
     return tensors | edits["memory"] | {"weight": weight}
@@ -141,14 +140,14 @@ def test_skipped_edit_leaves_the_stream_as_if_it_had_not_been_there(tiny, tmp_pa
     )
     good = run(module_with(tiny("llama"), {}), [n for n in range(8) if n != 5], *RESTRAINTS[restraint]())
     assert_same(bad, good)
-    assert (bad.num_edits, good.num_edits, watching.refused) == (8, 7, 1)
+    assert (bad.num_requests, good.num_requests, watching.refused) == (8, 7, 1)
     (line,) = map(json.loads, path.read_text().splitlines())
-    assert (line["guard"], line["policy"], line["num_edits"], line["request"]["case_id"]) == (name, "skip", 6, 5)
+    assert (line["guard"], line["policy"], line["num_requests"], line["request"]["case_id"]) == (name, "skip", 6, 5)
     entries = [json.loads(text) for text in log.read_text().splitlines()]
     assert [entry["applied"] for entry in entries] == [n != 5 for n in range(8)]
     assert line["reason"] in entries[5]["refused"]
-    assert watching.summary()["found"] == {name: 1}
-    assert not bad.vetoes
+    assert watching.summary()["guards"]["found"] == {name: 1}
+    assert not bad.run._vetoes
 
 
 def ruinous(update, detail):
@@ -171,22 +170,23 @@ def test_rolled_back_edit_leaves_the_stream_as_if_it_had_not_been_there(restrain
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            pl_module.run.settle()
             seen.append({name: tensor.clone() for name, tensor in state(pl_module).items()})
 
     log = tmp_path / "edits.jsonl"
     ledger = EditLedger(tmp_path / "ledger")
     callbacks = [*RESTRAINTS[restraint](), watching, Watch(), EditLog(log), ledger]
     bad = run(module_with(load_language_model(BUNDLED), RUINOUS), range(6), *callbacks)
-    assert [look.stays for look in watching.looks] == [n != 4 for n in range(6)]
-    assert watching.looks[4].relative > 3 or math.isnan(watching.looks[4].relative)
+    assert [reading.kept for reading in watching.readings] == [n != 4 for n in range(6)]
+    assert watching.readings[4].relative > 3 or math.isnan(watching.readings[4].relative)
     assert all(torch.equal(seen[4][name], seen[3][name]) for name in seen[3])
     assert not torch.equal(seen[5]["weight"], seen[4]["weight"])
     entries = [json.loads(text) for text in log.read_text().splitlines()]
     assert [entry["applied"] for entry in entries] == [n != 4 for n in range(6)]
     assert entries[4]["refused"].startswith("perplexity: ")
-    assert bad.num_edits == 6
+    assert bad.num_requests == 6
     (line,) = map(json.loads, watching.path.read_text().splitlines())
-    assert (line["guard"], line["policy"], line["num_edits"]) == ("perplexity", "rollback", 5)
+    assert (line["guard"], line["policy"], line["num_requests"]) == ("perplexity", "rollback", 5)
     step = Ledger.open(tmp_path / "ledger").lines[4]
     assert not step["applied"]
     assert step["events"] == {bad.language_model.rewrite_name(1): []}
@@ -202,7 +202,7 @@ class Interrupted(L.Callback):
         self.after = after
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if pl_module.num_edits == self.after:
+        if pl_module.num_requests == self.after:
             raise RuntimeError("interrupted")
 
 
@@ -212,7 +212,7 @@ def whole_and_resumed(model, planted, count, after, restraint, watch, folder):
     def once(name, *further, ledger=None):
         watching = watch(path=folder / name / "quarantine.jsonl")
         given = *RESTRAINTS[restraint](), watching, EditLedger(folder / name / "ledger", ledger=ledger), *further
-        return run(module_with(model(), planted), range(count), *given, skip=after if ledger else 0), watching
+        return run(module_with(model(), planted), range(count), *given, done=[1] * (after if ledger else 0)), watching
 
     whole = once("whole")
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -260,7 +260,7 @@ def test_warned_edit_is_written_and_counted(tiny, tmp_path):
     with pytest.warns(UserWarning, match=r"case 4: the update is .* \(norm\)"):
         warned = run(module_with(tiny("llama"), {4: huge, 5: ill_posed, 6: stuck}), range(8), watching)
     assert_same(warned, run(module_with(tiny("llama"), {4: huge, 5: ill_posed, 6: stuck}), range(8)))
-    assert watching.summary()["found"] == {"norm": 1, "key": 1, "value": 1}
+    assert watching.summary()["guards"]["found"] == {"norm": 1, "key": 1, "value": 1}
     assert not watching.path.exists()
 
 
@@ -271,20 +271,20 @@ def test_stop_ends_the_run_with_the_edit_left_out(tiny, tmp_path, name):
     with pytest.warns(UserWarning, match="the run ends after 6 edits"):
         stopped = run(module_with(tiny("llama"), {5: PLANTED[name]}), range(9), PRUNE(BASE), watching, log)
     assert_same(stopped, run(module_with(tiny("llama"), {}), range(5), PRUNE(BASE)))
-    assert stopped.num_edits == len(log.path.read_text().splitlines()) == 6
-    assert watching.summary()["stopped"].startswith(f"{name}: ")
+    assert stopped.num_requests == len(log.path.read_text().splitlines()) == 6
+    assert watching.summary()["guards"]["stopped"].startswith(f"{name}: ")
     assert len(watching.path.read_text().splitlines()) == 1
 
 
 @pytest.mark.filterwarnings("ignore:case", "ignore:the run ends")
 @pytest.mark.parametrize("collapse", ["warn", "stop"])
 def test_collapse_is_several_looks_in_a_row(bundled, collapse):
-    watching = Guards(perplexity=Sentinel(every_n=1, factor=3.0, looks=3), collapse=collapse)
+    watching = Guards(perplexity=Sentinel(every_n=1, factor=3.0, readings=3), collapse=collapse)
     module = run(module_with(bundled, {2: huge}), range(8), watching)
-    above = [not look.relative <= 3 for look in watching.looks]
+    above = [not reading.relative <= 3 for reading in watching.readings]
     assert above == [n >= 2 for n in range(len(above))]
     assert watching.found["collapse"] == 1
-    assert module.num_edits == (5 if collapse == "stop" else 8)
+    assert module.num_requests == (5 if collapse == "stop" else 8)
     assert (watching.stopped is not None) == (collapse == "stop")
 
 

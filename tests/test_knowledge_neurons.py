@@ -301,13 +301,13 @@ def test_only_layers_with_a_neuron_change_and_no_neuron_changes_nothing(tiny, mo
     before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     loader = torch.utils.data.DataLoader([EditBatch(REQUESTS[:1])], batch_size=None)
     quiet_trainer().fit(module, loader)
-    (layer,) = {layer for layer, _ in module.last_report.details[0]["neurons"]}
+    (layer,) = {layer for layer, _ in module.run.last_report.details[0]["neurons"]}
     changed = [name for name, p in model.model.named_parameters() if not torch.equal(p, before[name])]
     assert changed == [model.rewrite_name(layer)]
-    module.restart()
+    module.run.restart()
     monkeypatch.setattr("prune_lightning.methods.knowledge_neurons.coarse_set", lambda *given: set())
     quiet_trainer().fit(module, loader)
-    assert module.last_report.update_norm == 0
+    assert module.run.last_report.update_norm == 0
     assert all(torch.equal(p, before[name]) for name, p in model.model.named_parameters())
 
 
@@ -316,9 +316,9 @@ def run(module, *callbacks, from_base=False):
     original = {name: p.detach().clone() for name, p in module.language_model.model.named_parameters()}
     batches = [EditBatch(REQUESTS[:2], from_base), EditBatch(REQUESTS[2:], from_base)]
     quiet_trainer(*callbacks).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
-    assert module.last_report.applied
+    assert module.run.last_report.applied
     weights = {name: p.detach().clone() for name, p in module.language_model.model.named_parameters()}
-    module.restart()
+    module.run.restart()
     assert all(torch.equal(p, original[name]) for name, p in module.language_model.model.named_parameters())
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     return [name for name in weights if not torch.equal(weights[name], original[name])], weights
@@ -351,7 +351,7 @@ def test_a_run_after_restart_is_the_same_run(bundled):
     for _ in range(2):
         quiet_trainer().fit(module, loader)
         weights.append([matrix.weight().clone() for matrix in module.edited_matrices().values()])
-        module.restart()
+        module.run.restart()
     assert all(torch.equal(first, second) for first, second in zip(*weights, strict=True))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import quiet_trainer
+from conftest import quiet_trainer, write
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from test_fine_tuning import REQUESTS, relative
 from torch.nn import functional
@@ -149,7 +149,7 @@ def test_nothing_of_peft_is_left_on_the_model(kind, keep, bundled):
         after = dict(bundled.model.named_parameters())
         assert list(after) == list(weights)
         assert all(torch.equal(after[n], w) and not after[n].requires_grad for n, w in weights.items())
-        module.write(REQUESTS, updates)
+        write(module, REQUESTS, updates)
         weights = {n: p.detach().clone() for n, p in bundled.model.named_parameters()}
     assert state(bundled) == before
     assert bundled.model.config.to_dict() == config
@@ -172,7 +172,7 @@ def test_kept_adapters_are_trained_on_and_their_difference_is_written(kind, bund
     deltas, firsts = [], []
     for request in REQUESTS:
         updates, details = module.compute_update([request])
-        module.write([request], updates)
+        write(module, [request], updates)
         deltas.append(matrix.delta().clone())
         firsts.append(details[0]["losses"][0])
         assert relative(matrix.delta(), module._merged[name].dense()) < 1e-5
@@ -182,7 +182,7 @@ def test_kept_adapters_are_trained_on_and_their_difference_is_written(kind, bund
     assert firsts[0] == pytest.approx(alone.compute_update(REQUESTS[:1])[1][0]["losses"][0], rel=1e-4)
     # The second edit starts from the model that the first one left.
     assert firsts[1] != pytest.approx(alone.compute_update(REQUESTS[1:2])[1][0]["losses"][0], rel=1e-5)
-    module.restore()
+    module.run.restore()
     again = module.compute_update(REQUESTS[:1])[0][name]
     assert again.left.shape[1] <= rank
 
@@ -195,7 +195,7 @@ def test_adapters_of_its_own_add_up(bundled):
         updates = module.compute_update([request])[0]
         assert updates[name].left.shape[1] == 2
         total += updates[name].dense()
-        module.write([request], updates)
+        write(module, [request], updates)
     assert torch.allclose(matrix.delta(), total, atol=1e-7)
     assert matrix.change.factored().rank == 6
 
@@ -231,7 +231,7 @@ def test_16_bit_models_have_adapters_in_single_precision(kind, dtype, tiny):
     assert all(update.left.dtype == update.right.dtype == torch.float32 for update in updates.values())
     assert all(detail["losses"][-1] < detail["losses"][0] for detail in details)
     original = {name: matrix.original().clone() for name, matrix in module.edited_matrices().items()}
-    module.write(REQUESTS, updates)
+    write(module, REQUESTS, updates)
     for name, matrix in module.edited_matrices().items():
         assert torch.equal(matrix.weight(), (original[name].float() + matrix.delta()).to(dtype))
         assert relative(matrix.delta(), updates[name].dense()) < 1e-6
@@ -254,9 +254,9 @@ def test_restraints_and_monitor_under_every_protocol(restraint, kind, protocol, 
     callback = Look(1.5) if restraint == "prune" else RECT(0.2)
     stream = BundledWorld(num_edits=2, protocol=protocol, batch_size=2 if "batch" in protocol else 1)
     quiet_trainer(callback, SpectrumMonitor(every_n=2, draw=False)).fit(module, datamodule=stream)
-    assert module.num_edits == 2
-    assert module.last_report is not None
-    assert module.last_report.applied
+    assert module.num_requests == 2
+    assert module.run.last_report is not None
+    assert module.run.last_report.applied
     if protocol in ("single", "batch"):
         assert torch.equal(matrix.weight(), matrix.original())
     else:

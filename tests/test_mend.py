@@ -7,7 +7,7 @@ import json
 import lightning as L
 import pytest
 import torch
-from conftest import BUNDLED, ROOT, quiet_trainer
+from conftest import BUNDLED, ROOT, quiet_trainer, write
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
@@ -196,7 +196,7 @@ def test_editor_writes_what_the_equations_say_on_the_present_weights(family, tin
             dense = plain_network(module, name, *tokens[name]).detach()
             assert float((update.dense() - dense).norm()) < 1e-9 * float(dense.norm())
             assert update.left.shape[1] <= len(tokens[name][0])
-        module.write([request], updates)
+        write(module, [request], updates)
         assert details[0]["loss"] > 0
 
 
@@ -220,7 +220,7 @@ def test_first_step_goes_downhill(tiny):
         return float(gradients_of(module, pairs)[1])
 
     before = loss()
-    module.write(REQUESTS[:1], module.compute_update(REQUESTS[:1])[0])
+    write(module, REQUESTS[:1], module.compute_update(REQUESTS[:1])[0])
     assert loss() < before
 
 
@@ -368,7 +368,7 @@ def test_moments_can_be_estimated_anew_from_the_edits(tmp_path, tiny):
     again.compute_update(REQUESTS[:1])
     counts = [float(buffer) for name, buffer in again.network.named_buffers() if name.endswith("count")]
     assert all(0 < count != 11 for count in counts)
-    again.restart()
+    again.run.restart()
     assert not any(float(b) for name, b in again.network.named_buffers() if name.endswith("count"))
 
 
@@ -389,9 +389,9 @@ def test_shipped_network_edits_facts_it_was_not_trained_on(dtype):
     stream.setup()
     metric = CounterFactScore()
     for case, request in enumerate(stream.requests):
-        module.write([request], module.compute_update([request])[0])
+        write(module, [request], module.compute_update([request])[0])
         CounterFactScores().update(metric, model, {case: request})
-        module.restore()
+        module.run.restore()
     scores = metric.compute()
     assert scores["efficacy_score"] >= 0.9
     assert scores["efficacy_accuracy"] >= 0.9
@@ -406,13 +406,13 @@ def test_restraints_and_the_monitor_see_every_matrix(bundled):
     quiet_trainer(PRUNE(), SpectrumMonitor()).fit(
         module, torch.utils.data.DataLoader(stream.batches(), batch_size=None)
     )
-    assert module.num_edits == 3
+    assert module.num_requests == 3
     assert len(module.edited_matrices()) == 2 * len(module.layers)
     assert all(float(matrix.delta().norm()) > 0 for matrix in module.edited_matrices().values())
     batch = EditBatch(tuple(stream.requests))
-    module.restart()
+    module.run.restart()
     quiet_trainer(RECT()).fit(module, torch.utils.data.DataLoader([batch], batch_size=None))
-    assert module.last_report.applied
+    assert module.run.last_report.applied
 
 
 def test_shipped_description_is_small_and_complete():

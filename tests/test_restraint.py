@@ -28,7 +28,7 @@ class RandomEdits(EditingModule):
     """A method whose updates are random but large, and do not depend on the model."""
 
     def compute_update(self, requests):
-        generator = torch.Generator().manual_seed(self.num_edits)
+        generator = torch.Generator().manual_seed(self.num_requests)
         sides = [torch.randn(32, 1, generator=generator, dtype=torch.float64) for _ in range(2)]
         name = self.language_model.rewrite_name(1)
         return {name: LowRankUpdate(sides[0], sides[1])}, [{} for _ in requests]
@@ -48,7 +48,7 @@ def expected_weight(module, original, steps, accumulate, schedule):
     reference = sigma_max(original)
     raw = change = torch.zeros_like(original)
     for step in range(steps):
-        module.num_edits = step
+        module.num_requests = step
         update = module.compute_update([None])[0][module.language_model.rewrite_name(1)].dense()
         raw, change = raw + update, change + update
         if schedule == "each" or step == steps - 1:
@@ -80,7 +80,7 @@ def test_without_restraint_the_updates_add_up(tiny):
         for i in range(4)
     )
     assert torch.allclose(module.language_model.rewrite_module(1).weight, original + total.T, atol=1e-12)
-    assert module.num_edits == 4
+    assert module.num_requests == 4
 
 
 @pytest.mark.parametrize("accumulate", ["raw", "restrained"])
@@ -92,7 +92,7 @@ def test_end_schedule_restrains_snapshots_only(tiny, accumulate):
     class Look(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             before = weight.detach().clone()
-            with pl_module.evaluation_view():
+            with pl_module.run.evaluation_view():
                 seen.append(weight.detach().clone())
             assert torch.equal(weight, before) or trainer.is_last_batch
 
@@ -107,7 +107,7 @@ def test_protocols_from_base_leave_the_model_as_it_was(tiny):
     original = module.language_model.rewrite_module(1).weight.detach().clone()
     fit(module, edits(3, from_base=True), PRUNE(BASE))
     assert torch.equal(module.language_model.rewrite_module(1).weight, original)
-    assert module.num_edits == 3
+    assert module.num_requests == 3
 
 
 class Regression(L.LightningModule):
@@ -253,7 +253,7 @@ def test_resuming_without_the_originals_is_refused(tmp_path, tiny):
             resume(Regression(), regression_batches(3), other)
     fit(RandomEdits(tiny("llama"), [1]), edits(3), Save())  # an editing module keeps the originals itself
     resume(resumed := RandomEdits(tiny("llama"), [1]), edits(3), PRUNE(BASE))
-    assert resumed.num_edits == 3
+    assert resumed.num_requests == 3
 
 
 @pytest.mark.parametrize("schedule", ["every_n", "end"])
@@ -282,7 +282,7 @@ def test_every_edit_from_the_base_is_restrained_before_it_is_scored(tiny, schedu
 
     class Look(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            with pl_module.evaluation_view():
+            with pl_module.run.evaluation_view():
                 seen.append(sigma_max(weight.detach() - original))
 
     fit(module, edits(3, from_base=True), SpectralRestraint(HardClip(), schedule=schedule, every_n=2), Look())

@@ -244,10 +244,11 @@ class Edits(EditingModule):
         zeros = [weight.new_zeros(size, 1) for size in weight.shape]
         return {self.language_model.rewrite_name(1): LowRankUpdate(*zeros)}, [{} for _ in requests]
 
-    def write(self, requests, updates):
-        super().write(requests, updates)
-        if self.num_edits + len(requests) >= self.broken_from:
+    def edit(self, requests):
+        report = super().edit(requests)
+        if self.num_requests >= self.broken_from:
             self.language_model.rewrite_module(1).weight.data.fill_(math.nan)
+        return report
 
 
 class Half(EditingMeasurement):
@@ -272,8 +273,9 @@ class Half(EditingMeasurement):
 
 
 def follow(module, tmp_path, **options):
-    log = EditLog(tmp_path / "edits.jsonl")
-    evaluation = EditEvaluation([2, 4, 6], [Half()], edit_log=log, cases_file=tmp_path / "cases.jsonl", **options)
+    scores = StreamScores()
+    log = EditLog(tmp_path / "edits.jsonl", scores)
+    evaluation = EditEvaluation([2, 4, 6], [Half()], scores, cases_file=tmp_path / "cases.jsonl", **options)
     stream = BundledWorld(num_edits=9, protocol="sequential_batched", batch_size=2)
     quiet_trainer(log, evaluation).fit(module, datamodule=stream)
     return evaluation
@@ -282,7 +284,7 @@ def follow(module, tmp_path, **options):
 def test_identity_edits_leave_everything_as_it_was(tiny, tmp_path):
     evaluation = follow(Edits(tiny("gpt2", torch.float32)), tmp_path, max_cases=3)
     assert [entry["num_edits"] for entry in evaluation.curve] == [0, 2, 4, 6, 9]
-    assert [entry["num_edits"] for entry in evaluation.intervals] == [0, 2, 4, 6, 9]
+    assert [entry["num_edits"] for entry in evaluation.evaluator.intervals] == [0, 2, 4, 6, 9]
     for entry in evaluation.curve[1:]:
         for form in ("score", "accuracy"):
             for key in ("bwt", "fwt", "forgetting_max", "num_nonfinite"):
@@ -294,7 +296,7 @@ def test_identity_edits_leave_everything_as_it_was(tiny, tmp_path):
     last = [row for row in rows if row["num_edits"] == 9 and row["measurement"] == "edit/half"]
     assert 8 in [row["case"] for row in last]
     assert sum(row["weight"] for row in last) == 9
-    assert {"edit/half", "stream", "spectrum"} <= set(evaluation.seconds)
+    assert {"edit/half", "stream", "spectrum"} <= set(evaluation.evaluator.seconds)
 
 
 def test_a_model_that_turns_nan_fails_from_there_on(tiny, tmp_path):
