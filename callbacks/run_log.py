@@ -73,7 +73,7 @@ class RunLog(L.Callback):
         evaluations = [c for c in trainer.callbacks if isinstance(c, EditEvaluation)]  # type: ignore[attr-defined]
         scores = evaluations[0].curve[-1] if evaluations and evaluations[0].curve else {"num_edits": 0}
         count = scores["num_edits"]
-        if isinstance(module, EditingModule) and count == module.num_edits and count > self._reported:
+        if isinstance(module, EditingModule) and count == module.num_requests and count > self._reported:
             self._reported = count
             line = _steps(self.clock.named("edit"), "edits", self.clock.named("evaluate").time_left or 0.0)
             self._say(f"{line}: {_figures(scores)}")

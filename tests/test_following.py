@@ -78,9 +78,7 @@ def test_phases_sum_to_the_time_from_the_start_of_the_process_to_the_summary(str
     assert summary["wall_s"] == pytest.approx(path.stat().st_mtime - began, rel=0.02, abs=0.2)
     assert phases["other"] < 0.05 * summary["wall_s"]
     assert phases["edit"] >= summary["edit_s"]
-    assert phases["evaluate"] + phases["baseline"] >= 0.9 * (
-        summary["evaluate_s"] - summary["evaluate_s_by"]["edit log"]
-    )
+    assert phases["evaluate"] + phases["baseline"] >= 0.95 * summary["evaluate_s"]
 
 
 def test_with_a_progress_display_only_the_file_has_the_lines(straight, tmp_path):
@@ -115,4 +113,4 @@ def test_a_killed_run_leaves_all_it_wrote_and_a_resumed_one_goes_on_there(straig
     resumed = (tmp_path / "train.log").read_text()
     assert resumed.startswith(log)
     assert evaluated(resumed.removeprefix(log))[-1] == "5"
-    assert "replay" in json.loads((tmp_path / "summary.json").read_text())["phases"]
+    assert "resume" in json.loads((tmp_path / "summary.json").read_text())["phases"]
