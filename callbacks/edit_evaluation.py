@@ -108,12 +108,13 @@ class EditEvaluation(L.Callback):
             self.evaluator.rows = CaseRows(self.cases_file, self.max_case_mb, keep=sum(stream.done))
         cases = {i: self._requests[i] for i in self._probed}
         model = module.language_model
-        if self.evaluator.baseline:
-            self.curve.append({"num_edits": 0, **self.evaluator.baseline})
-        else:
-            self.evaluator.take_baseline(model, cases, partial(_spectrum, module))
-        self._log(trainer)
-        self.evaluator.begin_stream(model, cases, self.sampler.commits, self.max_cases)
+        with self.evaluator.clock.phase("baseline"):
+            if self.evaluator.baseline:
+                self.curve.append({"num_edits": 0, **self.evaluator.baseline})
+            else:
+                self.evaluator.take_baseline(model, cases, partial(_spectrum, module))
+            self._log(trainer)
+            self.evaluator.begin_stream(model, cases, self.sampler.commits, self.max_cases)
         if self._from_base:
             self.evaluator.begin_immediate(module.device)
 

@@ -79,18 +79,18 @@ class RunLog(L.Callback):
             self._say(f"{line}: {_figures(scores)}")
 
 
-def _steps(phase: Phase, unit: str = "", more: float = 0.0) -> str:
+def _steps(phase: Phase, unit: str = "steps", more: float = 0.0) -> str:
     """Return how far a phase is: `edit 40/100, 3.1 edits/s, 19 s left`.
 
     Args:
         phase: The phase.
-        unit: What its steps are.
+        unit: What its steps are, in the plural.
         more: Seconds to add to what is left of it.
     """
     words = [f"{phase.name} {phase.done:.0f}/{phase.total:.0f}" if phase.total else f"{phase.name} {phase.done:.0f}"]
     if phase.pace:
-        one = unit.removesuffix("s") or "step"
-        words.append(f"{1 / phase.pace:.1f} {unit}/s" if phase.pace < 1 else f"{phase.pace:.1f} s per {one}")
+        slow = f"{phase.pace:.1f} s per {unit.removesuffix('s')}"
+        words.append(f"{1 / phase.pace:.1f} {unit}/s" if phase.pace < 1 else slow)
     if phase.time_left is not None:
         words.append(f"{duration(phase.time_left + more)} left")
     return ", ".join(words)

@@ -219,10 +219,10 @@ def duration(seconds: float) -> str:
     """Return a duration in words.
 
     >>> [duration(seconds) for seconds in (0.04, 19.2, 400, 9000)]
-    ['0.0 s', '19 s', '7 min', '2.5 h']
+    ['0.0 s', '19 s', '6.7 min', '2.5 h']
     """
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 99.5:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"

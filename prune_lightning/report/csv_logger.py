@@ -15,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
+from prune_lightning.atomic_files import write_bytes
+
 Row = dict[str, str]
 
 
@@ -88,9 +90,7 @@ class StepTable:
         header = self._lines([dict(zip(self.columns, self.columns, strict=True))])
         before = header + self._lines(rows[:-1])
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".csv.partial")
-        partial.write_bytes(before + self._lines(rows[-1:]))
-        partial.replace(self.path)
+        write_bytes(self.path, before + self._lines(rows[-1:]))
         self._offset, self._last = len(before), rows[-1] if rows else None
 
     def _lines(self, rows: Iterable[Row]) -> bytes:
