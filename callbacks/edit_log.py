@@ -94,7 +94,7 @@ class EditLog(L.Callback):
         self.seconds += report.seconds
         lines = [
             {
-                "num_edits": first + i + 1,
+                "num_requests": first + i + 1,
                 "request": request.as_dict(),
                 "before": before.as_dict(i),
                 "after": after.as_dict(i),

@@ -18,7 +18,7 @@ from prune_lightning.distributed import broadcast
 from prune_lightning.errors import one_of
 from prune_lightning.json_files import nan_to_null
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.methods.edit_run import StepBackup
+from prune_lightning.methods.run_parts import StepBackup
 from prune_lightning.types import EditBatch, EditRequest, EditStep
 
 from ._editing import editing_module, last_report

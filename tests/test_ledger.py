@@ -471,9 +471,7 @@ def test_what_is_no_ledger_of_this_base_is_refused(tiny, tmp_path):
     path = tmp_path / "ledger" / "base.json"
     content = path.read_text()
     path.write_text(content.replace('"format": 2', '"format": 1'))
-    with pytest.raises(
-        UserError, match="has format 1 .* this version reads format 2: resume or export"
-    ):
+    with pytest.raises(UserError, match=r"has format 1 .* this version reads format 2: resume or export"):
         Ledger.open(tmp_path / "ledger")
     path.write_text(content[:-30])
     with pytest.raises(UserError, match=r"base\.json is damaged"):
@@ -523,7 +521,7 @@ def test_lightning_resumes_in_the_middle_of_the_stream(name, tmp_path):
     path = tmp_path / "step=2.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["state_dict"] == {}
-    assert checkpoint["edits"]["num_edits"] == 4
+    assert checkpoint["edits"]["num_requests"] == 4
     base = load_language_model("pkg://prune_lightning.bundled/model").model
     for tensor in tensors_in(checkpoint):
         assert not any(torch.equal(tensor.to(p), p) for p in base.parameters() if p.shape == tensor.shape)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from prune_lightning.distributed import broadcast
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import fingerprint
-from prune_lightning.methods.edit_run import AttachedRestraint, EditRun
+from prune_lightning.methods.edit_run import EditRun
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.methods.no_op_optimizer import NoOpOptimizer
+from prune_lightning.methods.run_parts import AttachedRestraint
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.phases import PhaseClock
 from prune_lightning.types import EditBatch, EditReport, EditRequest, EditStep, MatrixUpdate

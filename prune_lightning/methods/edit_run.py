@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prune_lightning.distributed import true_on_all_ranks
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.edited_matrix import EditedMatrix, MatrixEvent
+from prune_lightning.methods.run_parts import AttachedRestraint, MethodMemory, StepBackup
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.spectral import NonFiniteChange
 from prune_lightning.types import EditReport, EditRequest, EditStep, norm_of_all
@@ -30,56 +31,6 @@ class Phase(StrEnum):
     NEW = "new"
     EDITING = "editing"
     FINISHED = "finished"
-
-
-class MethodMemory(Protocol):
-    """What an editing method remembers of its edits; see :class:`~.base.EditingModule`."""
-
-    def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
-        """Return what must be remembered of requests that have been written."""
-        ...
-
-    def remember(self, observed: Mapping[str, Tensor]) -> None:
-        """Add what :meth:`observe` returned."""
-        ...
-
-    def memory(self) -> Mapping[str, Tensor]:
-        """Return everything that has been remembered."""
-        ...
-
-    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Replace what has been remembered."""
-        ...
-
-    def forget(self) -> None:
-        """Drop everything that has been remembered."""
-        ...
-
-
-class AttachedRestraint(Protocol):
-    """What a run needs of a restraint that holds its matrices."""
-
-    pending: bool
-
-    def restore_pending(self, pending: bool) -> None:
-        """Set whether something is pending, when a step is undone."""
-        ...
-
-    def evaluation_view(self) -> AbstractContextManager[None]:
-        """Show, inside the block, the model as it would be if the run ended now."""
-        ...
-
-    def finish(self) -> None:
-        """Restrain what is pending, for good."""
-        ...
-
-
-@dataclass(frozen=True)
-class StepBackup:
-    """What a step is going to change, to undo it: the matrices, and what was pending."""
-
-    matrices: Mapping[str, Mapping[str, Tensor]]
-    pending: Sequence[bool]
 
 
 class EditRun:
