@@ -175,7 +175,8 @@ class Restraint(L.Callback, ABC):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse strategies under which no whole matrix can be had, and a wrong order of callbacks."""
-        check_order(trainer)
+        if isinstance(pl_module, HasEditedMatrices):
+            check_order(trainer)
         served = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
         sharded_edits = isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(pl_module, HasEditedMatrices)
         # DeepSpeed keeps weights of its own, XLA's are elsewhere; both derive from DDP's strategy.

@@ -49,7 +49,7 @@ def test_on_an_editing_module(tiny, keep, then_prune):
     fit(module, edits(4), *([RECT(keep), PRUNE(BASE)] if then_prune else [RECT(keep)]))
     total, weight = torch.zeros_like(original), original
     for step in range(4):
-        module.num_requests = step
+        module.run.move_to(step, step)
         (update,) = module.compute_update([None])[0].values()
         total = total + update.dense() * by_definition(update.dense(), weight, keep)
         weight = original + (dense_prune(total, BASE, sigma_max(original)) if then_prune else total)

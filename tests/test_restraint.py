@@ -48,7 +48,7 @@ def expected_weight(module, original, steps, accumulate, schedule):
     reference = sigma_max(original)
     raw = change = torch.zeros_like(original)
     for step in range(steps):
-        module.num_requests = step
+        module.run.move_to(step, step)
         update = module.compute_update([None])[0][module.language_model.rewrite_name(1)].dense()
         raw, change = raw + update, change + update
         if schedule == "each" or step == steps - 1:
