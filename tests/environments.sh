@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The numeric and the ledger tests in every numeric environment that a processor of today can present: one line each.
+# PYTEST_ARGS chooses other tests; WHOLE=1 runs the whole suite in each.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+NUMERIC="tests/test_ledger.py tests/test_edit_run.py tests/test_guards.py tests/test_restraint.py tests/test_rect.py
+  tests/test_spectral.py tests/test_identities.py tests/test_values.py tests/test_packing.py tests/test_lora.py
+  tests/test_fine_tuning.py tests/test_reference_editors.py"
+if [ -n "${WHOLE:-}" ]; then NUMERIC=""; fi
+ENVIRONMENTS=(
+  "-u MKL_CBWR"
+  "MKL_CBWR=COMPATIBLE"
+  "MKL_CBWR=AVX2"
+  "MKL_CBWR=AVX512"
+  "ATEN_CPU_CAPABILITY=default"
+  "ATEN_CPU_CAPABILITY=avx2"
+  "ONEDNN_MAX_CPU_ISA=AVX2"
+  "OMP_NUM_THREADS=2 PRUNE_THREADS=2"
+  "OMP_NUM_THREADS=4 PRUNE_THREADS=4"
+)
+failed=0
+for environment in "${ENVIRONMENTS[@]}"; do
+  log=$(mktemp)
+  start=$SECONDS
+  # shellcheck disable=SC2086
+  env OMP_NUM_THREADS=1 $environment "$PYTHON" -m pytest -n 2 --dist worksteal -p no:warnings \
+    ${PYTEST_ARGS:-$NUMERIC} >"$log" 2>&1
+  status=$?
+  [ $status -eq 0 ] || { failed=1; grep -E "^(FAILED|ERROR|E  )" "$log" | head -20; }
+  printf '%-40s %s, %d s\n' "$environment" "$(tail -1 "$log" | sed -E 's/ in [0-9.]+s.*//')" $((SECONDS - start))
+  rm -f "$log"
+done
+exit $failed
