@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from prune_lightning.distributed import rank, true_on_all_ranks, world_size
+from prune_lightning.distributed import fail_together, rank, true_on_all_ranks, world_size
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import sampled_fingerprint
 from prune_lightning.models.batching import by_length
@@ -138,7 +138,8 @@ class SecondMoments:
             return {layer: SecondMoment(torch.eye(model.key_size(layer), device=model.device)) for layer in layers}
         manifest = self.manifest(model)
         for folder in (self.shipped, self.cache):
-            moments = StatisticsStore(folder, manifest).load(layers, model.device) if folder else None
+            with fail_together():
+                moments = StatisticsStore(folder, manifest).load(layers, model.device) if folder else None
             if true_on_all_ranks(moments is not None):
                 assert moments is not None
                 break
@@ -205,24 +206,39 @@ class SecondMoments:
         modules = [model.rewrite_module(layer) for layer in layers]
         texts = itertools.islice(iter(self.corpus.texts()), running.texts, None)
         phase.expect(len(self.corpus), done=running.texts)
-        while window := list(itertools.islice(texts, min(2048, self.save_every))):
-            pieces = self._pieces(model, window, running.tokens)
-            tokens = sum(map(len, pieces))
-            phase.expect(self._texts_in_all(running.texts + len(window), running.tokens + tokens))
-            for number, batch in enumerate(self.batches(pieces)):
-                running.count(sum(map(len, batch)))
-                if number % world_size() == rank():
-                    ids, mask = model.tokens.pad(batch, model.device)
-                    with capture(inputs=modules) as seen:
-                        model(ids, mask)
-                    running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
-                # The batches of a window come in order of length: their share of it is that of their tokens.
-                phase.advance(len(window) * sum(map(len, batch)) / tokens)
+        while True:
+            with fail_together():  # saving communicates
+                window = list(itertools.islice(texts, min(2048, self.save_every)))
+                self._add(model, modules, window, running, phase)
+            if not window:
+                break
             running.texts += len(window)
             if store and running.texts % self.save_every < len(window):
                 store.save_partial(layers, running)
             if self.max_tokens is not None and running.tokens >= self.max_tokens:
                 break
+
+    def _add(
+        self,
+        model: LanguageModel,
+        modules: list[nn.Module],
+        window: Sequence[str],
+        running: RunningMoments,
+        phase: Phase,
+    ) -> None:
+        """Add this process's share of some texts."""
+        pieces = self._pieces(model, window, running.tokens)
+        tokens = sum(map(len, pieces))
+        phase.expect(self._texts_in_all(running.texts + len(window), running.tokens + tokens))
+        for number, batch in enumerate(self.batches(pieces)):
+            running.count(sum(map(len, batch)))
+            if number % world_size() == rank():
+                ids, mask = model.tokens.pad(batch, model.device)
+                with capture(inputs=modules) as seen:
+                    model(ids, mask)
+                running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
+            # The batches of a window come in order of length: their share of it is that of their tokens.
+            phase.advance(len(window) * sum(map(len, batch)) / tokens)
 
     def _texts_in_all(self, texts: int, tokens: int) -> float:
         """Return how many texts will be read, if those to come are as long as those so far."""
