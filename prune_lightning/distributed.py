@@ -25,6 +25,7 @@ from torch import Tensor
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_SMALL = 2**16  # bytes
 _SHARED = "_raised_on_all_ranks"
 
 
@@ -113,11 +114,15 @@ def on_rank_zero(work: Callable[[], Result]) -> Result:
         return work()
     box: list[Any] = [None]
 
-    def first() -> None:  # the exchange is about errors alone: a gather would send every rank as much as the result
+    def first() -> bytes | None:
         if rank() == 0:
             box[0] = pickle.dumps(work())
+            return box[0] if len(box[0]) <= _SMALL else None
+        return None
 
-    _exchange(first)
+    # A gather sends as much from every rank as from the first: large results take a second way.
+    if (small := _exchange(first)[0]) is not None:
+        return pickle.loads(small)
     dist.broadcast_object_list(box, src=0)
     return pickle.loads(box[0])
 

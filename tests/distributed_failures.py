@@ -49,7 +49,7 @@ class Editor(EditingModule):
         self.fault = fault
 
     def compute_update(self, requests):
-        faulty = self.num_steps == 1 and dist.get_rank() == FAILING
+        faulty = self.run.num_steps == 1 and dist.get_rank() == FAILING
         if faulty and self.fault == "error":
             raise UserError("this rank alone has no memory left")
         updates = {}
@@ -80,8 +80,7 @@ def on_failing(error):
 
 
 def fit(fault, non_finite):
-    module = Editor(fault)
-    module.non_finite = non_finite
+    module = Editor(fault, non_finite=non_finite)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
@@ -95,7 +94,7 @@ def fit(fault, non_finite):
     )
     trainer.fit(module, datamodule=BundledWorld(num_edits=3))
     (matrix,) = module.edited_matrices().values()
-    return module.num_edits, float(matrix.delta().max()), module.last_report.applied
+    return module.num_requests, float(matrix.delta().max()), module.run.last_report.applied
 
 
 def nested():
@@ -142,6 +141,7 @@ if __name__ == "__main__":
     result["all"] = [true_on_all_ranks(True), true_on_all_ranks(rank == 0)]
     result["map"] = map_over_ranks([1, 2, 3], lambda part: [(2 * item, dist.get_rank()) for item in part])
     result["zero"] = on_rank_zero(lambda: torch.full((2,), float(dist.get_rank())))
+    result["large"] = on_rank_zero(lambda: torch.full((100_000,), 1.0 + dist.get_rank())).sum()
     total = torch.tensor([1.0 + rank])
     all_reduce([total])
     result["sum"] = total

@@ -78,6 +78,7 @@ def test_what_one_rank_meets_ends_all_of_them(tmp_path):
         assert result["all"] == [True, False]
         assert result["map"] == [(2, 0), (4, 1), (6, 0)]
         assert result["zero"].tolist() == [0.0, 0.0]
+        assert float(result["large"]) == 100_000
         assert result["sum"].tolist() == [3.0]
         assert result["map fails"][:2] == ("UserError: rank 1: no such fact", True)
         assert result["zero fails"][:2] == ("UserError: rank 0: the disk is full", True)

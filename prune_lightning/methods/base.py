@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from prune_lightning.devices import move_attributes
 from prune_lightning.distributed import broadcast, fail_together, true_on_all_ranks
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import fingerprint
@@ -122,6 +123,12 @@ class EditingModule(L.LightningModule, ABC):
         """
         model = self.language_model
         return {model.rewrite_name(layer): model.rewrite_module(layer) for layer in self.layers}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditingModule:
+        """Bring along, as the module moves, what the run and the method keep."""
+        super()._apply(fn, recurse)
+        move_attributes(self, self.language_model.device)
+        return self
 
     def edited_matrices(self) -> Mapping[str, EditedMatrix]:
         """Return the matrices under edit, by the name of their weight."""

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from prune_lightning.devices import to_device
 from prune_lightning.distributed import fail_together, rank, true_on_all_ranks, world_size
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import sampled_fingerprint
@@ -61,6 +62,11 @@ class SecondMoment:
                 "eigenvalues vanish); solving by eigenvalues. More statistics tokens, or a `ridge`, would help"
             )
             self._eigen = values.clamp_min(floor), vectors
+
+    def to(self, device: torch.device) -> SecondMoment:
+        """Move to a device, in place."""
+        self.matrix, self._cholesky, self._eigen = to_device((self.matrix, self._cholesky, self._eigen), device)
+        return self
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Return eigenvalues, ascending, and eigenvectors; computed anew at each call."""
