@@ -39,24 +39,35 @@ class Corpus(Protocol):
 
 
 class SecondMoment:
-    """One layer's second moment, symmetric ``(in_features, in_features)``, fp64, ready for solving.
+    r"""One layer's second moment, symmetric ``(in_features, in_features)``, fp64, ready for solving.
+
+    Entries that were summed or stored with relative precision :math:`\epsilon` carry errors
+    :math:`|E_{ij}| \le \epsilon \sqrt{C_{ii} C_{jj}}`, so that :math:`\|E\|_2 \le \epsilon \operatorname{tr} C`.
+    Eigenvalues up to that bound tell nothing of the keys. A moment of fewer tokens than ``in_features`` has many of
+    them. They are set to the bound, and the solution then lies in their directions, as with exact sums.
 
     Args:
         matrix: :math:`C`.
+        precision: What the sums were computed and stored in.
 
     Raises:
         UserError: The matrix is not finite or zero.
     """
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self, matrix: Tensor, precision: torch.dtype = torch.float64) -> None:
         if not torch.isfinite(matrix).all() or not matrix.diagonal().sum() > 0:
             raise UserError("the second moment of the keys is not finite; check the model and the statistics corpus")
         self.matrix = matrix.double()
         self._cholesky, failed = torch.linalg.cholesky_ex(self.matrix)
         self._eigen: tuple[Tensor, Tensor] | None = None
-        if failed.item():
+        eps, diagonal = torch.finfo(precision).eps, self.matrix.diagonal()
+        # The factorisation gets through if rounding makes no eigenvalue negative. Then a squared pivot shows it: what
+        # the keys before leave unexplained of a coordinate.
+        rounding = (self._cholesky.diagonal().square() <= 8 * eps * diagonal).any()
+        if failed.item() or rounding.item():
             values, vectors = torch.linalg.eigh(self.matrix)
-            floor = values.max() * torch.finfo(torch.float64).eps * len(values)
+            of_solver = values.max() * torch.finfo(torch.float64).eps * len(values)
+            floor = torch.maximum(eps * diagonal.sum(), of_solver)
             rank_zero_warn(
                 f"the second moment is not positive definite ({int((values <= floor).sum())} of {len(values)} "
                 "eigenvalues vanish); solving by eigenvalues. More statistics tokens, or a `ridge`, would help"
@@ -152,7 +163,12 @@ class SecondMoments:
         else:
             store = StatisticsStore(self.cache, manifest) if self.cache else None
             moments = self.take(model, layers, store, clock)
-        return {layer: SecondMoment(self._damped(moment)) for layer, moment in moments.items()}
+        precision = torch.float64 if self._is_exact(model) else torch.float32
+        return {layer: SecondMoment(self._damped(moment), precision) for layer, moment in moments.items()}
+
+    def _is_exact(self, model: LanguageModel) -> bool:
+        """Whether the moments are summed in fp64 and never stored, which rounds them to fp32."""
+        return self.cache is None and self.shipped is None and next(model.parameters()).dtype == torch.float64
 
     def manifest(self, model: LanguageModel) -> dict[str, Any]:
         """Return what the statistics depend on."""
