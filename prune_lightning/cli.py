@@ -19,8 +19,10 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from prune_lightning.distributed import raised_on_all_ranks
 from prune_lightning.errors import UserError, near
 from prune_lightning.tasks.resuming import full_arguments
+from prune_lightning.tasks.setup import first_process
 
 
 def config_folder() -> str:
@@ -38,6 +40,8 @@ def _run(config: DictConfig) -> None:
         reason = _user_error(error)
         if reason is None:
             raise
+        if any(map(raised_on_all_ranks, _chain(error))) and not first_process():
+            sys.exit(2)
         Path(HydraConfig.get().runtime.output_dir, "error.txt").write_text(reason + "\n", "utf-8")
         _give_up(reason)
 

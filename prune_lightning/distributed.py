@@ -1,15 +1,40 @@
-"""Share independent work out over the processes of a distributed run, and give everybody all results."""
+"""Exchange values between the processes of a distributed run; an error on one rank is raised on all of them.
+
+In every exchange each rank sends a value, or the error that it met instead. If any rank sends an error, every rank
+raises it: the same type with the same message, which names the rank unless all ranks met the same error. So no rank
+waits for one that has failed.
+
+An exchange must be reached by all ranks. Work between two exchanges that may fail on one rank alone belongs into
+:func:`map_over_ranks`, :func:`on_rank_zero` or :func:`fail_together`. The error then takes the place of the failing
+rank's next exchange, wherever the other ranks stand. Outside of a distributed run nothing is exchanged and errors pass
+unchanged.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import pickle
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_SMALL = 2**16  # bytes
+_SHARED = "_raised_on_all_ranks"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a rank sends in place of a value: the error to raise, and the traceback of the original."""
+
+    error: Exception
+    trace: str
 
 
 def world_size() -> int:
@@ -22,8 +47,31 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def gather(value: Item) -> list[Item]:
+    """Return the value of every process, in the order of their ranks.
+
+    Args:
+        value: Can be pickled; tensors are on the CPU.
+    """
+    return _exchange(lambda: value)
+
+
+def broadcast(value: Item) -> Item:
+    """Return the first process's value.
+
+    Args:
+        value: Can be pickled; tensors are on the CPU. What other processes give is ignored.
+    """
+    return on_rank_zero(lambda: value)
+
+
 def all_reduce(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over the processes."""
+    """Replace each tensor by its sum over the processes.
+
+    Args:
+        tensors: On the device that the processes communicate by; as many on every process, of the same shapes.
+    """
+    gather(None)
     if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -31,20 +79,7 @@ def all_reduce(tensors: Sequence[Tensor]) -> None:
 
 def true_on_all_ranks(answer: bool) -> bool:
     """Whether the answer is yes on every process."""
-    if world_size() == 1:
-        return answer
-    answers: list[bool] = [False] * world_size()
-    dist.all_gather_object(answers, answer)
-    return all(answers)
-
-
-def broadcast(value: Item) -> Item:
-    """Return the first process's value."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return all(gather(answer))
 
 
 def map_over_ranks(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Result]]) -> list[Result]:
@@ -54,11 +89,107 @@ def map_over_ranks(items: Sequence[Item], work: Callable[[Sequence[Item]], list[
         items: The same on every process.
         work: Takes some of the items and returns one result for each, on the CPU, in their order; it does not
             communicate.
+
+    Raises:
+        Exception: What ``work`` raised on the first of the ranks where it failed, on every rank.
     """
     size = world_size()
     if size == 1:
         return work(items)
     mine = items[rank() :: size]
-    gathered: list[list[Result]] = [[] for _ in range(size)]
-    dist.all_gather_object(gathered, work(mine) if mine else [])
+    gathered = _exchange(lambda: work(mine) if mine else [])
     return [gathered[i % size][i // size] for i in range(len(items))]
+
+
+def on_rank_zero(work: Callable[[], Result]) -> Result:
+    """Run ``work`` on the first process alone and return its result on all of them.
+
+    Args:
+        work: Returns what can be pickled, tensors on the CPU; it does not communicate.
+
+    Raises:
+        Exception: What ``work`` raised, on every rank.
+    """
+    if world_size() == 1:
+        return work()
+    box: list[Any] = [None]
+
+    def first() -> bytes | None:
+        if rank() == 0:
+            box[0] = pickle.dumps(work())
+            return box[0] if len(box[0]) <= _SMALL else None
+        return None
+
+    # A gather sends as much from every rank as from the first: large results take a second way.
+    if (small := _exchange(first)[0]) is not None:
+        return pickle.loads(small)
+    dist.broadcast_object_list(box, src=0)
+    return pickle.loads(box[0])
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Raise an error of the block on every rank.
+
+    All ranks enter the block and exchange at its end whether it failed. Exchanges inside the block are fine.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+
+    def outcome() -> None:
+        if failure is not None:
+            raise failure
+
+    _exchange(outcome)
+
+
+def raised_on_all_ranks(error: BaseException) -> bool:
+    """Whether an error has been exchanged, so that every rank raises the same one."""
+    return getattr(error, _SHARED, False)
+
+
+def _exchange(work: Callable[[], Result]) -> list[Result]:
+    """Run ``work`` on every process and return all results; raise the error of the first rank that met one."""
+    if world_size() == 1:
+        return [work()]
+    original: Exception | None = None
+    try:
+        mine = pickle.dumps(work())
+    except Exception as error:
+        if raised_on_all_ranks(error):  # the other ranks raise it too; they will not wait for this one
+            raise
+        original, mine = error, pickle.dumps(_Failure(_portable(error), "".join(traceback.format_exception(error))))
+    received: list[bytes] = [b""] * world_size()
+    dist.all_gather_object(received, mine)
+    outcomes: list[Any] = [pickle.loads(each) for each in received]
+    failures = {number: outcome for number, outcome in enumerate(outcomes) if isinstance(outcome, _Failure)}
+    if failures:
+        _raise(failures, original)
+    return outcomes
+
+
+def _raise(failures: Mapping[int, _Failure], original: Exception | None) -> NoReturn:
+    """Raise the error of the first rank, named after it unless all ranks met the same."""
+    first, failure = next(iter(failures.items()))
+    kinds = {(type(each.error), str(each.error)) for each in failures.values()}
+    same = original is not None and len(failures) == world_size() and len(kinds) == 1
+    error = original if same and original else _portable(failure.error, f"rank {first}: ")
+    setattr(error, _SHARED, True)
+    if error is original:
+        raise error
+    if first != rank():
+        error.add_note(failure.trace)
+    raise error from original
+
+
+def _portable(error: Exception, prefix: str = "") -> Exception:
+    """Return an error that can be sent: of the same type where that can be made from a message."""
+    try:
+        made = type(error)(f"{prefix}{error}")
+        pickle.loads(pickle.dumps(made))
+    except Exception:
+        return RuntimeError(f"{prefix}{type(error).__name__}: {error}")
+    return made

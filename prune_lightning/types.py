@@ -147,6 +147,10 @@ class LowRankUpdate:
         """``(out_features, in_features)``."""
         return self.left.shape[0], self.right.shape[0]
 
+    def to(self, device: torch.device) -> LowRankUpdate:
+        """Return the update on a device."""
+        return LowRankUpdate(self.left.to(device), self.right.to(device))
+
     def dense(self) -> Tensor:
         """Return the update as a matrix ``(out_features, in_features)``."""
         return self.left @ self.right.T
@@ -179,6 +183,10 @@ class DenseUpdate:
     def shape(self) -> tuple[int, int]:
         """``(out_features, in_features)``."""
         return self.matrix.shape[0], self.matrix.shape[1]
+
+    def to(self, device: torch.device) -> DenseUpdate:
+        """Return the update on a device."""
+        return DenseUpdate(self.matrix.to(device))
 
     def dense(self) -> Tensor:
         """Return the update as a matrix ``(out_features, in_features)``."""

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from prune_lightning.errors import UserError
-from prune_lightning.evaluation.harness import on_first_process
+from prune_lightning.distributed import on_rank_zero
 from prune_lightning.metrics import SentencePerplexity
 
 NLL = torch.tensor([3.0, 8.0, 1.0, float("nan"), 2.0])
@@ -29,10 +28,10 @@ if __name__ == "__main__":
         metric = SentencePerplexity(reference=2.0)
         metric.update(NLL[:end][rank::2], COUNT[:end][rank::2])
         result[name] = metric.compute()
-    result["said"] = on_first_process(lambda: {"rank": dist.get_rank()})
+    result["said"] = on_rank_zero(lambda: {"rank": dist.get_rank()})
     try:
-        on_first_process(fail)
-    except (RuntimeError, UserError) as error:
+        on_rank_zero(fail)
+    except RuntimeError as error:
         result["error"] = f"{type(error).__name__}: {error}"
     gathered = [None, None]
     dist.all_gather_object(gathered, result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -20,7 +21,8 @@ from prune_lightning.models.loading import load_language_model
 def in_two_processes(script, folder, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     arguments = [str(ROOT / "tests" / script), str(folder), *arguments]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}  # the script's own folder would come first, and not this checkout
+    done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "weights.pt")
 
@@ -66,3 +68,29 @@ def test_two_processes_give_the_weights_of_one(strategy, accumulate, tmp_path):
         change = float((weight - getattr(start, name).weight.detach()).norm())
         for run in ("straight", "resumed"):
             assert float((both[run][name] - weight).norm()) < 1e-5 * change, run
+
+
+def test_what_one_rank_meets_ends_all_of_them(tmp_path):
+    both = in_two_processes("distributed_failures.py", tmp_path)
+    for result in both:
+        assert result["gather"] == [0, 10]
+        assert result["broadcast"] == "from 0"
+        assert result["all"] == [True, False]
+        assert result["map"] == [(2, 0), (4, 1), (6, 0)]
+        assert result["zero"].tolist() == [0.0, 0.0]
+        assert float(result["large"]) == 100_000
+        assert result["sum"].tolist() == [3.0]
+        assert result["map fails"][:2] == ("UserError: rank 1: no such fact", True)
+        assert result["zero fails"][:2] == ("UserError: rank 0: the disk is full", True)
+        assert result["awkward"][:2] == ("RuntimeError: rank 1: Awkward: odd (7)", True)
+        assert result["unpicklable"] == (True,)
+        assert result["nested"][:2] == ("ZeroDivisionError: rank 1: before the exchange", True)
+        assert result["statistics"][:2] == ("OSError: rank 1: the disk of this rank is gone", True)
+        assert result["save"][0].startswith("NotADirectoryError: rank 0: ")
+        assert result["still in step"] == [0, 1]
+        assert result["fit nan skip"] == (3, pytest.approx(2e-3), True)
+        assert result["fit nan raise"][0].startswith("NonFiniteChange: the update of case ")  # all ranks raise it
+        assert result["fit error skip"][:2] == ("UserError: rank 1: this rank alone has no memory left", True)
+        assert result["seconds"] < 60
+    assert both[0]["fit nan raise"] == both[1]["fit nan raise"]
+    assert "on_failing" in both[0]["map fails"][2]  # the other rank's traceback

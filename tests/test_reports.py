@@ -6,7 +6,9 @@ import json
 import math
 
 import pytest
+import yaml
 
+from prune_lightning.errors import UserError
 from prune_lightning.report import compare
 from prune_lightning.report.curves import plot_abilities, plot_editing, plot_immediate, plot_retention
 from prune_lightning.report.page import write_page
@@ -42,6 +44,98 @@ def test_comparison_chooses_scores_that_all_runs_have(tmp_path, capsys):
     assert "`ability/lm_eval/retention`" in table
     assert table.strip() in capsys.readouterr().out
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in compare.FIGURES)
+
+
+def configured(folder, number, choices, seed=0, kept=0.5, **changes):
+    """A run folder with a configuration; `changes` are settings by dotted name."""
+    path = run(folder, choices["method"], choices["restraint"], number, {compare.KEPT: [1.0, 0.9, kept]})
+    config = {
+        "seed": seed,
+        "progress": True,
+        "method": {"layers": [0], "contexts": {"seed": "${seed}"}, "second_moments": "${model.second_moments}"},
+        "model": {"path": "bundled", "second_moments": {"cache": None, "ridge": 1e-3}},
+        "data": {"num_edits": 20, "seed": "${seed}"},
+        "restraint": {"base": 1.2} if choices["restraint"] != "none" else None,
+        "trainer": {"devices": 1},
+    }
+    for name, value in changes.items():
+        *outer, last = name.split("__")
+        part = config
+        for key in outer:
+            part = part[key]
+        part[last] = value
+    (path / ".hydra").mkdir()
+    (path / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps({**summary, **choices, "seed": seed}))
+    return path
+
+
+def labelled(folders):
+    """The groups that a comparison makes: label of method and restraint, and the seeds."""
+    return {
+        (group.method, group.restraint): sorted(run["seed"] for run in group.runs)
+        for group in compare.read_groups(folders)
+    }
+
+
+def test_only_runs_that_differ_in_the_seed_are_averaged(tmp_path):
+    rome, prune = {"method": "rome", "restraint": "none"}, {"method": "rome", "restraint": "prune"}
+    first = configured(tmp_path, 1, rome, seed=0)
+    elsewhere = {"progress": False, "trainer__devices": 2, "model__second_moments__cache": "/tmp/c"}
+    same = [
+        first,
+        configured(tmp_path, 2, rome, seed=1, **elsewhere),
+        configured(tmp_path, 3, prune, seed=0),
+        configured(tmp_path, 4, prune, seed=1),
+    ]
+    assert labelled(same) == {("rome", "none"): [0, 1], ("rome", "prune"): [0, 1]}
+
+    base = configured(tmp_path, 5, prune, seed=2, restraint__base=10)
+    assert labelled([*same, base]) == {
+        ("rome", "none"): [0, 1],
+        ("rome", "prune (base=1.2)"): [0, 1],
+        ("rome", "prune (base=10)"): [2],
+    }
+    layers = configured(tmp_path, 6, rome, seed=0, method__layers=[1])
+    ridge = configured(tmp_path, 7, rome, seed=0, model__second_moments__ridge=0.1, method__layers=[1])
+    assert labelled([first, layers, ridge]) == {
+        ("rome (layers=[0], model.second_moments.ridge=0.001)", "none"): [0],
+        ("rome (layers=[1], model.second_moments.ridge=0.001)", "none"): [0],
+        ("rome (layers=[1], model.second_moments.ridge=0.1)", "none"): [0],
+    }
+    with pytest.raises(UserError, match=r"rome-none-1.*rome-none-8.*same configuration and the same seed \(0\)"):
+        compare.read_groups([first, configured(tmp_path, 8, rome, seed=0, progress=False)])
+
+
+def test_two_models_share_no_band(tmp_path):
+    """One name stands for what differs between models, and is given wherever runs of several models are compared."""
+    small = {"method": "rome", "restraint": "prune", "model": "small", "data": "bundled"}
+    large = {**small, "model": "large"}
+    memit = {**large, "method": "memit"}
+    folders = [
+        configured(tmp_path, 1, small, kept=0.2),
+        configured(tmp_path, 2, large, kept=0.8, model__path="large", method__layers=[17]),
+        configured(tmp_path, 3, memit, model__path="large"),
+    ]
+    assert list(labelled(folders)) == [
+        ("rome (model=small)", "prune"),
+        ("rome (model=large)", "prune"),
+        ("memit (model=large)", "prune"),
+    ]
+    assert compare.main([*map(str, folders), "--out", str(tmp_path), "--figures", "compare", "collapse"]) == 0
+    table = (tmp_path / "compare.md").read_text()
+    assert "| rome (model=small) | prune | – | – | – | 0.200 |" in table
+    assert "| rome (model=large) | prune | – | – | – | 0.800 |" in table
+
+
+def test_runs_without_a_configuration_are_grouped_by_their_summaries(tmp_path, capsys):
+    with_base = [run(tmp_path, "rome", "prune", seed, {compare.KEPT: [1.0, 0.9, 0.4]}) for seed in (0, 1)]
+    for path, base in zip(with_base, (1.2, 10), strict=True):
+        summary = json.loads((path / "summary.json").read_text())
+        (path / "summary.json").write_text(json.dumps({**summary, "restraint_options": {"base": base}}))
+    assert labelled(with_base) == {("rome", "prune (base=1.2)"): [0], ("rome", "prune (base=10)"): [1]}
+    assert "no .hydra/config.yaml" in capsys.readouterr().err
 
 
 def test_collapse_needs_two_checkpoints_and_is_censored_otherwise(tmp_path):

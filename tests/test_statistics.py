@@ -13,7 +13,7 @@ from prune_lightning.bundled.corpus import BundledCorpus
 from prune_lightning.errors import UserError
 from prune_lightning.models.hooks import capture
 from prune_lightning.models.loading import load_language_model
-from prune_lightning.models.statistics import SecondMoments
+from prune_lightning.models.statistics import SecondMoment, SecondMoments
 
 SHARES = {"facts": 0.5, "text": 0.5}
 
@@ -154,3 +154,59 @@ def test_the_job_takes_them_alone(tmp_path):
     done = train("experiment=statistics", "progress=false", f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode == 2
     assert "cache=FOLDER" in done.stderr
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_of_fewer_tokens_than_keys_are_wide(dtype, stored, tmp_path):
+    """Rounding of the sums to fp32 neither hides the deficient rank nor turns the solution."""
+    tokens, model = 40, load_language_model(BUNDLED, dtype)
+    corpus = BundledCorpus(60, SHARES)
+    moments = SecondMoments(corpus, max_tokens=tokens, cache=tmp_path if stored else None)
+    texts, ids = corpus.texts(), []
+    while sum(map(len, ids)) < tokens:
+        ids.append(model.tokens.encode(next(texts))[: tokens - sum(map(len, ids))])
+    with torch.no_grad(), capture(inputs=[model.rewrite_module(0)]) as seen:
+        padded, mask = model.tokens.pad(ids, model.device)
+        model(padded, mask)
+    keys = seen.inputs[0][mask.bool()].double()
+    assert len(keys) == tokens
+    size = keys.shape[1]
+    rank = int(torch.linalg.matrix_rank(keys))  # a token may come twice
+    assert rank <= tokens
+    with pytest.warns(UserWarning, match=f"{size - rank} of {size} eigenvalues vanish"):
+        found = moments.compute(model, [0])[0]
+
+    # Where C vanishes its inverse has no bound: what solves it lies there, exactly so in the limit.
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.randn(size, 5, generator=generator, dtype=torch.float64).abs()
+    _, values, inside = torch.linalg.svd(keys, full_matrices=False)
+    inside = inside[values > values[0] * size * torch.finfo(torch.float64).eps]
+    outside = wanted - inside.T @ (inside @ wanted)
+    cosine = torch.nn.functional.cosine_similarity(found.solve(wanted), outside, dim=0)
+    with pytest.warns(UserWarning, match=f"{size - rank} of {size}"):
+        exact = SecondMoment(keys.T @ keys / tokens).solve(wanted)
+    # The floor, 1e-7 of the trace, over the smallest eigenvalue above it, 5e-4 of the trace, turns it by 1e-3 at most.
+    assert float(cosine.min()) > 1 - 1e-6
+    assert float(torch.nn.functional.cosine_similarity(found.solve(wanted), exact, dim=0).min()) > 1 - 1e-6
+
+
+def test_a_full_moment_is_solved_by_its_factor(bundled_shared, recwarn):
+    """The precision of the sums decides about rank alone: what has full rank keeps its bits."""
+    moment = SecondMoments(BundledCorpus(400, SHARES), max_tokens=4000).take(bundled_shared, [0])[0]
+    keys = torch.randn(moment.shape[0], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = SecondMoment(moment, torch.float32).solve(keys)
+    torch.testing.assert_close(found, SecondMoment(moment).solve(keys), rtol=0, atol=0)
+    assert not [warning for warning in recwarn if "eigenvalues" in str(warning.message)]
+
+
+def test_rounding_that_leaves_a_positive_definite_matrix_is_seen():
+    """One direction is missing; fp32 rounding has put a positive eigenvalue in its place."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(30, 8, dtype=torch.float64, generator=generator)
+    keys[:, 7] = keys[:, :7].mean(1)
+    exact = keys.T @ keys / 30
+    noisy = exact + 2e-8 * exact.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    assert not torch.linalg.cholesky_ex(noisy).info
+    with pytest.warns(UserWarning, match="1 of 8 eigenvalues vanish"):
+        SecondMoment(noisy, torch.float32)

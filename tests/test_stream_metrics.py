@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -335,7 +336,8 @@ def test_scores_just_before_and_after_are_not_taken_twice(tiny, tmp_path, monkey
 def test_two_processes_with_an_odd_number_of_entries_give_the_figures_of_one(tmp_path):
     script = [str(ROOT / "tests" / "stream_entries.py"), str(tmp_path / "figures.json")]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *script]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     both = json.loads((tmp_path / "figures.json").read_text())
     alone = {name: float(value) for name, value in filled(ENTRIES).compute().items()}

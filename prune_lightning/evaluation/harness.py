@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import logging
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
-from tqdm.std import tqdm  # type: ignore[import-untyped]
 
+from prune_lightning.distributed import on_rank_zero
 from prune_lightning.errors import UserError, near
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.models.language_model import LanguageModel
@@ -98,7 +100,7 @@ class HarnessTasks(Measurement):
         return {"lm_eval": partial(self._measure, model)}
 
     def _measure(self, model: LanguageModel) -> Measured:
-        results = on_first_process(partial(self._evaluate, model))
+        results = on_rank_zero(partial(self._evaluate, model))
         scores = {f"{task}/{metric}": score for task in results["results"] for metric, score in metrics(results, task)}
         for task in results["counted"]:
             better = [metric for metric, _ in metrics(results, task) if _is_better_higher(results, task, metric)]
@@ -193,26 +195,6 @@ def _rows(results: Results, scores: Mapping[str, float]) -> list[dict[str, Any]]
     return list(rows.values())
 
 
-def on_first_process(evaluate: Callable[[], Results]) -> Results:
-    """Run ``evaluate`` on the first process and return its outcome on all of them; an error is raised on all."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return evaluate()
-    outcome: list[Any] = [None, None]
-    failure: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = evaluate()
-        except Exception as error:
-            failure = error
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if failure:
-        raise failure
-    if outcome[1] is not None:
-        raise UserError(f"the first process could not evaluate: {outcome[1]}")
-    return dict(outcome[0])
-
-
 @contextmanager
 def untouched_ties(model: Any) -> Iterator[None]:
     """Keep lm-eval from tying weights again that an editor has untied."""
@@ -225,17 +207,33 @@ def untouched_ties(model: Any) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep progress bars, log records and warnings of lm-eval and what it uses off the terminal."""
-    show, level = tqdm.__init__, logging.root.manager.disable
+    """Keep progress bars, log records and warnings of lm-eval and what it uses off the terminal.
 
-    def hidden(bar: Any, *args: Any, **kwargs: Any) -> None:
-        show(bar, *args, **{**kwargs, "disable": True})
-
-    tqdm.__init__ = hidden
-    logging.disable(logging.WARNING)
+    lm-eval has no option for the bars that it shows while it builds requests. What this thread writes to standard error
+    is dropped instead; other threads, and progress bars elsewhere, are not touched.
+    """
+    loggers = [
+        logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "huggingface_hub", "transformers")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with redirect_stderr(_Muted(sys.stderr)), warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logging.disable(level)
-        tqdm.__init__ = show
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class _Muted(io.TextIOBase):
+    """A stream that drops what the thread writes that made it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self.thread else self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()

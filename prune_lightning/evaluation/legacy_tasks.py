@@ -153,7 +153,7 @@ class Summary(LegacyTask):
 
     def judge(self, text: str, item: LegacyItem) -> Parts:
         """Compare with the reference summary."""
-        metric = MeanRouge(normalizer=str, tokenizer=str.split)
+        metric = MeanRouge(normalizer=str, tokenizer=str.split, sync_on_compute=False)
         metric.update([text], [item.gold[0]])
         return {"": float(metric.compute()), "bleu": float(bleu_score([text], [[item.gold[0]]], n_gram=4))}
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torchmetrics import Metric
 
+from prune_lightning.distributed import fail_together
 from prune_lightning.errors import UserError
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditRequest
@@ -97,5 +98,6 @@ class EditingMeasurement(Measurement):
 
     def _measure(self, model: LanguageModel, cases: Cases) -> Measured:
         metric = self.metric().to(model.device)
-        rows = self.update(metric, model, cases)
+        with fail_together():  # computing communicates
+            rows = self.update(metric, model, cases)
         return Measured({name: float(value) for name, value in metric.compute().items()}, rows)

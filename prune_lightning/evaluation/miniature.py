@@ -19,7 +19,7 @@ class MiniatureAbilities(Measurement):
 
     Reasoning, inference and questions are exact match of the whole answer, the full stop included: that all of the
     answer's tokens are first choices is what greedy decoding to a natural stop would find. Summarisation decodes
-    greedily and takes the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L.
+    greedily and takes the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L. Every process scores all items.
 
     Args:
         max_items: Use only the first items of each task; ``None`` for all.
@@ -47,13 +47,13 @@ class MiniatureAbilities(Measurement):
         return Measured({name: score}, [{"case": i, "task": name, **row} for i, row in enumerate(rows)])
 
     def _exact_match(self, model: LanguageModel, name: str) -> tuple[float, list[dict[str, Any]]]:
-        metric = ExactMatch().to(model.device)
+        metric = ExactMatch(sync_on_compute=False).to(model.device)
         hit = score_pairs(model, [(item.prompt, item.answer) for item in self.items[name]]).hit
         metric.update(hit)
         return float(metric.compute()), [{name: value} for value in hit.double().tolist()]
 
     def _rouge(self, model: LanguageModel, name: str) -> tuple[float, list[dict[str, Any]]]:
-        metric, items = MeanRouge().to(model.device), self.items[name]
+        metric, items = MeanRouge(sync_on_compute=False).to(model.device), self.items[name]
         longest = max(len(model.tokens.encode_pair(item.prompt, item.answer).target) for item in items)
         texts = greedy_continuations(model, [item.prompt for item in items], max_new_tokens=longest + 4, stop=".")
         metric.update(texts, [item.answer for item in items])
@@ -61,6 +61,6 @@ class MiniatureAbilities(Measurement):
         return float(metric.compute()), [{name: value, "generated": text} for value, text in rows]
 
     def _perplexity(self, model: LanguageModel) -> float:
-        metric = CorpusPerplexity().to(model.device)
+        metric = CorpusPerplexity(sync_on_compute=False).to(model.device)
         metric.update(*token_nll(model, self.texts))
         return float(metric.compute())

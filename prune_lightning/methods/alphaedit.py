@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prune_lightning.errors import UserError
-from prune_lightning.methods.layerwise import LayerwiseEdit
-from prune_lightning.methods.least_squares import RecursiveInverse, regression_update
-from prune_lightning.types import EditRequest, LowRankUpdate
+from prune_lightning.methods.least_squares import regression_update
+from prune_lightning.methods.protected_keys import KeyProtectingEdit
+from prune_lightning.types import LowRankUpdate
 
 
-class AlphaEdit(LayerwiseEdit):
+class AlphaEdit(KeyProtectingEdit):
     r"""Write only into the null space of the preserved knowledge, and protect the edits before:
 
     .. math:: \Delta = R K^\top P\,(K K^\top P + A P + \rho I)^{-1}, \qquad A = \sum \tilde K \tilde K^\top
@@ -38,7 +37,6 @@ class AlphaEdit(LayerwiseEdit):
             )
         self.null_threshold, self.ridge = null_threshold, ridge
         self._null: dict[int, Tensor] = {}
-        self._protected: dict[int, RecursiveInverse] = {}
 
     def prepare(self) -> None:
         """Find the null space of each layer."""
@@ -59,25 +57,9 @@ class AlphaEdit(LayerwiseEdit):
 
     def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
         """Solve the ``b x b`` system."""
-        return regression_update(residual, keys, self._protected[layer].solve(keys), damping=1.0)
+        return regression_update(residual, keys, self.protected[layer].solve(keys), damping=1.0)
 
-    def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
-        """Return the keys of the batch."""
-        return self.present_keys(requests)
-
-    def remember(self, observed: Mapping[str, Tensor]) -> None:
-        """Protect the keys of a batch."""
-        for layer, keys in observed.items():
-            self._protected[int(layer)].add(keys)
-
-    def memory(self) -> Mapping[str, Tensor]:
-        """Return the inverses, by layer."""
-        return {str(layer): protected.inverse for layer, protected in self._protected.items()}
-
-    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Take up the inverses."""
-        self._protected = {int(layer): RecursiveInverse(inverse.clone()) for layer, inverse in memory.items()}
-
-    def forget(self) -> None:
-        """Protect no edits."""
-        self._protected = {layer: RecursiveInverse(null @ null.T / self.ridge) for layer, null in self._null.items()}
+    def unprotected_inverse(self, layer: int) -> Tensor:
+        r"""Return :math:`P/\rho`."""
+        null = self._null[layer]
+        return null @ null.T / self.ridge

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from prune_lightning.distributed import broadcast
+from prune_lightning.devices import move_attributes
+from prune_lightning.distributed import broadcast, fail_together, true_on_all_ranks
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.methods.edit_run import EditRun
@@ -123,6 +124,12 @@ class EditingModule(L.LightningModule, ABC):
         model = self.language_model
         return {model.rewrite_name(layer): model.rewrite_module(layer) for layer in self.layers}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditingModule:
+        """Bring along, as the module moves, what the run and the method keep."""
+        super()._apply(fn, recurse)
+        move_attributes(self, self.language_model.device)
+        return self
+
     def edited_matrices(self) -> Mapping[str, EditedMatrix]:
         """Return the matrices under edit, by the name of their weight."""
         return self.run.matrices
@@ -155,7 +162,7 @@ class EditingModule(L.LightningModule, ABC):
         """
         started = time.perf_counter()
         self.run.begin_step()
-        with self.language_model.frozen_mode():
+        with fail_together(), self.language_model.frozen_mode():
             updates, details = self.compute_update(requests)
             return self.run.apply(EditStep(tuple(requests), updates, details), started)
 
@@ -175,7 +182,7 @@ class EditingModule(L.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Take hold of the original weights and prepare; the Trainer has moved the model by now."""
         self.edited_matrices()
-        with self.clock.phase("prepare"), self.language_model.frozen_mode():
+        with fail_together(), self.clock.phase("prepare"), self.language_model.frozen_mode():
             self.prepare()
         self._load_checkpoint()
 
@@ -240,8 +247,8 @@ class EditingModule(L.LightningModule, ABC):
         if self.run.num_requests // COMPARE_EVERY == before // COMPARE_EVERY:
             return
         prints = [fingerprint(matrix.weight()) for matrix in self.edited_matrices().values()]
-        if broadcast(prints) != prints:
+        if not true_on_all_ranks(broadcast(prints) == prints):
             raise MisconfigurationException(
-                f"after {self.run.num_requests} edits this process's weights differ from the first one's; are the "
+                f"after {self.run.num_requests} edits a process's weights differ from the first one's; are the "
                 "devices of one kind?"
             )

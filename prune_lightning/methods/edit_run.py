@@ -10,9 +10,11 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any, TypeAlias, cast
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from prune_lightning.devices import to_device
 from prune_lightning.distributed import true_on_all_ranks
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.edited_matrix import EditedMatrix, MatrixEvent
@@ -88,6 +90,14 @@ class EditRun:
                 for name, module in self._modules().items()
             }
         return self._matrices
+
+    def to(self, device: torch.device) -> EditRun:
+        """Move what is kept of the matrices to where the model has gone, in place."""
+        self._observed = to_device(self._observed, device)
+        for name, matrix in (self._matrices or {}).items():
+            matrix.parameter = cast(nn.Parameter, self._modules()[name].weight)  # some backends make new ones
+            matrix.to(device)
+        return self
 
     # -- who takes part -------------------------------------------------------------------------------------------
     def register_restraint(self, restraint: AttachedRestraint) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from prune_lightning.devices import to_device
 from prune_lightning.spectral import AccumulatedChange
 from prune_lightning.spectral.triplets import fp64
 from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate
@@ -57,6 +58,13 @@ class EditedMatrix:
         self.change = AccumulatedChange(self.original())
         self.withheld: LowRankUpdate | None = None
         self._last: MatrixUpdate | None = None
+
+    def to(self, device: torch.device) -> EditedMatrix:
+        """Move what is kept of the matrix to where the live weight has gone, in place."""
+        self._original, self.change = self._original.to(device), self.change.to(device)
+        self.withheld, self._last = to_device((self.withheld, self._last), device)
+        self.journal = [replace(event, change=to_device(event.change, device)) for event in self.journal]
+        return self
 
     def _turned(self, stored: Tensor) -> Tensor:
         return stored.T if self.transposed else stored

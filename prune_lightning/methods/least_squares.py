@@ -45,6 +45,11 @@ class RecursiveInverse:
     def __init__(self, inverse: Tensor) -> None:
         self.inverse = inverse
 
+    def to(self, device: torch.device) -> RecursiveInverse:
+        """Move to a device, in place."""
+        self.inverse = self.inverse.to(device)
+        return self
+
     def solve(self, keys: Tensor) -> Tensor:
         r"""Return :math:`QK` for keys ``(n, b)``."""
         return self.inverse @ keys

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from prune_lightning.errors import UserError
-from prune_lightning.methods.layerwise import LayerwiseEdit
-from prune_lightning.methods.least_squares import RecursiveInverse, regression_update
+from prune_lightning.methods.least_squares import regression_update
+from prune_lightning.methods.protected_keys import KeyProtectingEdit
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 
-class MEMIT(LayerwiseEdit):
+class MEMIT(KeyProtectingEdit):
     r"""Ridge regression against the second moment (eq. 14):
 
     .. math:: \Delta = R K^\top (\lambda C + K K^\top)^{-1} = R\,(\lambda I + K^\top C^{-1} K)^{-1} K^\top C^{-1}
@@ -30,34 +30,17 @@ class MEMIT(LayerwiseEdit):
         if not ridge > 0:
             raise UserError(f"MEMIT's `ridge` is expected to be positive, but got {ridge}")
         self.ridge, self.accumulate_past_keys = ridge, accumulate_past_keys
-        self._past: dict[int, RecursiveInverse] = {}
 
     def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
         """Solve the ``b x b`` system."""
-        if layer in self._past:
-            return regression_update(residual, keys, self._past[layer].solve(keys), damping=1.0)
+        if layer in self.protected:
+            return regression_update(residual, keys, self.protected[layer].solve(keys), damping=1.0)
         return regression_update(residual, keys, self.moments[layer].solve(keys), damping=self.ridge)
 
     def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
         """Return the keys of the batch, if past keys are to be protected."""
-        return self.present_keys(requests) if self.accumulate_past_keys else {}
+        return super().observe(requests) if self.accumulate_past_keys else {}
 
-    def remember(self, observed: Mapping[str, Tensor]) -> None:
-        """Take up the keys of a batch."""
-        for name, keys in observed.items():
-            layer = int(name)
-            if layer not in self._past:
-                self._past[layer] = RecursiveInverse(self.moments[layer].inverse() / self.ridge)
-            self._past[layer].add(keys)
-
-    def memory(self) -> Mapping[str, Tensor]:
-        """Return the inverses, by layer."""
-        return {str(layer): past.inverse for layer, past in self._past.items()}
-
-    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Take up the inverses."""
-        self._past = {int(layer): RecursiveInverse(inverse.clone()) for layer, inverse in memory.items()}
-
-    def forget(self) -> None:
-        """Forget the keys of earlier batches."""
-        self._past = {}
+    def unprotected_inverse(self, layer: int) -> Tensor:
+        r"""Return :math:`(\lambda C)^{-1}`."""
+        return self.moments[layer].inverse() / self.ridge

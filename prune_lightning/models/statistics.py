@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from prune_lightning.distributed import rank, true_on_all_ranks, world_size
+from prune_lightning.devices import to_device
+from prune_lightning.distributed import fail_together, rank, true_on_all_ranks, world_size
 from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import sampled_fingerprint
 from prune_lightning.models.batching import by_length
@@ -38,29 +39,45 @@ class Corpus(Protocol):
 
 
 class SecondMoment:
-    """One layer's second moment, symmetric ``(in_features, in_features)``, fp64, ready for solving.
+    r"""One layer's second moment, symmetric ``(in_features, in_features)``, fp64, ready for solving.
+
+    Entries that were summed or stored with relative precision :math:`\epsilon` carry errors
+    :math:`|E_{ij}| \le \epsilon \sqrt{C_{ii} C_{jj}}`, so that :math:`\|E\|_2 \le \epsilon \operatorname{tr} C`.
+    Eigenvalues up to that bound tell nothing of the keys. A moment of fewer tokens than ``in_features`` has many of
+    them. They are set to the bound, and the solution then lies in their directions, as with exact sums.
 
     Args:
         matrix: :math:`C`.
+        precision: What the sums were computed and stored in.
 
     Raises:
         UserError: The matrix is not finite or zero.
     """
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self, matrix: Tensor, precision: torch.dtype = torch.float64) -> None:
         if not torch.isfinite(matrix).all() or not matrix.diagonal().sum() > 0:
             raise UserError("the second moment of the keys is not finite; check the model and the statistics corpus")
         self.matrix = matrix.double()
         self._cholesky, failed = torch.linalg.cholesky_ex(self.matrix)
         self._eigen: tuple[Tensor, Tensor] | None = None
-        if failed.item():
+        eps, diagonal = torch.finfo(precision).eps, self.matrix.diagonal()
+        # The factorisation gets through if rounding makes no eigenvalue negative. Then a squared pivot shows it: what
+        # the keys before leave unexplained of a coordinate.
+        rounding = (self._cholesky.diagonal().square() <= 8 * eps * diagonal).any()
+        if failed.item() or rounding.item():
             values, vectors = torch.linalg.eigh(self.matrix)
-            floor = values.max() * torch.finfo(torch.float64).eps * len(values)
+            of_solver = values.max() * torch.finfo(torch.float64).eps * len(values)
+            floor = torch.maximum(eps * diagonal.sum(), of_solver)
             rank_zero_warn(
                 f"the second moment is not positive definite ({int((values <= floor).sum())} of {len(values)} "
                 "eigenvalues vanish); solving by eigenvalues. More statistics tokens, or a `ridge`, would help"
             )
             self._eigen = values.clamp_min(floor), vectors
+
+    def to(self, device: torch.device) -> SecondMoment:
+        """Move to a device, in place."""
+        self.matrix, self._cholesky, self._eigen = to_device((self.matrix, self._cholesky, self._eigen), device)
+        return self
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Return eigenvalues, ascending, and eigenvectors; computed anew at each call."""
@@ -138,14 +155,20 @@ class SecondMoments:
             return {layer: SecondMoment(torch.eye(model.key_size(layer), device=model.device)) for layer in layers}
         manifest = self.manifest(model)
         for folder in (self.shipped, self.cache):
-            moments = StatisticsStore(folder, manifest).load(layers, model.device) if folder else None
+            with fail_together():
+                moments = StatisticsStore(folder, manifest).load(layers, model.device) if folder else None
             if true_on_all_ranks(moments is not None):
                 assert moments is not None
                 break
         else:
             store = StatisticsStore(self.cache, manifest) if self.cache else None
             moments = self.take(model, layers, store, clock)
-        return {layer: SecondMoment(self._damped(moment)) for layer, moment in moments.items()}
+        precision = torch.float64 if self._is_exact(model) else torch.float32
+        return {layer: SecondMoment(self._damped(moment), precision) for layer, moment in moments.items()}
+
+    def _is_exact(self, model: LanguageModel) -> bool:
+        """Whether the moments are summed in fp64 and never stored, which rounds them to fp32."""
+        return self.cache is None and self.shipped is None and next(model.parameters()).dtype == torch.float64
 
     def manifest(self, model: LanguageModel) -> dict[str, Any]:
         """Return what the statistics depend on."""
@@ -205,24 +228,39 @@ class SecondMoments:
         modules = [model.rewrite_module(layer) for layer in layers]
         texts = itertools.islice(iter(self.corpus.texts()), running.texts, None)
         phase.expect(len(self.corpus), done=running.texts)
-        while window := list(itertools.islice(texts, min(2048, self.save_every))):
-            pieces = self._pieces(model, window, running.tokens)
-            tokens = sum(map(len, pieces))
-            phase.expect(self._texts_in_all(running.texts + len(window), running.tokens + tokens))
-            for number, batch in enumerate(self.batches(pieces)):
-                running.count(sum(map(len, batch)))
-                if number % world_size() == rank():
-                    ids, mask = model.tokens.pad(batch, model.device)
-                    with capture(inputs=modules) as seen:
-                        model(ids, mask)
-                    running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
-                # The batches of a window come in order of length: their share of it is that of their tokens.
-                phase.advance(len(window) * sum(map(len, batch)) / tokens)
+        while True:
+            with fail_together():  # saving communicates
+                window = list(itertools.islice(texts, min(2048, self.save_every)))
+                self._add(model, modules, window, running, phase)
+            if not window:
+                break
             running.texts += len(window)
             if store and running.texts % self.save_every < len(window):
                 store.save_partial(layers, running)
             if self.max_tokens is not None and running.tokens >= self.max_tokens:
                 break
+
+    def _add(
+        self,
+        model: LanguageModel,
+        modules: list[nn.Module],
+        window: Sequence[str],
+        running: RunningMoments,
+        phase: Phase,
+    ) -> None:
+        """Add this process's share of some texts."""
+        pieces = self._pieces(model, window, running.tokens)
+        tokens = sum(map(len, pieces))
+        phase.expect(self._texts_in_all(running.texts + len(window), running.tokens + tokens))
+        for number, batch in enumerate(self.batches(pieces)):
+            running.count(sum(map(len, batch)))
+            if number % world_size() == rank():
+                ids, mask = model.tokens.pad(batch, model.device)
+                with capture(inputs=modules) as seen:
+                    model(ids, mask)
+                running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
+            # The batches of a window come in order of length: their share of it is that of their tokens.
+            phase.advance(len(window) * sum(map(len, batch)) / tokens)
 
     def _texts_in_all(self, texts: int, tokens: int) -> float:
         """Return how many texts will be read, if those to come are as long as those so far."""

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prune_lightning.atomic_files import write_tensors
-from prune_lightning.distributed import broadcast, rank
+from prune_lightning.distributed import on_rank_zero
 from prune_lightning.errors import UserError
 from prune_lightning.models.running_moments import RunningMoments
 
@@ -62,11 +62,13 @@ class StatisticsStore:
 
     def save(self, moments: Mapping[int, Tensor], facts: Mapping[str, Any]) -> None:
         """Write finished statistics and delete what an interrupted pass left; the first process does."""
-        if rank():
-            return
-        for layer, moment in moments.items():
-            self._write(self._path(layer), {"second_moment": moment.float()}, facts)
-        self._partial(list(moments)).unlink(missing_ok=True)
+
+        def write() -> None:
+            for layer, moment in moments.items():
+                self._write(self._path(layer), {"second_moment": moment.float()}, facts)
+            self._partial(list(moments)).unlink(missing_ok=True)
+
+        on_rank_zero(write)
 
     def _partial(self, layers: Sequence[int]) -> Path:
         return self.folder / f"unfinished_{'_'.join(map(str, layers))}.safetensors"
@@ -74,22 +76,25 @@ class StatisticsStore:
     def save_partial(self, layers: Sequence[int], running: RunningMoments) -> None:
         """Bring the sums of a pass under way together and write them."""
         running.gather()
-        if not rank():
-            tensors = {f"{kind}.{i}": t for kind in ("sums", "half") for i, t in enumerate(getattr(running, kind))}
-            counts = torch.tensor([running.tokens, running.half_tokens, running.texts])
-            self._write(self._partial(layers), {**tensors, "counts": counts}, {})
+        tensors = {f"{kind}.{i}": t for kind in ("sums", "half") for i, t in enumerate(getattr(running, kind))}
+        counts = torch.tensor([running.tokens, running.half_tokens, running.texts])
+        on_rank_zero(lambda: self._write(self._partial(layers), {**tensors, "counts": counts}, {}))
 
     def load_partial(self, layers: Sequence[int], running: RunningMoments) -> None:
         """Go on from the sums of a pass that was interrupted, if there was one: the first process takes them."""
-        path, counts = self._partial(layers), None
-        if not rank() and path.exists():
+
+        def read() -> list[int] | None:
+            path = self._partial(layers)
+            if not path.exists():
+                return None
             tensors = self._read(path)
-            counts = tensors["counts"].tolist()
             running.half = [torch.zeros_like(total) for total in running.sums if "half.0" in tensors]
             for kind in ("sums", "half"):
                 for i, total in enumerate(getattr(running, kind)):
                     total.copy_(tensors[f"{kind}.{i}"])
-        if counts := broadcast(counts):
+            return tensors["counts"].tolist()
+
+        if counts := on_rank_zero(read):
             running.tokens, running.half_tokens, running.texts = counts
             if running.half_tokens and not running.half:
                 running.half = [torch.zeros_like(total) for total in running.sums]

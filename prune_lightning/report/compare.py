@@ -1,22 +1,23 @@
-"""Set run folders side by side: `python -m prune_lightning.report.compare RUN... --out FOLDER`."""
+"""Set run folders side by side: `python -m prune_lightning.report.compare RUN... --out FOLDER`.
+
+Runs whose configurations differ in the seed alone are averaged; see :mod:`prune_lightning.report.groups`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from prune_lightning.errors import UserError
 from prune_lightning.metrics.trajectory import kaplan_meier_median
+from prune_lightning.report.groups import Group, read_groups
 from prune_lightning.report.table import figure, label
 from prune_lightning.report.trajectories import ability_trajectories
 
@@ -25,56 +26,6 @@ KEPT = "ability/miniature/retention"
 WRITTEN = "edit/counterfact/efficacy_score"
 
 _SIDE_BY_SIDE = 5
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in their seed only.
-
-    Args:
-        method: Editing method.
-        restraint: Restraint.
-        runs: Their summaries.
-    """
-
-    method: str
-    restraint: str
-    runs: tuple[Mapping[str, Any], ...]
-
-    def at(self, key: str, num_edits: int) -> float:
-        """Return the mean of a score over the runs at an evaluated edit count; NaN where it was not evaluated."""
-        values = self._values(key, num_edits)
-        return float(np.mean(values)) if values else float("nan")
-
-    def range(self, key: str, num_edits: int) -> tuple[float, float]:
-        """Return the lowest and the highest of a score over the runs at an evaluated edit count."""
-        values = self._values(key, num_edits)
-        return min(values), max(values)
-
-    def _values(self, key: str, num_edits: int) -> list[float]:
-        found = [e.get(key) for run in self.runs for e in run["curve"] if e["num_edits"] == num_edits]
-        return [np.nan if value is None else float(value) for value in found]
-
-    @property
-    def counts(self) -> list[int]:
-        """The evaluated edit counts."""
-        return [entry["num_edits"] for entry in self.runs[0]["curve"]]
-
-
-def read_groups(folders: Sequence[Path]) -> list[Group]:
-    """Read the summaries of run folders and group them by method and restraint.
-
-    Raises:
-        UserError: A folder holds no summary.
-    """
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-    for folder in folders:
-        path = folder / "summary.json"
-        if not path.is_file():
-            raise UserError(f"{str(folder)!r} is not the folder of a finished run: there is no summary.json in it")
-        summary = json.loads(path.read_text("utf-8"))
-        groups[summary["method"], summary["restraint"]].append(summary)
-    return [Group(method, restraint, tuple(runs)) for (method, restraint), runs in groups.items()]
 
 
 @dataclass(frozen=True)

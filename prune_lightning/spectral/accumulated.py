@@ -34,6 +34,14 @@ class AccumulatedChange:
         self._factored: FactoredMatrix | None = FactoredMatrix(like.shape[0], like.shape[1], fp64(like[:0]).device)
         self._pending: list[LowRankUpdate] = []
 
+    def to(self, device: torch.device) -> AccumulatedChange:
+        """Move to a device, in place."""
+        self.master = self.master.to(device)
+        exact = fp64(self.master[:0]).device
+        self._pending = [update.to(device) for update in self._pending]
+        self._factored = None if self._factored is None else self._factored.to(exact)
+        return self
+
     @torch.no_grad()
     def add(self, update: MatrixUpdate) -> None:
         """Add an update; a dense one ends the factored form."""

@@ -34,6 +34,11 @@ class Basis:
         """The basis, shape ``(size, rank)``."""
         return self._store[: self._rank].T
 
+    def to(self, device: torch.device) -> Basis:
+        """Move to a device, in place."""
+        self._store = self._store.to(device)
+        return self
+
     def coordinates(self, block: Tensor) -> Tensor:
         """Extend the basis by what ``block`` adds to its span and return the block's coordinates.
 
@@ -102,6 +107,13 @@ class FactoredMatrix:
         self.left, self.right = Basis(rows, device), Basis(columns, device)
         self.core = torch.zeros(0, 0, dtype=torch.float64, device=device)
         self._checked_at = 32
+
+    def to(self, device: torch.device) -> FactoredMatrix:
+        """Move to a device, in place."""
+        self.left.to(device)
+        self.right.to(device)
+        self.core = self.core.to(device)
+        return self
 
     @property
     def rank(self) -> int:

@@ -1,0 +1,177 @@
+"""Which runs may be averaged: those whose configurations differ in the seed alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import yaml
+
+from prune_lightning.errors import UserError
+
+# Settings that change no score: where things lie, what is shown, how much is done at once.
+_WITHOUT_EFFECT = {
+    *("seed", "task", "control", "ledger", "resume", "bisect_collapse", "progress", "export", "logger"),
+    *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
+    *("callbacks.spectrum", "evaluation.max_case_mb"),
+}
+_WITHOUT_EFFECT_ANYWHERE = {"cache", "shipped", "save_every", "token_budget"}
+_CHOICES = ("model", "data")  # entries of a summary that name many settings at once
+
+_Key: TypeAlias = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed only.
+
+    Args:
+        method: Editing method, with the settings that tell it from other groups of its name.
+        restraint: Restraint, with its settings where restraints of one name differ.
+        runs: Their summaries.
+    """
+
+    method: str
+    restraint: str
+    runs: tuple[Mapping[str, Any], ...]
+
+    def at(self, key: str, num_edits: int) -> float:
+        """Return the mean of a score over the runs at an evaluated edit count; NaN where it was not evaluated."""
+        values = self._values(key, num_edits)
+        return float(np.mean(values)) if values else float("nan")
+
+    def range(self, key: str, num_edits: int) -> tuple[float, float]:
+        """Return the lowest and the highest of a score over the runs at an evaluated edit count."""
+        values = self._values(key, num_edits)
+        return min(values), max(values)
+
+    def _values(self, key: str, num_edits: int) -> list[float]:
+        found = [e.get(key) for run in self.runs for e in run["curve"] if e["num_edits"] == num_edits]
+        return [np.nan if value is None else float(value) for value in found]
+
+    @property
+    def counts(self) -> list[int]:
+        """The evaluated edit counts."""
+        return [entry["num_edits"] for entry in self.runs[0]["curve"]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    folder: Path
+    summary: Mapping[str, Any]
+    settings: Mapping[str, str]
+
+    def part(self, restraint: bool) -> dict[str, str]:
+        """Return the settings of the restraint, or all others."""
+        return {key: value for key, value in self.settings.items() if key.startswith("restraint.") == restraint}
+
+
+def read_groups(folders: Sequence[Path]) -> list[Group]:
+    """Read run folders and group the runs whose configurations differ in the seed alone.
+
+    Two configurations are the same if ``.hydra/config.yaml`` is, but for the seed and settings that change no score
+    (where things lie, what is shown, how much is done at once). Groups of one method or restraint that differ are
+    labelled with the settings that tell them apart, e.g. ``prune (base=10)``; model and data are named wherever the
+    runs differ in them. If a run has no configuration, all are
+    compared by what their summaries say of model, data and restraint.
+
+    Raises:
+        UserError: A folder holds no summary, or two runs have the same configuration and the same seed.
+    """
+    runs = _read(folders)
+    groups: dict[tuple[str, str, _Key], list[_Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.summary["method"], run.summary["restraint"], _key(run.settings)].append(run)
+    for members in groups.values():
+        _check_seeds(members)
+    firsts = [members[0] for members in groups.values()]
+    methods = _labels(firsts, "method", lambda run: run.part(restraint=False))
+    restraints = _labels(firsts, "restraint", lambda run: run.part(restraint=True))
+    return [
+        Group(method, restraint, tuple(run.summary for run in members))
+        for method, restraint, members in zip(methods, restraints, groups.values(), strict=True)
+    ]
+
+
+def _read(folders: Sequence[Path]) -> list[_Run]:
+    summaries, configs = [], []
+    for folder in folders:
+        path, config = folder / "summary.json", folder / ".hydra" / "config.yaml"
+        if not path.is_file():
+            raise UserError(f"{str(folder)!r} is not the folder of a finished run: there is no summary.json in it")
+        summaries.append(json.loads(path.read_text("utf-8")))
+        # Not resolved: a seed that follows the run's, as `${seed}`, is the same text in all runs.
+        configs.append(yaml.safe_load(config.read_text("utf-8")) if config.is_file() else None)
+    if missing := [str(folder) for folder, config in zip(folders, configs, strict=True) if config is None]:
+        sys.stderr.write(f"no .hydra/config.yaml in {missing[0]}: runs are compared by their summaries alone\n")
+        options = {"model": "model", "data": "data", "protocol": "protocol", "restraint": "restraint_options"}
+        configs = [{key: summary.get(entry) for key, entry in options.items()} for summary in summaries]
+    settings = [_settings(config) for config in configs]
+    return [_Run(*each) for each in zip(folders, summaries, settings, strict=True)]
+
+
+def _settings(config: Any, prefix: str = "") -> dict[str, str]:
+    """Return the settings that change scores, by dotted name, as JSON."""
+    if prefix in _WITHOUT_EFFECT or prefix.rpartition(".")[2] in _WITHOUT_EFFECT_ANYWHERE or config is None:
+        return {}
+    if not isinstance(config, dict):
+        return {prefix: config if isinstance(config, str) else json.dumps(config)}
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        found |= _settings(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _check_seeds(members: Sequence[_Run]) -> None:
+    seen: dict[Any, Path] = {}
+    for run in members:
+        seed = run.summary.get("seed")
+        if seed in seen:
+            raise UserError(
+                f"{str(seen[seed])!r} and {str(run.folder)!r} have the same configuration and the same seed ({seed}); "
+                "give only one of them"
+            )
+        seen[seed] = run.folder
+
+
+def _labels(runs: Sequence[_Run], what: str, settings: Callable[[_Run], Mapping[str, str]]) -> list[str]:
+    """Return a label per run: its method or restraint, and the settings that tell it from others of the name."""
+    by_name: dict[str, dict[_Key, _Run]] = defaultdict(dict)
+    for run in runs:
+        by_name[run.summary[what]].setdefault(_key(settings(run)), run)
+    choices = _CHOICES if what == "method" else ()
+    everywhere = [key for key in choices if len({run.summary.get(key) for run in runs}) > 1]
+
+    def named(run: _Run) -> dict[str, str]:
+        return {key: str(run.summary.get(key)) for key in choices} | dict(settings(run))
+
+    labels = []
+    for run in runs:
+        name = run.summary[what]
+        keys = _telling([named(other) for other in by_name[name].values()], everywhere)
+        shown = [f"{key.removeprefix(f'{what}.')}={named(run).get(key, 'null')}" for key in keys]
+        labels.append(f"{name} ({', '.join(shown)})" if shown else name)
+    return labels
+
+
+def _key(settings: Mapping[str, str]) -> _Key:
+    return tuple(sorted(settings.items()))
+
+
+def _telling(different: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
+    """Return ``keys`` and the first further ones that it takes to tell all entries apart."""
+
+    def apart(by: Sequence[str]) -> int:
+        return len({tuple(each.get(key) for key in by) for each in different})
+
+    chosen = list(keys)
+    for key in dict.fromkeys(key for each in different for key in each):
+        if apart([*chosen, key]) > apart(chosen):
+            chosen.append(key)
+    return chosen
