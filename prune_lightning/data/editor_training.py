@@ -81,10 +81,10 @@ class MetaExamples(Dataset[MetaExample]):
             chosen = rng.sample(self.requests, self.edits)
         probes = rng.sample([probe for request in chosen for probe in request.locality], self.sampler)
         return MetaExample(
-            edits=tuple((request.prompt, request.target_new) for request in chosen),
-            rephrased=tuple((rng.choice(request.paraphrases), request.target_new) for request in chosen),
+            edits=tuple(request.pair() for request in chosen),
+            rephrased=tuple(rng.choice(request.paraphrase_pairs()) for request in chosen),
             locality=(
-                *(f"{probe.prompt} {probe.answer}" if probe.answer else probe.prompt for probe in probes),
+                *(probe.pair().text for probe in probes),
                 *rng.sample(self.texts, self.num_texts),
             ),
         )
