@@ -92,7 +92,7 @@ class Fields:
         found = []
         for place, value in enumerate(self.items(key)):
             if not isinstance(value, dict):
-                raise self.wrong(f"{key}[{place}]", "an object", value)
+                raise self.wrong(f"{key}[{place}]", "an object with a `prompt`", value)
             found.append(Fields(value, f"{self.path}{key}[{place}].", self.notes))
         return found
 

@@ -46,7 +46,7 @@ def fit_to_model(request: EditRequest, tokens: Tokens) -> Fit:
         (pair,) = tokens.encode_pairs([request.pair()])
         if pair.dropped:
             return Fit(
-                f"prompt and target {shown(request.pair().text)} are {len(pair.ids) + pair.dropped} tokens long, the "
+                f"`prompt` and target {shown(request.pair().text)} are {len(pair.ids) + pair.dropped} tokens long, the "
                 f"model's context is {tokens.max_length}"
             )
         text, end = request.behind("")

@@ -105,14 +105,17 @@ class StreamScores:
 
     Every process scores everything, so that nothing needs to be gathered.
 
+    Args:
+        superseded: See :class:`~prune_lightning.metrics.RetentionMatrix`.
+
     Attributes:
         matrices: The retention matrix of each form.
     """
 
     name = "stream"
 
-    def __init__(self) -> None:
-        self.matrices = {form: RetentionMatrix(sync_on_compute=False) for form in FORMS}
+    def __init__(self, superseded: Mapping[int, int] | None = None) -> None:
+        self.matrices = {form: RetentionMatrix(superseded, sync_on_compute=False) for form in FORMS}
         self.unrelated: UnrelatedAnswers | None = None
         self._commits: Sequence[int] = ()
         self._immediate: dict[int, dict[str, float]] = {}

@@ -123,7 +123,7 @@ def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
         check_stream(ledger, stream)
     formats = formats_wanted(config, stream)
     module = _method(config, clock)
-    scores = None if stream.protocol.from_base else StreamScores()
+    scores = None if stream.protocol.from_base else StreamScores(stream.superseded())
     log = EditLog(folder / "edits.jsonl", scores)
     evaluation = _evaluation(config, measurements, stream=scores, cases_file=folder / "cases.jsonl", clock=clock)
     keeper = _ledger(config, folder, ledger) if config.ledger else None
@@ -194,7 +194,7 @@ def _control(config: DictConfig, job: Job, run_log: RunLog) -> EditEvaluation:
     """Edit the same stream again without the restraint, as far as the run went."""
     steps = job.module.run.num_steps
     job.module.run.restart()
-    scores = None if job.stream.protocol.from_base else StreamScores()
+    scores = None if job.stream.protocol.from_base else StreamScores(stream.superseded())
     clock = job.module.clock
     evaluation = _evaluation(config, job.evaluation.measurements, stream=scores, earlier=job.evaluation, clock=clock)
     trainer = build_trainer(config, [EditLog(None, scores), evaluation, run_log], [], max_steps=steps)

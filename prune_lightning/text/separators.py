@@ -154,4 +154,4 @@ def _opens(prompt: str) -> bool:
         return not free
     if last in "'#~”’":
         return free
-    return category == "Sc" and not before[-1:].isdigit()
+    return category == "Sc" and not before.rstrip()[-1:].isdigit()
