@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from prune_lightning.errors import UserError, shown
-from prune_lightning.text.separators import AUTO, TextPair, join
+from prune_lightning.text.separators import AUTO, TextPair, join, trimmed
 from prune_lightning.text.subjects import locate
 
 Frame = tuple[str, str]
@@ -38,6 +38,10 @@ class Probe:
     aliases: tuple[str, ...] = ()
     separator: str = AUTO
     frame: Frame = PLAIN
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt, str) and isinstance(self.answer, str):
+            object.__setattr__(self, "prompt", trimmed(self.prompt, self.answer, self.separator))
 
     def pair(self, answer: str | None = None) -> TextPair:
         """Return the prompt with its answer, or with another one, as literal text; a probe without one asks for none.
@@ -103,6 +107,7 @@ class EditRequest:
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError("paraphrases, prompts and references are expected to be non-empty texts")
         self._place_subject()
+        object.__setattr__(self, "prompt", trimmed(self.prompt, self.target_new, self.separator))
 
     def _place_subject(self) -> None:
         subject, start = self.subject.strip(), self.subject_start

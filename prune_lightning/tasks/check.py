@@ -39,7 +39,7 @@ def run(config: DictConfig) -> None:
         out.print(f"line {row.line}: {row.reason}")
     for title, rows in (("doubtful", remarks), ("left out", repeated)):
         for row in rows:
-            out.print(f"line {row.line}, {title}: {row.reason}")
+            out.print(f"{title}: line {row.line}: {row.reason}")
     table = Table("", "records", title="Data", title_justify="left")
     for name, count in counts.items():
         table.add_row(name, str(count))

@@ -96,6 +96,13 @@ def join(prompt: str, target: str, separator: str = AUTO) -> TextPair:
     return TextPair(before, word)
 
 
+def trimmed(prompt: str, target: str, separator: str = AUTO) -> str:
+    """Return a prompt without the one blank at its end, where the text of the pair is the same without it."""
+    shorter = prompt[:-1]
+    same = prompt.endswith(" ") and join(shorter, target, separator) == join(prompt, target, separator)
+    return shorter if same else prompt
+
+
 def as_pair(pair: Pair) -> TextPair:
     """Return a pair as literal text."""
     return pair if isinstance(pair, TextPair) else join(*pair)
