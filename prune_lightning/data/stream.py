@@ -209,10 +209,6 @@ class EditStream(L.LightningDataModule, ABC):
         taken = candidates[: self.num_edits]
         self.requests = [one.request for one in taken]
         self.remarks = [BadRow(one.line, remark) for one in taken for remark in one.remarks]
-        if self.num_edits is not None and len(taken) < self.num_edits and not (self.chat_template and self._fitted):
-            rank_zero_warn(
-                f"data.num_edits is {self.num_edits}, but there are {len(taken)} usable records: all are taken"
-            )
 
     def arranged(self, usable: Sequence[Located]) -> tuple[list[Located], list[BadRow]]:
         """Return the records in the order of the stream, and those that :meth:`ordered` leaves out, with the reason."""
