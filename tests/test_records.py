@@ -18,6 +18,7 @@ from prune_lightning.data.knowedit import KnowEdit
 from prune_lightning.data.zsre import ZsRE
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.case_sampler import CaseSampler
+from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.metrics import RetentionMatrix
 from prune_lightning.models.loading import load_tokens
 from prune_lightning.models.tokenization import Tokens
@@ -204,7 +205,7 @@ def test_every_record_left_out_is_named(tmp_path, capsys):
     stream = JSONLines(path)
     with pytest.warns(UserWarning, match="2 records are left out"):
         stream.setup()
-    assert [row["line"] for row in stream.summary()["left_out"]] == [2, 3]
+    assert [row["line"] for row in stream.summary()["records"]["left_out"]] == [2, 3]
 
 
 def test_a_later_target_supersedes(tmp_path):
@@ -213,7 +214,7 @@ def test_a_later_target_supersedes(tmp_path):
     stream = JSONLines(path, unique_subjects=False, num_edits=None)
     stream.setup()
     assert stream.superseded() == {0: 3, 3: 5}
-    assert stream.summary()["superseded"] == [{"edit": 1, "by_edits": 3}, {"edit": 4, "by_edits": 5}]
+    assert stream.summary()["records"]["superseded"] == [{"edit": 1, "by_edits": 3}, {"edit": 4, "by_edits": 5}]
     batched = JSONLines(path, unique_subjects=False, protocol="sequential_batched", batch_size=2, num_edits=None)
     batched.setup()
     assert batched.superseded() == {0: 4, 3: 5}
@@ -238,10 +239,11 @@ def test_superseded_edits_are_not_forgotten():
 def test_a_run_leaves_superseded_edits_out_of_its_scores(tiny, tmp_path):
     path = lines(tmp_path / "own.jsonl", FRANCE | {"case_id": 1}, FRANCE | {"case_id": 2, "target_new": "Nice"})
     stream = JSONLines(path, unique_subjects=False, num_edits=None)
-    module, log = Counted(tiny("gpt2"), [1]), EditLog(None)
-    evaluation = EditEvaluation([1, 2], [], edit_log=log)
-    quiet_trainer(log, evaluation).fit(module, datamodule=stream)
-    seen = evaluation.stream.matrices["accuracy"].observations()
+    stream.setup()
+    scores = StreamScores(stream.superseded())
+    module, log = Counted(tiny("gpt2"), [1]), EditLog(None, scores)
+    quiet_trainer(log, EditEvaluation([1, 2], [], scores)).fit(module, datamodule=stream)
+    seen = scores.matrices["accuracy"].observations()
     assert [(int(t), int(i)) for t, i in zip(seen.time, seen.case, strict=True) if t] == [(1, 0), (1, 1), (2, 1)]
 
 
@@ -298,7 +300,7 @@ def test_requests_are_checked_against_the_model_before_the_first_edit(tmp_path):
     with pytest.warns(UserWarning, match="records cannot be used"):
         skipping.fit(tokens)
     assert [request.subject for request in skipping.requests] == ["France", "currency"]
-    (left_out,) = skipping.summary()["left_out"]
+    (left_out,) = skipping.summary()["records"]["left_out"]
     assert left_out["line"] == 2
     assert len(left_out["reason"]) < 250
     with pytest.raises(

@@ -6,7 +6,6 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from enum import StrEnum
 from itertools import accumulate
 from typing import Any
 
@@ -15,35 +14,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from prune_lightning.data.fitting import doubts, fit_to_model
 from prune_lightning.data.loader import EditLoader
+from prune_lightning.data.protocol import EditProtocol
 from prune_lightning.data.rows import BadRow, Located, listed
 from prune_lightning.errors import UserError, near, shown
 from prune_lightning.models.tokenization import Tokens
 from prune_lightning.requests import PLAIN
 from prune_lightning.text.separators import AUTO, checked_separator
 from prune_lightning.types import EditBatch, EditRequest
-
-
-class EditProtocol(StrEnum):
-    """How the edits of a stream follow one another.
-
-    ``single``: each edit on the unedited model. ``batch``: each batch on the unedited model. ``sequential``: one edit
-    after another on the same model. ``sequential_batched``: one batch after another on the same model.
-    """
-
-    SINGLE = "single"
-    BATCH = "batch"
-    SEQUENTIAL = "sequential"
-    SEQUENTIAL_BATCHED = "sequential_batched"
-
-    @property
-    def from_base(self) -> bool:
-        """Whether every step starts from the unedited model."""
-        return self in (EditProtocol.SINGLE, EditProtocol.BATCH)
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether a step holds exactly one request."""
-        return self in (EditProtocol.SINGLE, EditProtocol.SEQUENTIAL)
 
 
 class EditStream(L.LightningDataModule, ABC):

@@ -194,7 +194,7 @@ def _control(config: DictConfig, job: Job, run_log: RunLog) -> EditEvaluation:
     """Edit the same stream again without the restraint, as far as the run went."""
     steps = job.module.run.num_steps
     job.module.run.restart()
-    scores = None if job.stream.protocol.from_base else StreamScores(stream.superseded())
+    scores = None if job.stream.protocol.from_base else StreamScores(job.stream.superseded())
     clock = job.module.clock
     evaluation = _evaluation(config, job.evaluation.measurements, stream=scores, earlier=job.evaluation, clock=clock)
     trainer = build_trainer(config, [EditLog(None, scores), evaluation, run_log], [], max_steps=steps)
