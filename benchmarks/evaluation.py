@@ -23,11 +23,12 @@ from timing import clock
 from torch import Tensor
 
 from prune_lightning.bundled.world import EDIT_PHRASING, load_world
-from prune_lightning.evaluation.counterfact import CounterFactScores, prompts_by_kind
+from prune_lightning.evaluation.counterfact import CounterFactScores, pairs_by_kind
 from prune_lightning.evaluation.measurement import Cases, Measured
 from prune_lightning.evaluation.scoring import score_encoded, score_pairs
 from prune_lightning.metrics import CounterFactScore
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.text.separators import Pair
 from prune_lightning.types import EditRequest, Probe
 
 NEIGHBOURS = 10
@@ -58,9 +59,9 @@ def requests(count: int) -> dict[int, EditRequest]:
 
 
 @torch.no_grad()
-def plain_nll(model: LanguageModel, prompt: str, target: str) -> tuple[Tensor, bool]:
+def plain_nll(model: LanguageModel, text: Pair) -> tuple[Tensor, bool]:
     """Return the mean NLL per target token and whether all are first choices, from a pass of the pair alone."""
-    pair = model.tokens.encode_pair(prompt, target)
+    (pair,) = model.tokens.encode_pairs([text])
     ids = torch.tensor([pair.ids], device=model.device)
     logits = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
     places = torch.arange(pair.target_start - 1, len(pair.ids) - 1, device=model.device)
@@ -74,8 +75,8 @@ def plain(model: LanguageModel, cases: Cases) -> Measured:
     for case, request in cases.items():
         for kind in metric.KINDS:
             scored = [
-                (plain_nll(model, prompt, wanted), plain_nll(model, prompt, str(other))[0])
-                for prompt, wanted, other in prompts_by_kind(request, kind)
+                (plain_nll(model, wanted), plain_nll(model, other or wanted)[0])
+                for wanted, other in pairs_by_kind(request, kind)
             ]
             wanted, other = torch.stack([s[0][0] for s in scored]), torch.stack([s[1] for s in scored])
             hit = torch.tensor([s[0][1] for s in scored], device=model.device)
@@ -106,14 +107,15 @@ def main() -> None:
     few = {case: cases[case] for case in list(cases)[: options.plain_edits]}
     measurement = CounterFactScores()
     measurement.measure(model, {0: cases[0]})  # warm up
-    plain_nll(model, "The river", "runs")
+    plain_nll(model, ("The river", "runs"))
 
     pairs = [
-        (p, a)
-        for r in cases.values()
-        for k in CounterFactScore.KINDS
-        for p, w, o in prompts_by_kind(r, k)
-        for a in (w, o)
+        pair
+        for request in cases.values()
+        for kind in CounterFactScore.KINDS
+        for both in pairs_by_kind(request, kind)
+        for pair in both
+        if pair
     ]
     slow, theirs = clock(lambda: plain(model, few), device)
     fast, _ = clock(lambda: measurement.measure(model, cases), device)
@@ -121,7 +123,7 @@ def main() -> None:
         lambda: score_encoded(model, model.tokens.encode_pairs(list(dict.fromkeys(pairs))), trees=False), device
     )
     those = pairs[: 2 * (3 + NEIGHBOURS) * len(few)]
-    nll = torch.stack([plain_nll(model, *pair)[0] for pair in those])
+    nll = torch.stack([plain_nll(model, pair)[0] for pair in those])
     slow, rows, fast = slow / len(few), rows / len(cases), fast / len(cases)
     record = {
         "edits": len(cases),

@@ -65,7 +65,7 @@ def main() -> None:
     stream = BundledWorld(num_edits=options.requests, protocol="sequential")
     stream.setup()
     requests = [request for batch in stream.batches() for request in batch.requests]
-    answers = [answer_tokens(model, [request.prompt], str(request.target_old))[0] for request in requests]
+    answers = [answer_tokens(model, [request.pair(request.target_old)])[0] for request in requests]
 
     def fast(answer: list[NextToken]) -> Tensor:
         found = integrated_gradients(model, layers, answer, AttributionOptions(steps=options.steps))

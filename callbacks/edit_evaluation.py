@@ -121,7 +121,8 @@ class EditEvaluation(L.Callback):
     def _plan(self, ends: Sequence[int], stream: EditStream) -> None:
         """Find out which counts will be evaluated and which cases will be looked at."""
         commits = [end for start, end in pairwise([0, *ends]) for _ in range(end - start)]
-        self.sampler = CaseSampler(commits, None if self._from_base else self.max_cases, self.seed)
+        most = None if self._from_base else self.max_cases
+        self.sampler = CaseSampler(commits, most, self.seed, stream.superseded())
         planned = [end for start, end in pairwise([0, *ends]) if end == ends[-1] or self._due(start, end) is not None]
         self._evaluations = sum(end > sum(stream.done) for end in planned)
         probed = {i for end in planned for i in self.sampler.chosen(end)} | set(range(ends[0]))

@@ -16,6 +16,21 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> None:
         raise UserError(f"unknown {name} {value!r}: {near(value, choices)}")
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """Return a value as it is quoted in a message: on one line, its middle left out where it is long.
+
+    >>> shown("a" * 100, 20)
+    "'aaaaaaa ... aaaaaa'"
+    >>> shown(None)
+    'null'
+    """
+    text = "null" if value is None else repr(value)
+    if len(text) <= limit:
+        return text
+    kept = limit - 5
+    return f"{text[: kept - kept // 2]} ... {text[len(text) - kept // 2 :]}"
+
+
 def near(name: str, options: Iterable[str], count: int = 3) -> str:
     """Return a clause that names the closest of ``options``, or all of them where none is close.
 

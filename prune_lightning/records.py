@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,26 @@ from prune_lightning.errors import UserError, near
 
 Row = tuple[int, dict[str, Any] | str]
 """A line, and the record that begins there; a text in place of the record says what is wrong with it."""
+_FOREIGN = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a byte that is not UTF-8
 
 
 def read_objects(path: Path) -> Iterator[Row]:
-    """Yield the rows of a JSON array or a JSONL file.
+    """Yield the rows of a JSON array, of a JSONL file, or of objects that are spread over several lines.
 
     Args:
-        path: The file, UTF-8, with or without a byte-order mark.
+        path: The file, UTF-8, with or without a byte-order mark. Other bytes make a bad row of the record they are in.
 
     Raises:
         UserError: See :func:`read_text`.
     """
-    text = read_text(path)
-    yield from _array(text) if text.lstrip().startswith("[") else _lines(text)
+    text = _decoded(path)
+    start = text.lstrip()[:1]
+    if start == "[":
+        yield from _values(text, text.index("[") + 1, closing="]")
+    elif start == "{" and _is_spread(text):
+        yield from _values(text, text.index("{"))
+    else:
+        yield from _lines(text)
 
 
 def read_table(path: Path) -> Iterator[Row]:
@@ -51,20 +60,35 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: There is no such file (the message names near matches), or it is not UTF-8, or cannot be read.
     """
-    try:
-        text = path.read_text("utf-8-sig") if path.is_file() else None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    if text is None:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = f"; {near(path.name, siblings)}" if siblings else f"; there is no folder {str(path.parent)!r} either"
-        raise UserError(f"no file {str(path)!r}{hint}")
+    text = _decoded(path)
+    if bad := _FOREIGN.search(text):
+        line = text.count("\n", 0, bad.start()) + 1
+        raise UserError(f"{str(path)!r} is not UTF-8 text: line {line} has the byte 0x{_byte(bad):02x}")
     return text
 
 
-def _checked(line: int, record: Any) -> Row:
+def _decoded(path: Path) -> str:
+    """Return a file's text, in which a surrogate stands for each byte that is not UTF-8."""
+    try:
+        raw = path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    if raw is None:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = f"; {near(path.name, siblings)}" if siblings else f"; there is no folder {str(path.parent)!r} either"
+        raise UserError(f"no file {str(path)!r}{hint}")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{str(path)!r} is not UTF-8 text but UTF-16: save it as UTF-8")
+    return raw.decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _byte(found: re.Match[str]) -> int:
+    return ord(found.group()) - 0xDC00
+
+
+def _checked(line: int, record: Any, source: str) -> Row:
+    if bad := _FOREIGN.search(source):
+        return line + source.count("\n", 0, bad.start()), f"not UTF-8 text: it has the byte 0x{_byte(bad):02x}"
     return line, record if isinstance(record, dict) else f"expected an object, but got {type(record).__name__}"
 
 
@@ -72,26 +96,41 @@ def _lines(text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):  # nothing else ends a line in JSONL
         if line.strip():
             try:
-                yield _checked(number, json.loads(line))
+                yield _checked(number, json.loads(line), line)
             except (ValueError, RecursionError) as error:
                 yield number, f"not JSON: {error}"
 
 
-def _array(text: str) -> Iterator[Row]:
+def _is_spread(text: str) -> bool:
+    """Whether the first object of a file does not end on its line."""
+    first = text.lstrip().split("\n", 1)[0]
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        with suppress(ValueError, RecursionError):
+            _, end = json.JSONDecoder().raw_decode(text, text.index("{"))
+            return "\n" in text[text.index("{") : end]
+    return False
+
+
+def _values(text: str, position: int, closing: str = "") -> Iterator[Row]:
+    """Yield the objects of an array, or those that follow one another without one (no ``closing``)."""
     decoder = json.JSONDecoder()
-    position, line, counted = text.index("[") + 1, 1, 0
+    line, counted = 1, 0
     while True:
         while position < len(text) and text[position] in " \t\r\n,":
             position += 1
-        if position >= len(text):
-            yield line, "the array is not closed: the file is cut off"
-            return
-        if text[position] == "]":
-            return
         line, counted = line + text.count("\n", counted, position), position
+        if position >= len(text):
+            if closing:
+                yield line, "the array is not closed: the file is cut off"
+            return
+        if closing and text[position] == closing:
+            return
         try:
-            record, position = decoder.raw_decode(text, position)
+            record, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             yield line, f"not JSON, and nothing after it can be read: {error}"
             return
-        yield _checked(line, record)
+        yield _checked(line, record, text[position:end])
+        position = end

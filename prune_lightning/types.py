@@ -3,96 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from prune_lightning.errors import UserError
+from prune_lightning.requests import EditRequest, Probe
+from prune_lightning.text.separators import Pair
 
-
-@dataclass(frozen=True)
-class Probe:
-    """A prompt outside the edit whose ``answer`` the edit must leave alone (or, for portability, must bring).
-
-    Args:
-        prompt: Text up to the answer, without trailing blanks.
-        answer: The expected continuation, without a leading blank; ``None`` if only stability is asked.
-        kind: What the probe tests, e.g. ``neighborhood`` or ``unrelated``.
-        aliases: Further answers that are right when the model answers freely.
-    """
-
-    prompt: str
-    answer: str | None = None
-    kind: str = "neighborhood"
-    aliases: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class EditRequest:
-    """One fact to rewrite, with what is needed to judge the rewrite.
-
-    Targets carry no leading blank; whoever scores or edits adds it.
-
-    Args:
-        case_id: Identifier of the record in its source.
-        subject: The entity, a literal part of ``prompt``.
-        prompt: Text up to the target.
-        target_new: What the model shall say.
-        target_old: What it said before, if known; the comparison scores need it.
-        paraphrases: Other prompts that shall yield ``target_new``.
-        locality: Probes that shall not change.
-        portability: Consequences of the edit, where the record has them.
-        generation_prompts: Beginnings of texts about the subject; their continuations show whether the model still
-            writes fluently.
-        references: Texts about the new target, which such continuations should resemble.
-
-    Raises:
-        UserError: An empty prompt or target, or a subject that is not in its prompt.
-    """
-
-    case_id: int | str
-    subject: str
-    prompt: str
-    target_new: str
-    target_old: str | None = None
-    paraphrases: tuple[str, ...] = ()
-    locality: tuple[Probe, ...] = ()
-    portability: tuple[Probe, ...] = field(default=(), repr=False)
-    generation_prompts: tuple[str, ...] = field(default=(), repr=False)
-    references: tuple[str, ...] = field(default=(), repr=False)
-
-    def __post_init__(self) -> None:
-        for name in ("subject", "prompt", "target_new"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise UserError(f"`{name}` is expected to be a non-empty text, but got {value!r}")
-        if isinstance(self.case_id, bool) or not isinstance(self.case_id, (int, str)):
-            raise UserError(f"`case_id` is expected to be a whole number or a text, but got {self.case_id!r}")
-        answers = (self.target_old, *(probe.answer for probe in (*self.locality, *self.portability)))
-        if not all(text is None or (isinstance(text, str) and text.strip()) for text in answers):
-            raise UserError("the old target and the answers of probes are expected to be non-empty texts, or absent")
-        texts = (*self.paraphrases, *self.generation_prompts, *self.references)
-        texts += tuple(probe.prompt for probe in (*self.locality, *self.portability))
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError("paraphrases, prompts and references are expected to be non-empty texts")
-        if self.subject not in self.prompt:
-            raise UserError(f"the subject {self.subject!r} is not in its prompt {self.prompt!r}")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the request as plain JSON-able data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> EditRequest:
-        """Return the request that :meth:`as_dict` took apart, whether or not it was JSON in between."""
-        lists = ("paraphrases", "generation_prompts", "references")
-        probes = {
-            name: tuple(Probe(**{**probe, "aliases": tuple(probe["aliases"])}) for probe in plain[name])
-            for name in ("locality", "portability")
-        }
-        return cls(**{**plain, **{name: tuple(plain[name]) for name in lists}, **probes})
+__all__ = [
+    "DenseUpdate",
+    "EditBatch",
+    "EditReport",
+    "EditRequest",
+    "LowRankUpdate",
+    "MatrixUpdate",
+    "MetaExample",
+    "Probe",
+    "norm_of_all",
+]
 
 
 @dataclass(frozen=True)
@@ -113,13 +43,13 @@ class MetaExample:
     """What an editor is trained on: edits that make one update, and what the edited model shall say and leave alone.
 
     Args:
-        edits: ``(prompt, new target)`` of each edit.
-        rephrased: As many ``(other prompt, new target)``.
+        edits: The prompt of each edit with its new target.
+        rephrased: As many other prompts with the new target.
         locality: Texts whose predictions shall stay.
     """
 
-    edits: tuple[tuple[str, str], ...]
-    rephrased: tuple[tuple[str, str], ...]
+    edits: tuple[Pair, ...]
+    rephrased: tuple[Pair, ...]
     locality: tuple[str, ...]
 
 

@@ -123,10 +123,14 @@ def test_truncated_array_is_reported(tmp_path):
 def test_unique_subjects_and_too_few_requests(tmp_path):
     path = write(tmp_path / "cf.json", [EASYEDIT, {**EASYEDIT, "subject": "Eve", "target_new": "Bonn"}])
     stream = CounterFact(path)
-    stream.setup()
+    with pytest.warns(UserWarning, match=r"1 records are left out:\n  line 1: its subject 'Eve' is that of line 1"):
+        stream.setup()
     assert [request.target_new for request in stream.requests] == ["Rome"]
-    with pytest.raises(UserError, match="there are 1 usable requests about different subjects"):
-        CounterFact(path, num_edits=2).setup()
+    assert len(stream.summary()["records"]["left_out"]) == 1
+    every = CounterFact(path, num_edits=100, unique_subjects=False)
+    with pytest.warns(UserWarning, match="data.num_edits is 100, but only 2 records are usable; all are taken"):
+        every.setup()
+    assert (every.summary()["records"]["asked"], len(every.requests), every.left_out) == (100, 2, [])
 
 
 def test_missing_file_names_near_matches(tmp_path):

@@ -41,7 +41,7 @@ REQUESTS = (
 def questions_of(model) -> list[NextToken]:
     """Questions of different lengths, some from an answer of several tokens."""
     return [
-        question for r in REQUESTS for answer in answer_tokens(model, [r.prompt], r.target_old) for question in answer
+        question for r in REQUESTS for answer in answer_tokens(model, [r.pair(r.target_old)]) for question in answer
     ]
 
 
@@ -175,7 +175,7 @@ def test_greedy_tokens_are_those_of_generate(tiny):
 
 def test_an_answer_is_asked_for_after_what_the_model_says(bundled_shared):
     model = bundled_shared
-    (questions,) = answer_tokens(model, ["The capital of Japan is"], "a bright city")
+    (questions,) = answer_tokens(model, [("The capital of Japan is", "a bright city")])
     prompt, pair = (
         model.tokens.encode("The capital of Japan is"),
         model.tokens.encode_pair("The capital of Japan is", "a bright city"),
@@ -258,7 +258,7 @@ def test_columns_change_as_the_paper_says(family, weights, tiny):
 def test_neurons_are_those_above_the_threshold_in_the_mean_over_the_answer(tiny):
     model, options = tiny("gpt2"), SelectionOptions(threshold=0.3)
     request = REQUESTS[1]
-    (answer,) = answer_tokens(model, [request.prompt], request.target_old)
+    (answer,) = answer_tokens(model, [request.pair(request.target_old)])
     assert len(answer) > 1
     mean = torch.stack(
         [torch.stack([plain_attribution(model, layer, q, FEW) for layer in range(3)]) for q in answer]

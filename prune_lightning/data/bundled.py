@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from prune_lightning.bundled.world import EDIT_PHRASING, HELD_OUT, Fact, World, load_world
-from prune_lightning.data.stream import BadRow, EditStream
+from prune_lightning.data.rows import BadRow
+from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import one_of
 from prune_lightning.types import EditRequest, Probe
 

@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from prune_lightning.data.files import FileStream, listed
-from prune_lightning.data.portability import portability
+from prune_lightning.data.fields import Fields
+from prune_lightning.data.files import FileStream
+from prune_lightning.data.probes import locality, portability
 from prune_lightning.types import EditRequest, Probe
 
 
 class CounterFact(FileStream):
-    """Counterfactual edits; records with ``requested_rewrite`` have the original schema, others EasyEdit's."""
+    """Counterfactual edits; records with ``requested_rewrite`` have the original schema, others EasyEdit's.
 
-    def parse(self, row: dict[str, Any], case_id: int) -> EditRequest:
+    The original prompts say with ``{}`` where the subject stands.
+    """
+
+    def parse(self, row: Fields, case_id: int) -> EditRequest:
         """Turn one record into a request."""
-        return self._original(row, case_id) if "requested_rewrite" in row else self._easyedit(row, case_id)
+        return self._original(row, case_id) if "requested_rewrite" in row.row else self._easyedit(row, case_id)
 
-    def _original(self, row: dict[str, Any], case_id: int) -> EditRequest:
-        rewrite = row["requested_rewrite"]
-        old = rewrite["target_true"]["str"].strip()
+    def _original(self, row: Fields, case_id: int) -> EditRequest:
+        rewrite = row.object("requested_rewrite")
+        old = rewrite.object("target_true").target("str")
+        subject, template = rewrite.stripped("subject"), rewrite.text("prompt")
+        prompt, place = template.replace("{}", subject), template.find("{}")
         return EditRequest(
-            case_id=row.get("case_id", case_id),
-            subject=rewrite["subject"],
-            prompt=rewrite["prompt"].replace("{}", rewrite["subject"]).rstrip(),
-            target_new=rewrite["target_new"]["str"].strip(),
+            case_id=row.row.get("case_id", case_id),
+            subject=subject,
+            prompt=prompt,
+            target_new=rewrite.object("target_new").target("str"),
             target_old=old,
-            paraphrases=tuple(listed(row, "paraphrase_prompts")),
-            locality=tuple(Probe(prompt, old) for prompt in listed(row, "neighborhood_prompts")),
-            generation_prompts=tuple(listed(row, "generation_prompts")),
+            paraphrases=row.texts("paraphrase_prompts"),
+            locality=tuple(Probe(prompt, old) for prompt in row.texts("neighborhood_prompts")),
+            generation_prompts=row.texts("generation_prompts"),
+            subject_start=place if place >= 0 else row.place(subject, prompt),
         )
 
-    def _easyedit(self, row: dict[str, Any], case_id: int) -> EditRequest:
-        probe = row.get("locality_prompt")
+    def _easyedit(self, row: Fields, case_id: int) -> EditRequest:
+        probe = row.optional("locality_prompt")
+        subject, prompt = row.stripped("subject"), row.text("prompt")
+        own = (Probe(probe, row.target("locality_ground_truth")),) if probe else ()
         return EditRequest(
-            case_id=row.get("case_id", case_id),
-            subject=row["subject"],
-            prompt=row["prompt"].rstrip(),
-            target_new=row["target_new"].strip(),
-            target_old=row["ground_truth"].strip(),
-            paraphrases=(row["rephrase_prompt"],) if row.get("rephrase_prompt") else (),
-            locality=(Probe(probe, row["locality_ground_truth"].strip()),) if probe else (),
+            case_id=row.row.get("case_id", case_id),
+            subject=subject,
+            prompt=prompt,
+            target_new=row.target("target_new"),
+            target_old=row.target("ground_truth"),
+            paraphrases=(row.text("rephrase_prompt"),) if row.optional("rephrase_prompt") else (),
+            locality=(*own, *locality(row)),
             portability=portability(row),
+            subject_start=row.place(subject, prompt),
         )

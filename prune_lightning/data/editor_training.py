@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
+from prune_lightning.models.tokenization import Tokens
 from prune_lightning.types import EditRequest, MetaExample
 
 
@@ -81,10 +82,10 @@ class MetaExamples(Dataset[MetaExample]):
             chosen = rng.sample(self.requests, self.edits)
         probes = rng.sample([probe for request in chosen for probe in request.locality], self.sampler)
         return MetaExample(
-            edits=tuple((request.prompt, request.target_new) for request in chosen),
-            rephrased=tuple((rng.choice(request.paraphrases), request.target_new) for request in chosen),
+            edits=tuple(request.pair() for request in chosen),
+            rephrased=tuple(rng.choice(request.paraphrase_pairs()) for request in chosen),
             locality=(
-                *(f"{probe.prompt} {probe.answer}" if probe.answer else probe.prompt for probe in probes),
+                *(probe.pair().text for probe in probes),
                 *rng.sample(self.texts, self.num_texts),
             ),
         )
@@ -126,6 +127,11 @@ class EditorTrainingData(L.LightningDataModule):
         self.steps, self.batch_size, self.edits_per_update = steps, batch_size, edits_per_update
         self.corpus, self.sampler, self.num_texts, self.text_words, self.seed = corpus, probes, texts, text_words, seed
         self._texts: list[str] | None = None
+
+    def fit(self, tokens: Tokens) -> None:
+        """Check the requests of both streams against a model; see :meth:`EditStream.fit`."""
+        for stream in self.streams.values():
+            stream.fit(tokens)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the streams and the corpus.

@@ -8,22 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prune_lightning.data.stream import BadRow, EditStream
+from prune_lightning.data.fields import Fields
+from prune_lightning.data.rows import BadRow, Located
+from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.records import read_objects
 from prune_lightning.types import EditRequest
-
-
-def listed(row: dict[str, Any], key: str) -> list[Any]:
-    """Return a key's list; nothing where the record has none.
-
-    Raises:
-        UserError: It is something else; a text would be taken for the list of its letters.
-    """
-    value = row.get(key)
-    if value is not None and not isinstance(value, list):
-        raise UserError(f"`{key}` is expected to be a list, but got {value!r}")
-    return value or []
 
 
 def _encodable(request: EditRequest) -> EditRequest:
@@ -51,7 +41,7 @@ class FileStream(EditStream):
             raise UserError(f"data.path={path!r}: {error}") from error
 
     @abstractmethod
-    def parse(self, row: dict[str, Any], case_id: int) -> EditRequest:
+    def parse(self, row: Fields, case_id: int) -> EditRequest:
         """Turn one record into a request.
 
         Args:
@@ -59,18 +49,24 @@ class FileStream(EditStream):
             case_id: Its number in the file, for records that have no id of their own.
 
         Raises:
-            KeyError, TypeError, UserError: The record cannot be used.
+            UserError: The record cannot be used.
         """
 
-    def records(self) -> Iterator[EditRequest | BadRow]:
-        """Yield requests and bad rows in the file's order."""
+    def located(self) -> Iterator[Located | BadRow]:
+        """Yield requests and bad rows in the file's order, with their lines and what is doubtful about them."""
         for case_id, (line, row) in enumerate(read_objects(self.path)):
             if isinstance(row, str):
                 yield BadRow(line, row)
                 continue
+            fields = Fields(row)
             try:
-                yield _encodable(self.parse(row, case_id))
-            except KeyError as error:
-                yield BadRow(line, f"the key {error} is missing")
-            except (UserError, TypeError, AttributeError, IndexError) as error:
+                request = _encodable(self.parse(fields, case_id))
+            except (UserError, RecursionError) as error:
                 yield BadRow(line, str(error))
+                continue
+            yield Located(request, line, tuple(fields.notes))
+
+    def records(self) -> Iterator[EditRequest | BadRow]:
+        """Yield requests and bad rows in the file's order."""
+        for found in self.located():
+            yield found if isinstance(found, BadRow) else found.request

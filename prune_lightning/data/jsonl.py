@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from prune_lightning.data.files import FileStream, listed
+from prune_lightning.data.fields import Fields
+from prune_lightning.data.files import FileStream
+from prune_lightning.data.knowedit import HINT, is_knowedit
 from prune_lightning.errors import UserError, near
+from prune_lightning.text.separators import AUTO
 from prune_lightning.types import EditRequest, Probe
 
 _KEYS = (
@@ -19,6 +20,8 @@ _KEYS = (
     "portability",
     "generation_prompts",
     "references",
+    "subject_start",
+    "separator",
 )
 
 
@@ -27,25 +30,40 @@ class JSONLines(FileStream):
 
     Keys of a line: ``subject``, ``prompt`` (holds the subject, ends where the target follows) and ``target_new`` are
     needed; ``target_old``, ``paraphrases`` (list of prompts), ``locality`` and ``portability`` (lists of ``{"prompt",
-    "answer"}``), ``generation_prompts`` (list of prompts), ``references`` (list of texts) and ``case_id`` are optional:
+    "answer"}``), ``generation_prompts`` (list of prompts), ``references`` (list of texts), ``subject_start`` (index of
+    the subject's first character in the prompt), ``separator`` (what stands between this record's prompts and their
+    targets; a probe can have its own) and ``case_id`` are optional:
 
         {"subject": "France", "prompt": "The capital of France is", "target_new": "Lyon", "target_old": "Paris"}
     """
 
-    def parse(self, row: dict[str, Any], case_id: int) -> EditRequest:
+    def parse(self, row: Fields, case_id: int) -> EditRequest:
         """Turn one line into a request; unknown keys are an error, since a misspelt one would be lost silently."""
-        for key in row:
+        for key in row.row:
             if key not in _KEYS:
-                raise UserError(f"unknown key {key!r}: {near(key, _KEYS)}")
+                hint = HINT if is_knowedit(row) else near(key, _KEYS)
+                raise UserError(f"unknown key {key!r}: {hint}")
+        separator = row.text("separator") if "separator" in row else AUTO
+        prompt, start = row.text("prompt"), row.row.get("subject_start")
+        subject = row.stripped("subject") if start is None else row.text("subject")
         return EditRequest(
-            case_id=row.get("case_id", case_id),
-            subject=row["subject"],
-            prompt=row["prompt"].rstrip(),
-            target_new=row["target_new"].strip(),
-            target_old=row["target_old"].strip() if row.get("target_old") else None,
-            paraphrases=tuple(listed(row, "paraphrases")),
-            locality=tuple(Probe(probe["prompt"], probe["answer"]) for probe in listed(row, "locality")),
-            portability=tuple(Probe(p["prompt"], p["answer"], "consequence") for p in listed(row, "portability")),
-            generation_prompts=tuple(listed(row, "generation_prompts")),
-            references=tuple(listed(row, "references")),
+            case_id=row.row.get("case_id", case_id),
+            subject=subject,
+            prompt=prompt,
+            target_new=row.target("target_new"),
+            target_old=row.optional_target("target_old"),
+            paraphrases=row.texts("paraphrases"),
+            locality=tuple(_probe(probe, "neighborhood", separator) for probe in row.objects("locality")),
+            portability=tuple(_probe(probe, "consequence", separator) for probe in row.objects("portability")),
+            generation_prompts=row.texts("generation_prompts"),
+            references=row.texts("references"),
+            subject_start=row.place(subject, prompt) if start is None else start,
+            separator=separator,
         )
+
+
+def _probe(row: Fields, kind: str, separator: str) -> Probe:
+    own = row.text("separator") if "separator" in row else separator
+    if "answer" not in row.row:
+        raise UserError(f"the key '{row.path}answer' is missing")
+    return Probe(row.text("prompt"), row.target("answer") if "answer" in row else None, kind, separator=own)

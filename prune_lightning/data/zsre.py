@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from prune_lightning.data.files import FileStream, listed
-from prune_lightning.data.portability import portability
+from prune_lightning.data.fields import Fields
+from prune_lightning.data.files import FileStream
+from prune_lightning.data.probes import portability
 from prune_lightning.errors import UserError, near
 from prune_lightning.types import EditRequest, Probe
 
@@ -25,20 +26,23 @@ class ZsRE(FileStream):
             raise UserError(f"unknown data.target {target!r}: {near(target, ['alt', 'answers'])}")
         self.target = target
 
-    def parse(self, row: dict[str, Any], case_id: int) -> EditRequest:
+    def parse(self, row: Fields, case_id: int) -> EditRequest:
         """Turn one record into a request; the locality question gets its question mark."""
-        answers = listed(row, "answers")
+        answers = row.texts("answers")
         if not answers:
             raise UserError("`answers` is missing or empty")
-        old = answers[0] if self.target == "alt" else row.get("pred")
-        locality = (Probe(row["loc"].rstrip("?") + "?", row["loc_ans"], "unrelated"),) if row.get("loc") else ()
+        old = answers[0] if self.target == "alt" else row.optional("pred")
+        subject, prompt = row.stripped("subject"), row.text("src")
+        asked = row.optional("loc")
+        locality = (Probe(asked.rstrip("?") + "?", row.text("loc_ans"), "unrelated"),) if asked else ()
         return EditRequest(
-            case_id=row.get("case_id", case_id),
-            subject=row["subject"],
-            prompt=row["src"].rstrip(),
-            target_new=(row["alt"] if self.target == "alt" else answers[0]).strip(),
+            case_id=row.row.get("case_id", case_id),
+            subject=subject,
+            prompt=prompt,
+            target_new=row.target("alt") if self.target == "alt" else answers[0].strip(),
             target_old=old.strip() or None if old else None,
-            paraphrases=(row["rephrase"],) if row.get("rephrase") else (),
+            paraphrases=(row.text("rephrase"),) if row.optional("rephrase") else (),
             locality=locality,
             portability=portability(row),
+            subject_start=row.place(subject, prompt),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -19,15 +19,22 @@ class CaseSampler:
         max_cases: Most cases to look at; ``None`` for all. All of the last batch and one case of every age bin are
             looked at even if that makes more.
         seed: Decides which cases stand for an age bin; the same ones are taken again as long as they can.
+        superseded: Per case that a later edit overwrites, the edit count from which it is not looked at any more.
 
     Raises:
         UserError: ``max_cases`` is less than 1.
     """
 
-    def __init__(self, commits: Sequence[int], max_cases: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        commits: Sequence[int],
+        max_cases: int | None = None,
+        seed: int = 0,
+        superseded: Mapping[int, int] | None = None,
+    ) -> None:
         if max_cases is not None and (not isinstance(max_cases, int) or max_cases < 1):
             raise UserError(f"evaluation.max_cases is expected to be a number of cases or null, but got {max_cases!r}")
-        self.commits, self.max_cases = list(commits), max_cases
+        self.commits, self.max_cases, self.superseded = list(commits), max_cases, dict(superseded or {})
         self._rank = list(range(len(self.commits)))
         random.Random(seed).shuffle(self._rank)
 
@@ -38,7 +45,8 @@ class CaseSampler:
             num_edits: Edits written so far.
             among: Leave out all other cases.
         """
-        written = [i for i, c in enumerate(self.commits) if c <= num_edits and (among is None or i in among)]
+        held = [i for i, c in enumerate(self.commits) if c <= num_edits < self.superseded.get(i, num_edits + 1)]
+        written = [i for i in held if among is None or i in among]
         bins: dict[int, list[int]] = {}
         ages = torch.tensor([num_edits - self.commits[i] for i in written])
         for i, number in zip(written, age_bin(ages).tolist(), strict=True):

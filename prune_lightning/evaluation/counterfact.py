@@ -11,6 +11,7 @@ from prune_lightning.evaluation.measurement import Cases, EditingMeasurement
 from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.metrics import CounterFactScore
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.text.separators import TextPair
 from prune_lightning.types import EditRequest
 
 
@@ -26,14 +27,14 @@ class CounterFactScores(EditingMeasurement):
     def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
         """Score every prompt of the cases and add them to the metric."""
         assert isinstance(metric, CounterFactScore)
-        pairs: list[tuple[str, str]] = []
+        pairs: list[TextPair] = []
         # (kind, compared): (case, number of the prompt in it, index of the wanted answer's pair)
         prompts: dict[tuple[str, bool], list[tuple[int, int, int]]] = {}
         for case, request in cases.items():
             for kind in CounterFactScore.KINDS:
-                for number, (prompt, wanted, other) in enumerate(prompts_by_kind(request, kind)):
+                for number, (wanted, other) in enumerate(pairs_by_kind(request, kind)):
                     prompts.setdefault((kind, other is not None), []).append((case, number, len(pairs)))
-                    pairs += [(prompt, wanted)] + ([(prompt, other)] if other is not None else [])
+                    pairs += [wanted, *([other] if other else [])]
         scores = score_pairs(model, pairs)
         for (kind, compared), places in prompts.items():
             owner, order, at = torch.tensor(places, device=model.device).unbind(1)
@@ -49,10 +50,12 @@ class CounterFactScores(EditingMeasurement):
         return metric.rows(cases)
 
 
-def prompts_by_kind(request: EditRequest, kind: str) -> list[tuple[str, str, str | None]]:
-    """Return ``(prompt, wanted answer, other answer)`` of a request's prompts of one kind."""
+def pairs_by_kind(request: EditRequest, kind: str) -> list[tuple[TextPair, TextPair | None]]:
+    """Return a request's prompts of one kind, each with the wanted answer and with the other one, if that is known."""
+    new, old = request.target_new, request.target_old
     if kind == "efficacy":
-        return [(request.prompt, request.target_new, request.target_old)]
+        return [(request.pair(), request.pair(old) if old else None)]
     if kind == "generalization":
-        return [(prompt, request.target_new, request.target_old) for prompt in request.paraphrases]
-    return [(probe.prompt, probe.answer, request.target_new) for probe in request.locality if probe.answer]
+        others = request.paraphrase_pairs(old) if old else [None] * len(request.paraphrases)
+        return list(zip(request.paraphrase_pairs(), others, strict=True))
+    return [(probe.pair(), probe.pair(new)) for probe in request.locality if probe.answer]

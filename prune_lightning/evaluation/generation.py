@@ -15,6 +15,7 @@ from prune_lightning.evaluation.prompts import SampledMeasurement
 from prune_lightning.metrics import GenerationScore
 from prune_lightning.metrics.functional import ngram_entropy, tfidf_vectorizer
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.text.separators import join
 
 
 class GenerationQuality(SampledMeasurement):
@@ -73,13 +74,17 @@ class GenerationQuality(SampledMeasurement):
         """Let the model write, add the texts to the metric, and return rows with them."""
         assert isinstance(metric, GenerationScore)
         cases = self.chosen(cases)
-        asked = [(case, i, text) for case, r in cases.items() for i, text in enumerate(r.generation_prompts)]
-        prompts = model.tokens.encode_all([text.rstrip() for _, _, text in asked])
+        asked = [
+            (case, i, join(text, "", request.separator).context)
+            for case, request in cases.items()
+            for i, text in enumerate(request.generation_prompts)
+        ]
+        prompts = model.tokens.encode_all([text for _, _, text in asked])
         limits = [max(0, self.max_tokens - len(ids)) for ids in prompts]
         draws = TopK(self.top_k, [random.Random(f"{self.seed}/{c}/{i}").getrandbits(63) for c, i, _ in asked])
         texts: dict[int, list[str]] = {case: [] for case in cases}
         for (case, _, prompt), said in zip(asked, decode(model, prompts, limits, sampling=draws), strict=True):
-            texts[case].append(prompt.rstrip() + said.text if said.finite else "")
+            texts[case].append(prompt + said.text if said.finite else "")
         for case, request in cases.items():
             metric.update(texts[case], case, request.references)
         return [{**row, "texts": texts[int(row["case"])]} for row in metric.rows(cases)]

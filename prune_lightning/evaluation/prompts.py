@@ -10,29 +10,30 @@ from torch import Tensor
 from prune_lightning.evaluation.measurement import Cases, EditingMeasurement
 from prune_lightning.evaluation.scoring import PairScores, score_pairs
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.text.separators import TextPair
 from prune_lightning.types import EditRequest
 
-Pairs = list[tuple[str, str]]
+Pairs = list[TextPair]
 
 
 def edit_pair(request: EditRequest) -> Pairs:
     """Return the edit's own prompt with its new target."""
-    return [(request.prompt, request.target_new)]
+    return [request.pair()]
 
 
 def paraphrase_pairs(request: EditRequest) -> Pairs:
     """Return the paraphrases with the new target."""
-    return [(prompt, request.target_new) for prompt in request.paraphrases]
+    return request.paraphrase_pairs()
 
 
 def locality_pairs(request: EditRequest) -> Pairs:
     """Return the prompts that the edit should leave alone, with their own answers."""
-    return [(probe.prompt, probe.answer) for probe in request.locality if probe.answer]
+    return [probe.pair() for probe in request.locality if probe.answer]
 
 
 def portability_pairs(request: EditRequest) -> Pairs:
     """Return the questions about consequences of the edit, with their answers."""
-    return [(probe.prompt, probe.answer) for probe in request.portability if probe.answer]
+    return [probe.pair() for probe in request.portability if probe.answer]
 
 
 def score_kinds(

@@ -16,6 +16,7 @@ from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.packing import trees
 from prune_lightning.models.token_tree import ROW_LENGTH, tree_inputs
 from prune_lightning.models.tokenization import EncodedPair
+from prune_lightning.text.separators import Pair, as_pair
 
 NOTHING = -1
 """In :attr:`PairScores.predicted`: behind the target's end, or the model said nothing finite."""
@@ -109,7 +110,7 @@ def _batches(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) ->
         yield _Batch(inputs, {i: (row, path[pairs[i].target_start - 1 :]) for i, (row, path) in paths.items()})
 
 
-def score_pairs(model: LanguageModel, pairs: Sequence[tuple[str, str]], token_budget: int = TOKEN_BUDGET) -> PairScores:
+def score_pairs(model: LanguageModel, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> PairScores:
     """Score targets after their prompts under teacher forcing.
 
     Equal pairs are computed once and so are shared beginnings (targets of one prompt, prompts that begin alike); the
@@ -117,13 +118,14 @@ def score_pairs(model: LanguageModel, pairs: Sequence[tuple[str, str]], token_bu
 
     Args:
         model: The language model.
-        pairs: ``(prompt, target)`` texts.
+        pairs: Literal texts, or ``(prompt, target)``, whose separator is inferred.
         token_budget: Padded tokens per forward pass.
     """
-    unique = list(dict.fromkeys(pairs))
+    literal = [as_pair(pair) for pair in pairs]
+    unique = list(dict.fromkeys(literal))
     scores = score_encoded(model, model.tokens.encode_pairs(unique), token_budget)
     place = {pair: i for i, pair in enumerate(unique)}
-    return scores[torch.tensor([place[pair] for pair in pairs], dtype=torch.long, device=model.device)]
+    return scores[torch.tensor([place[pair] for pair in literal], dtype=torch.long, device=model.device)]
 
 
 @dataclass(frozen=True)

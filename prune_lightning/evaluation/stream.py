@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lightning.evaluation.counterfact import prompts_by_kind
+from prune_lightning.evaluation.counterfact import pairs_by_kind
 from prune_lightning.evaluation.measurement import Cases, Measured
 from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.metrics import RetentionMatrix
@@ -41,12 +41,11 @@ class Success:
 
 def success(model: LanguageModel, requests: Sequence[EditRequest]) -> Success:
     """Score the edited prompts of requests."""
-    triples = [prompts_by_kind(request, "efficacy")[0] for request in requests]
-    known = [i for i, (_, _, old) in enumerate(triples) if old is not None]
-    pairs = [(prompt, new) for prompt, new, _ in triples] + [(triples[i][0], str(triples[i][2])) for i in known]
-    found = score_pairs(model, pairs)
-    new, old = found.nll[: len(triples)], found.nll[len(triples) :]
-    accuracy = torch.where(torch.isfinite(new), found.hit[: len(triples)].float(), torch.nan)
+    both = [pairs_by_kind(request, "efficacy")[0] for request in requests]
+    known = [i for i, (_, old) in enumerate(both) if old]
+    found = score_pairs(model, [new for new, _ in both] + [old for _, old in both if old])
+    new, old = found.nll[: len(both)], found.nll[len(both) :]
+    accuracy = torch.where(torch.isfinite(new), found.hit[: len(both)].float(), torch.nan)
     compared = preference(new[known], old)
     compared = torch.where(torch.isfinite(new[known]) & torch.isfinite(old), compared, torch.nan)
     score: list[float | None] = [None] * len(requests)
@@ -71,10 +70,10 @@ class UnrelatedAnswers:
         self._rows: list[tuple[list[int], int]] = []  # ids, and the position before the first token of the answer
         for probe in dict.fromkeys(probes):
             if probe.answer:
-                pair = model.tokens.encode_pair(probe.prompt, probe.answer)
+                (pair,) = model.tokens.encode_pairs([probe.pair()])
                 self._rows.append((pair.ids[:-1], pair.target_start - 1))
             else:
-                ids = model.tokens.encode(probe.prompt)[-model.tokens.max_length :]
+                ids = model.tokens.encode(probe.pair().context)[-model.tokens.max_length :]
                 self._rows.append((ids, len(ids) - 1))
         self._rows.sort(key=lambda row: len(row[0]))
         self._before = self._outputs(model)
@@ -106,14 +105,17 @@ class StreamScores:
 
     Every process scores everything, so that nothing needs to be gathered.
 
+    Args:
+        superseded: See :class:`~prune_lightning.metrics.RetentionMatrix`.
+
     Attributes:
         matrices: The retention matrix of each form.
     """
 
     name = "stream"
 
-    def __init__(self) -> None:
-        self.matrices = {form: RetentionMatrix(sync_on_compute=False) for form in FORMS}
+    def __init__(self, superseded: Mapping[int, int] | None = None) -> None:
+        self.matrices = {form: RetentionMatrix(superseded, sync_on_compute=False) for form in FORMS}
         self.unrelated: UnrelatedAnswers | None = None
         self._commits: Sequence[int] = ()
         self._immediate: dict[int, dict[str, float]] = {}

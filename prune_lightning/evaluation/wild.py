@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,33 +18,54 @@ from prune_lightning.evaluation.prompts import SampledMeasurement, comparable
 from prune_lightning.metrics import CaseMeans
 from prune_lightning.metrics.functional import contains, exact_match
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.types import EditRequest
+from prune_lightning.types import EditRequest, Probe
 
 INSTRUCTION = "Please answer the question:\n\nQ: {}\nA:"
-Encoder = Callable[[LanguageModel, str], list[int]]
 
 
-def _chat(model: LanguageModel, question: str) -> list[int]:
-    turns = [{"role": "user", "content": question}]
-    text = model.tokens.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+@dataclass(frozen=True)
+class Question:
+    """A prompt to be answered.
+
+    Args:
+        prompt: Its text.
+        literal: The text up to the answer, as it is when the fact is written: separator and chat template included.
+    """
+
+    prompt: str
+    literal: str
+
+
+Encoder = Callable[[LanguageModel, Question], list[int]]
+
+
+def _chat(model: LanguageModel, question: Question) -> list[int]:
+    head, tail = model.tokens.chat_frame()
+    text = head + question.prompt.rstrip() + tail
     ids: list[int] = model.tokens.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 CONTEXTS: dict[str, Encoder] = {
-    "bare": lambda model, question: model.tokens.encode(question),
-    "instruction": lambda model, question: model.tokens.encode(INSTRUCTION.format(question)),
+    "bare": lambda model, question: model.tokens.encode(question.literal),
+    "instruction": lambda model, question: model.tokens.encode(INSTRUCTION.format(question.prompt.rstrip())),
     "chat": _chat,
 }
 KINDS = ("efficacy", "generalization", "portability")
 
 
-def questions(request: EditRequest, kind: str) -> list[tuple[str, tuple[str, ...]]]:
+def questions(request: EditRequest, kind: str) -> list[tuple[Question, tuple[str, ...]]]:
     """Return a request's questions of one kind, each with the answers that are right."""
     if kind == "portability":
-        return [(probe.prompt, (probe.answer, *probe.aliases)) for probe in request.portability if probe.answer]
-    prompts = (request.prompt,) if kind == "efficacy" else request.paraphrases
-    return [(prompt, (request.target_new,)) for prompt in prompts]
+        return [(_asked(probe), (probe.answer, *probe.aliases)) for probe in request.portability if probe.answer]
+    if kind == "efficacy":
+        return [(Question(request.prompt, request.pair().context), (request.target_new,))]
+    pairs = zip(request.paraphrases, request.paraphrase_pairs(), strict=True)
+    return [(Question(prompt, pair.context), (request.target_new,)) for prompt, pair in pairs]
+
+
+def _asked(probe: Probe) -> Question:
+    return Question(probe.prompt, probe.pair().context)
 
 
 class WildGeneration(SampledMeasurement):
@@ -79,7 +101,7 @@ class WildGeneration(SampledMeasurement):
         for context in contexts:
             one_of("context of edit/wild", context, CONTEXTS)
         self.contexts, self.stops, self.max_new_tokens, self.judge = tuple(contexts), stops, max_new_tokens, judge
-        self._reference: dict[tuple[str, str], Continuation] = {}
+        self._reference: dict[tuple[str, Question], Continuation] = {}
 
     def metric(self) -> CaseMeans:
         """Return a fresh metric."""
@@ -116,16 +138,16 @@ class WildGeneration(SampledMeasurement):
             rank_zero_warn("edit/wild: the tokenizer has no chat template; the context `chat` is left out")
             self.contexts = tuple(context for context in self.contexts if context != "chat")
 
-    def _answers(self, model: LanguageModel, asked: Sequence[tuple[str, str]]) -> list[Continuation]:
+    def _answers(self, model: LanguageModel, asked: Sequence[tuple[str, Question]]) -> list[Continuation]:
         """Return the model's answers to ``(context, question)``; equal ones are asked once."""
         unique = list(dict.fromkeys(asked))
-        prompts = [CONTEXTS[context](model, question.rstrip()) for context, question in unique]
+        prompts = [CONTEXTS[context](model, question) for context, question in unique]
         answers = decode(model, prompts, [self.max_new_tokens] * len(prompts), self.stops)
         by_question = dict(zip(unique, answers, strict=True))
         return [by_question[question] for question in asked]
 
-    def _locality_questions(self, cases: Cases) -> list[tuple[str, int, str]]:
-        return [(c, i, probe.prompt) for c in self.contexts for i, r in cases.items() for probe in r.locality]
+    def _locality_questions(self, cases: Cases) -> list[tuple[str, int, Question]]:
+        return [(c, i, _asked(probe)) for c in self.contexts for i, r in cases.items() for probe in r.locality]
 
     def _score_locality(
         self, metric: CaseMeans, model: LanguageModel, cases: Cases
@@ -137,7 +159,7 @@ class WildGeneration(SampledMeasurement):
             if (before := self._reference.get((context, question))) is None:
                 raise UserError("edit/wild compares with the unedited model: call take_reference on it first")
             same.append(answer.finite and before.finite and answer.ids == before.ids)
-            row = {"context": context, "kind": "locality", "prompt": question, "said": answer.text}
+            row = {"context": context, "kind": "locality", "prompt": question.prompt, "said": answer.text}
             said.append((case, {**row, "said_before": before.text}))
         for context in self.contexts:
             here = [i for i, (c, _, _) in enumerate(asked) if c == context]
@@ -160,7 +182,7 @@ class WildGeneration(SampledMeasurement):
         }
         replies: list[str] = [""] * len(asked)
         if self.judge:
-            replies = self._replies([(q[3], q[4][0], a.text) for a, q in zip(answers, asked, strict=True)])
+            replies = self._replies([(q[3].prompt, q[4][0], a.text) for a, q in zip(answers, asked, strict=True)])
             values["judge"] = [a.finite and verdict(reply) is True for a, reply in zip(answers, replies, strict=True)]
         for context in self.contexts:
             for kind in KINDS:
@@ -175,7 +197,8 @@ class WildGeneration(SampledMeasurement):
         return [
             (
                 case,
-                {"context": context, "kind": kind, "prompt": question, "answers": list(gold), "said": answer.text}
+                {"context": context, "kind": kind, "prompt": question.prompt}
+                | {"answers": list(gold), "said": answer.text}
                 | ({"reply": reply} if self.judge else {}),
             )
             for (context, kind, case, question, gold), answer, reply in zip(asked, answers, replies, strict=True)

@@ -20,9 +20,9 @@ def prompts_for(requests: Sequence[EditRequest]) -> list[str]:
     """Return the prompts of some edits, a paraphrase and a locality prompt of each, and a few about nothing edited."""
     chosen = requests[:: -(-len(requests) // _EDITS) or 1]
     prompts = [
-        text
+        pair.context
         for request in chosen
-        for text in (request.prompt, *request.paraphrases[:1], *(probe.prompt for probe in request.locality[:1]))
+        for pair in (request.pair(), *request.paraphrase_pairs()[:1], *(probe.pair() for probe in request.locality[:1]))
     ]
     return [*dict.fromkeys(prompts), *_OTHERS]
 

@@ -71,6 +71,11 @@ class EditingModule(L.LightningModule, ABC):
     def prepare(self) -> None:
         """Compute, on the unedited model, what all edits need; a restart of the stream does not need it again."""
 
+    @classmethod
+    def unusable(cls, request: EditRequest) -> str | None:
+        """Return why the method cannot write a request, ``None`` if it can; asked before the first edit."""
+        return None
+
     @abstractmethod
     def compute_update(
         self, requests: Sequence[EditRequest]

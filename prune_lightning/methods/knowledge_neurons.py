@@ -148,13 +148,18 @@ class KnowledgeNeurons(EditingModule):
         if (width := self._embeddings().shape[1]) != column:
             raise UserError(f"KN writes embeddings, here {width} wide, into columns, here {column} long")
 
+    @classmethod
+    def unusable(cls, request: EditRequest) -> str | None:
+        """Refuse a request without an old answer."""
+        if request.target_old is None:
+            return "KN looks for the neurons of the old answer; give the record `target_old`"
+        return None
+
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return one update of rank one per request and layer with a selected neuron, side by side."""
         for request in requests:
-            if not (request.target_old or "").strip():
-                raise UserError(
-                    f"case {request.case_id}: KN looks for the neurons of the old answer; give the record `target_old`"
-                )
+            if reason := self.unusable(request):
+                raise UserError(f"case {request.case_id}: {reason}")
         found = map_over_ranks(requests, lambda part: [(self._change(each).cpu(), self._locate(each)) for each in part])
         updates: dict[int, list[LowRankUpdate]] = {}
         for change, detail in found:
@@ -170,13 +175,14 @@ class KnowledgeNeurons(EditingModule):
         """Return the knowledge neurons of a fact, with what there is to tell."""
         start = time.perf_counter()
         assert request.target_old is not None
-        prompts = [request.prompt, *(request.paraphrases if self.selection.refine else ())]
-        answers = answer_tokens(self.language_model, prompts, request.target_old)
+        old = request.target_old
+        pairs = [request.pair(old), *(request.paraphrase_pairs(old) if self.selection.refine else ())]
+        answers = answer_tokens(self.language_model, pairs)
         questions = [question for answer in answers for question in answer]
         found = integrated_gradients(self.language_model, self.layers, questions, self.attribution)
         lengths = [len(answer) for answer in answers]
         parts = {layer: [part.mean(0) for part in values.split(lengths)] for layer, values in found.items()}
-        per_prompt = [{layer: parts[layer][i] for layer in self.layers} for i in range(len(prompts))]
+        per_prompt = [{layer: parts[layer][i] for layer in self.layers} for i in range(len(pairs))]
         coarse = [coarse_set(attributions, self.selection.threshold) for attributions in per_prompt]
         return {
             "neurons": sorted(refined_set(coarse, self.selection) if self.selection.refine else coarse[0]),
@@ -188,7 +194,7 @@ class KnowledgeNeurons(EditingModule):
     @torch.no_grad()
     def _change(self, request: EditRequest) -> Tensor:
         """Return what is added to the column of each neuron, shape ``(out_features,)``, fp64."""
-        pair = self.language_model.tokens.encode_pair(request.prompt, request.target_new)
+        (pair,) = self.language_model.tokens.encode_pairs([request.pair()])
         (said,) = greedy_tokens(self.language_model, [pair.ids[: pair.target_start]], [len(pair.target)])
         factor = self.single_token_factor if len(pair.target) == 1 else 1.0
         old, new = (self._embeddings()[tokens].double().sum(0) for tokens in (said, pair.target))

@@ -115,7 +115,7 @@ class MEND(EditingModule):
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return the transformed gradient of each matrix in factored form, and the batch's loss before."""
-        rows = LabelledRows(self.language_model, [(request.prompt, request.target_new) for request in requests])
+        rows = LabelledRows(self.language_model, [request.pair() for request in requests])
         gradients, loss = edit_gradients(self.language_model, self.edited_modules(), rows)
         self.network.train(self.restart_norm_stats)
         updates, before = {}, self.memory()

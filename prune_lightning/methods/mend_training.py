@@ -17,6 +17,7 @@ from prune_lightning.methods.mend_network import MENDNetwork
 from prune_lightning.models.cached_forward import CachedForward
 from prune_lightning.models.hooks import add_branch
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.text.separators import Pair
 from prune_lightning.types import MetaExample
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -151,7 +152,7 @@ class MENDTraining(L.LightningModule):
         self._log("val", losses, len(batch))
         self.log_dict({f"val/{name}": value for name, value in said.items()}, batch_size=len(batch))
 
-    def _said(self, pairs: Sequence[tuple[str, str]], factors: Factors) -> Tensor:
+    def _said(self, pairs: Sequence[Pair], factors: Factors) -> Tensor:
         """Return the share of pairs whose target's tokens are all the edited model's first choice."""
         rows = LabelledRows(self.language_model, pairs)
         _, logits = self._passes(rows, rows.row, rows.position, factors)

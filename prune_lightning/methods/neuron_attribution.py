@@ -13,6 +13,7 @@ from prune_lightning.methods.patched_neurons import AttributionOptions, PatchedN
 from prune_lightning.models.cached_forward import CachedForward, agrees
 from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.text.separators import Pair
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,22 @@ def greedy_tokens(model: LanguageModel, rows: Sequence[list[int]], counts: Seque
     return [text[len(row) :] for text, row in zip(texts, rows, strict=True)]
 
 
-def answer_tokens(model: LanguageModel, prompts: Sequence[str], answer: str) -> list[list[NextToken]]:
-    """Return the questions that make up an answer, for each prompt.
+def answer_tokens(model: LanguageModel, pairs: Sequence[Pair]) -> list[list[NextToken]]:
+    """Return the questions that make up an answer, for each prompt with its answer.
 
     The i-th asks for the answer's i-th token after the prompt and the model's own first i choices, as published: what
     precedes is what the model says, not what it should have said.
 
     Args:
         model: The language model.
-        prompts: Texts before the answer.
-        answer: The continuation, without a leading blank.
+        pairs: Prompts with their answers.
     """
-    pairs = [model.tokens.encode_pair(prompt, answer) for prompt in prompts]
-    before = [pair.ids[: pair.target_start] for pair in pairs]
-    said = greedy_tokens(model, before, [len(pair.target) - 1 for pair in pairs])
+    encoded = model.tokens.encode_pairs(pairs)
+    before = [pair.ids[: pair.target_start] for pair in encoded]
+    said = greedy_tokens(model, before, [len(pair.target) - 1 for pair in encoded])
     return [
         [NextToken(ids + own[:i], token) for i, token in enumerate(pair.target)]
-        for pair, ids, own in zip(pairs, before, said, strict=True)
+        for pair, ids, own in zip(encoded, before, said, strict=True)
     ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from prune_lightning.errors import UserError
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.text.separators import TextPair
 from prune_lightning.types import EditRequest
 
 
@@ -31,19 +32,26 @@ class EditRow:
 
 
 def target_row(model: LanguageModel, request: EditRequest, prefix: str) -> EditRow:
-    """Return prefix, prompt and target as one row with labels."""
-    text = prefix + request.prompt.rstrip()
-    pair = model.tokens.encode_pair(text, request.target_new)
-    subject = _subject(model, text, prefix, request) - pair.dropped
+    """Return prefix, prompt and target as one row with labels.
+
+    Raises:
+        UserError: The subject is cut off by the model's context, or shares its last token with the target.
+    """
+    text, end = _behind(model, request, prefix)
+    (pair,) = model.tokens.encode_pairs([text])
+    subject = model.tokens.subject_last(text.text, end) - pair.dropped
     if subject < 0:
         raise UserError(f"case {request.case_id}: the subject lies outside the model's context of the prompt")
+    if subject >= pair.target_start:
+        raise UserError(f"case {request.case_id}: the subject's last token is also the first one of the target")
     return EditRow(pair.ids[:-1], subject, pair.target)
 
 
 def key_row(model: LanguageModel, request: EditRequest, prefix: str) -> EditRow:
     """Return prefix and prompt up to the subject's last token: all that a key depends on."""
-    text = prefix + request.prompt.rstrip()
-    ids = model.tokens.encode(text)[: _subject(model, text, prefix, request) + 1][-model.tokens.max_length :]
+    text, end = _behind(model, request, prefix)
+    context = text.context
+    ids = model.tokens.encode(context)[: model.tokens.subject_last(context, end) + 1][-model.tokens.max_length :]
     return EditRow(ids, len(ids) - 1, [])
 
 
@@ -53,6 +61,6 @@ def kl_row(model: LanguageModel, request: EditRequest) -> EditRow:
     return EditRow(model.tokens.encode(text), model.tokens.subject_last(text, len(request.subject)), [])
 
 
-def _subject(model: LanguageModel, text: str, prefix: str, request: EditRequest) -> int:
-    end = len(prefix) + request.prompt.index(request.subject) + len(request.subject)
-    return model.tokens.subject_last(text, end)
+def _behind(model: LanguageModel, request: EditRequest, prefix: str) -> tuple[TextPair, int]:
+    """Return the request's text behind a prefix, and where in it the subject ends."""
+    return request.behind(prefix, model.tokens.own_start(request.prompt))

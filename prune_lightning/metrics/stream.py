@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ class RetentionMatrix(Metric):
 
     An entry with ``t`` equal to the commit is the immediate score, one with a smaller ``t`` belongs to a model that was
     not yet told the fact. Processes may hold different entries; an entry that occurs twice is refused when computing.
+    A later edit can give the same prompt another target; from then on the earlier edit is neither held nor forgotten.
+
+    Args:
+        superseded: Per case that a later edit overwrites, the edit count from which it has; its entries from there on
+            are dropped, and it stands in no mean from there on.
+        kwargs: See ``Metric``.
 
     Example:
         >>> metric = RetentionMatrix()
@@ -37,8 +44,9 @@ class RetentionMatrix(Metric):
     index: list[Tensor]
     value: list[Tensor]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, superseded: Mapping[int, int] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.superseded = dict(superseded or {})
         for name in ("time", "commit", "index", "value"):
             self.add_state(name, [], dist_reduce_fx="cat")  # all of one float type: an empty process pads with it
 
@@ -51,9 +59,11 @@ class RetentionMatrix(Metric):
             index: Place of each case in the stream, below 2^24.
             value: In [0, 1]; what is not finite counts as 0, a failure.
         """
-        self.time.append(torch.full((len(index),), float(num_edits), device=self.device))
+        ends = [self.superseded.get(case, math.inf) for case in index.long().tolist()]
+        holds = torch.tensor([num_edits < end for end in ends], dtype=torch.bool)
+        self.time.append(torch.full((int(holds.sum()),), float(num_edits), device=self.device))
         for state, given in ((self.commit, commit), (self.index, index), (self.value, value)):
-            state.append(given.to(self.device, torch.float32))
+            state.append(given[holds.to(given.device)].to(self.device, torch.float32))
 
     def observations(self) -> Observations:
         """Return all entries.
@@ -62,7 +72,8 @@ class RetentionMatrix(Metric):
             UserError: An entry occurs twice, or a case was never scored right after it was written.
         """
         states = (self.time, self.commit, self.index, self.value)
-        return Observations(*(dim_zero_cat(state) if len(state) else torch.zeros(0) for state in states))
+        time, commit, case, value = (dim_zero_cat(state) if len(state) else torch.zeros(0) for state in states)
+        return Observations(time, commit, case, value, self.superseded)
 
     def by_age(self) -> list[AgeBin]:
         """Return retention in geometric bins of age, from this process's entries."""

@@ -7,8 +7,8 @@ r"""The formulas of metrics over a stream of edits, on plain tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -35,6 +35,7 @@ class Observations:
         commit: :math:`c(i)`.
         case: :math:`i`.
         value: :math:`A[t,i]`.
+        superseded: Per case that a later edit overwrites, the edit count from which it has.
 
     Raises:
         UserError: An entry occurs twice, a case has two commits, or it was looked at later but not when it was written.
@@ -44,6 +45,7 @@ class Observations:
     commit: Tensor
     case: Tensor
     value: Tensor
+    superseded: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pairs = torch.stack([self.time, self.case], 1)
@@ -80,6 +82,13 @@ class Observations:
         """Commits of the cases that were written."""
         return self.commit[self.time == self.commit]
 
+    @cached_property
+    def ends(self) -> Tensor:
+        """Edit counts from which a later edit overwrites these cases, infinite where none does."""
+        cases = self.case[self.time == self.commit].long().tolist()
+        found = [float(self.superseded.get(case, math.inf)) for case in cases]
+        return torch.tensor(found, device=self.commit.device)
+
     def written_at(self, t: float, before: bool = False) -> tuple[Tensor, Tensor]:
         """Return the entries of time ``t`` of cases written by then, and their weights.
 
@@ -92,7 +101,7 @@ class Observations:
         """
         limit = self.commit < t if before else self.commit <= t
         entries = ((self.time == t) & limit).nonzero().flatten()
-        population = self.commits[self.commits < t if before else self.commits <= t]
+        population = self.commits[(self.commits < t if before else self.commits <= t) & (self.ends > t)]
         bins = age_bin(t - self.commit[entries]).long()
         everyone = age_bin(t - population).long().bincount(minlength=64).double()
         looked_at = bins.bincount(minlength=64).double()

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from prune_lightning.errors import UserError, near
 from prune_lightning.models.family import ModelFamily
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.tokenization import Tokens
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,6 +63,22 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.path: the configuration of {path!r} could not be loaded: {reason}") from error
     return config
+
+
+def load_tokens(path: str, revision: str | None = None) -> Tokens:
+    """Load a model's tokenizer, with the length of the model's context from its configuration.
+
+    Raises:
+        UserError: No such folder or model, or it cannot be reached.
+    """
+    config = load_config(path, revision)
+    name, local = located(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local)
+    except (OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.path: the tokenizer of {path!r} could not be loaded: {reason}") from error
+    return Tokens(tokenizer, getattr(config, "max_position_embeddings", None))
 
 
 def load_language_model(path: str, dtype: str = "float32", revision: str | None = None) -> LanguageModel:

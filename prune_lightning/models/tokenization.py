@@ -1,7 +1,7 @@
 """The one place where text becomes tokens: prompts with targets, subject positions, padding.
 
-A target is never tokenised alone. ``prompt + " " + target`` is, and what follows the tokens of the prompt is the
-target, so byte-level, SentencePiece and BOS-adding tokenizers all come out right.
+A target is never tokenised alone. The literal text of prompt and target is, and what follows the tokens of the
+prompt is the target, so byte-level, SentencePiece and BOS-adding tokenizers all come out right.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prune_lightning.errors import UserError
+from prune_lightning.errors import UserError, shown
+from prune_lightning.text.separators import AUTO, Pair, TextPair, as_pair, join
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class EncodedPair:
         ids: Prompt and target.
         target_start: Index in ``ids`` of the target's first token.
         dropped: Tokens that were cut off at the front because the model's context is shorter.
-        retokenised: The prompt's last tokens changed when the target followed; whatever lies behind the common prefix
-            counts as target.
+        retokenised: The prompt's last tokens changed when the target followed; the first token that holds a part of
+            the target is then where the target starts.
     """
 
     ids: list[int]
@@ -68,46 +69,70 @@ class Tokens:
         return self.encode_all([text], special_tokens)[0]
 
     def encode_all(self, texts: Sequence[str], special_tokens: bool = True) -> list[list[int]]:
-        """Return the ids of several texts, see :meth:`encode`; one call of the tokenizer, equal texts once."""
+        """Return the ids of several texts, see :meth:`encode`; one call of the tokenizer, equal texts once.
+
+        A text that brings its own start token gets no second one.
+        """
         if not all(text.strip() for text in texts):
             raise UserError("an empty text cannot be encoded")
         unique = list(dict.fromkeys(texts))
         rows: list[list[int]] = self.tokenizer(unique, add_special_tokens=special_tokens)["input_ids"] if unique else []
-        closing = self._closing if special_tokens else 0
-        ids = {text: row[: len(row) - closing] for text, row in zip(unique, rows, strict=True)}
+        if special_tokens:
+            rows = [row[self._doubled(row) : len(row) - self._closing] for row in rows]
+        ids = dict(zip(unique, rows, strict=True))
         return [ids[text] for text in texts]
 
-    def encode_pair(self, prompt: str, target: str) -> EncodedPair:
-        """Encode ``prompt + " " + target``.
+    def _doubled(self, row: Sequence[int]) -> int:
+        """Return 1 if a text brought its own start token and was given another one, else 0."""
+        start = self.tokenizer.bos_token_id
+        return int(start is not None and list(row[:2]) == [start, start])
+
+    def own_start(self, text: str) -> int:
+        """Return the length in characters of the start token that a text begins with, 0 if it has none."""
+        start = self.tokenizer.bos_token
+        return len(start) if start and text.startswith(start) else 0
+
+    def encode_pair(self, prompt: str, target: str, separator: str = AUTO) -> EncodedPair:
+        """Encode a prompt with its target.
 
         Args:
-            prompt: Text before the target; trailing blanks are dropped.
-            target: The continuation, without a leading blank.
+            prompt: Text before the target.
+            target: The continuation.
+            separator: What stands between them, see :func:`~prune_lightning.text.separators.join`.
 
         Raises:
             UserError: The prompt or the target is empty, or the target is longer than the model's context.
         """
-        return self.encode_pairs([(prompt, target)])[0]
+        return self.encode_pairs([join(prompt, target, separator)])[0]
 
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedPair]:
-        """Encode several ``(prompt, target)`` pairs, see :meth:`encode_pair`."""
-        prompts = self.encode_all([prompt.rstrip() for prompt, _ in pairs])
-        wholes = self.encode_all([f"{prompt.rstrip()} {target.strip()}" for prompt, target in pairs])
-        return [self._pair(*row) for row in zip(pairs, wholes, prompts, strict=True)]
+    def encode_pairs(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
+        """Encode several pairs, see :meth:`encode_pair`; those that are literal text are taken as they are."""
+        literal = [as_pair(pair) for pair in pairs]
+        contexts = self.encode_all([pair.context for pair in literal])
+        wholes = self.encode_all([pair.text for pair in literal])
+        return [self._pair(*row) for row in zip(literal, wholes, contexts, strict=True)]
 
-    def _pair(self, texts: tuple[str, str], whole: list[int], alone: list[int]) -> EncodedPair:
-        prompt, target = texts
-        start = len(alone)
-        retokenised = whole[:start] != alone
+    def _pair(self, pair: TextPair, whole: list[int], context: list[int]) -> EncodedPair:
+        start = len(context)
+        retokenised = whole[:start] != context
         if retokenised:
-            start = next(i for i, (a, b) in enumerate(zip([*whole, -1], [*alone, -2], strict=False)) if a != b)
+            ends = [end for _, end in self._spans(pair.text)[: len(whole)]]
+            start = next((i for i, end in enumerate(ends) if end > len(pair.context)), len(whole))
             start = max(start, 1)  # nothing predicts the very first token
         if start >= len(whole):
-            raise UserError(f"the target {target!r} adds no token to the prompt {prompt!r}")
+            raise UserError(f"the target {shown(pair.continuation)} adds no token to the prompt {shown(pair.context)}")
         excess = max(0, len(whole) - self.max_length)
         if excess >= start:
-            raise UserError(f"the target {target!r} is longer than the model's context of {self.max_length} tokens")
+            raise UserError(
+                f"the target {shown(pair.continuation)} is longer than the model's context of {self.max_length} tokens"
+            )
         return EncodedPair(whole[excess:], start - excess, excess, retokenised)
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """Return the first and the last character, exclusively, of each token of ``encode(text)``."""
+        encoding = self.tokenizer(text, return_offsets_mapping=True)
+        spans: list[tuple[int, int]] = encoding["offset_mapping"]
+        return spans[self._doubled(encoding["input_ids"]) :]
 
     def subject_last(self, text: str, subject_end: int) -> int:
         """Return the index, in ``encode(text)``, of the token that holds the subject's last character.
@@ -116,12 +141,32 @@ class Tokens:
             text: The whole text.
             subject_end: Index of the first character after the subject.
         """
-        encoding = self.tokenizer(text, return_offsets_mapping=True)
-        spans = encoding["offset_mapping"]
-        inside = [i for i, (start, end) in enumerate(spans) if start <= subject_end - 1 < end]
+        inside = [i for i, (start, end) in enumerate(self._spans(text)) if start <= subject_end - 1 < end]
         if not inside:
-            raise UserError(f"no token of {text!r} holds the subject's last character")
+            raise UserError(f"no token of {shown(text)} holds the subject's last character")
         return inside[-1]
+
+    def chat_frame(self) -> tuple[str, str]:
+        """Return what the tokenizer's chat template puts before a user's turn, and after it up to the answer.
+
+        Raises:
+            UserError: There is no template, or it cannot render a single turn.
+        """
+        if not self.tokenizer.chat_template:
+            raise UserError("data.chat_template: the tokenizer has no chat template")
+        turn = "PROMPT"
+        while turn in str(self.tokenizer.chat_template):
+            turn += "X"
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # templates raise whatever they like
+            raise UserError(f"data.chat_template: the template cannot render a user's turn: {error}") from error
+        head, found, tail = str(text).rpartition(turn)
+        if not found:
+            raise UserError("data.chat_template: the template leaves the user's turn out")
+        return head, tail
 
     def pad(self, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Right-pad rows of ids.

@@ -1,4 +1,4 @@
-"""The job that reads a data file and lists every record that cannot be used, before any model is loaded."""
+"""The job that reads a data file and lists every record that cannot be used, or is doubtful, before any edit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from prune_lightning.atomic_files import write_json
-from prune_lightning.data.stream import BadRow, EditStream
+from prune_lightning.data.rows import BadRow, Located
+from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
-from prune_lightning.tasks.setup import quieten, run_folder
+from prune_lightning.models.loading import load_tokens
+from prune_lightning.tasks.setup import quieten, run_folder, usable_by
 from prune_lightning.types import EditRequest
 
 
 def run(config: DictConfig) -> None:
-    """List the bad records, count the others, and leave both in `check.json`.
+    """List the bad records and the doubtful ones, count the others, and leave all of it in `check.json`.
 
     Raises:
         UserError: A record cannot be used, or none can; the command line ends with 2.
@@ -26,38 +28,50 @@ def run(config: DictConfig) -> None:
     quieten()
     folder = run_folder()
     stream: EditStream = instantiate(config.data)
-    requests, rejected = sorted_out(stream)
-    counts = survey(stream, requests, rejected)
+    usable, rejected = stream.read()
     out = Console(markup=False, highlight=False, soft_wrap=True)
+    usable, misfits = _fitting(config, stream, usable, out)
+    rejected = sorted([*rejected, *misfits], key=lambda row: row.line)
+    kept, repeated = stream.arranged(usable)
+    counts = survey(stream, [one.request for one in usable], rejected, kept)
+    remarks = [BadRow(one.line, remark) for one in usable for remark in one.remarks]
     for row in rejected:
         out.print(f"line {row.line}: {row.reason}")
+    for title, rows in (("doubtful", remarks), ("left out", repeated)):
+        for row in rows:
+            out.print(f"{title}: line {row.line}: {row.reason}")
     table = Table("", "records", title="Data", title_justify="left")
     for name, count in counts.items():
         table.add_row(name, str(count))
     out.print(table)
-    write_json(folder / "check.json", {"counts": counts, "rejected": [vars(row) for row in rejected]})
+    found = {"rejected": rejected, "left_out": repeated, "remarks": remarks}
+    write_json(
+        folder / "check.json", {"counts": counts} | {name: [vars(row) for row in rows] for name, rows in found.items()}
+    )
     if rejected:
-        raise UserError(f"{len(rejected)} of {counts['records']} records cannot be used; they are listed above")
-    if not requests:
+        total = counts["records"]
+        raise UserError(f"{len(rejected)} of {total} records cannot be used; they are listed above")
+    if not usable:
         raise UserError("the data hold no record")
 
 
-def sorted_out(stream: EditStream) -> tuple[list[EditRequest], list[BadRow]]:
-    """Return the requests of a stream in their source's order, and what cannot be used."""
-    requests: list[EditRequest] = []
-    rejected: list[BadRow] = []
-    for record in stream.records():
-        if isinstance(record, BadRow):
-            rejected.append(record)
-        else:
-            requests.append(record)
-    return requests, rejected
+def _fitting(
+    config: DictConfig, stream: EditStream, usable: list[Located], out: Console
+) -> tuple[list[Located], list[BadRow]]:
+    """Return the records that fit the model, and the others; all of them where its tokenizer is out of reach."""
+    try:
+        tokens = load_tokens(str(config.model.path), config.model.revision)
+    except UserError as error:
+        out.print(f"not checked against the model: {error}")
+        return usable, []
+    return stream.fitting(usable, tokens, usable_by(config.method))
 
 
-def survey(stream: EditStream, requests: Sequence[EditRequest], rejected: Sequence[BadRow]) -> dict[str, Any]:
+def survey(
+    stream: EditStream, requests: Sequence[EditRequest], rejected: Sequence[BadRow], kept: Sequence[Located]
+) -> dict[str, Any]:
     """Return how many records there are, and how many lack what a score needs."""
     subjects = {request.subject.lower() for request in requests}
-    kept = len(stream.ordered(list(requests)))
     return {
         "records": len(requests) + len(rejected),
         "usable": len(requests),
@@ -66,5 +80,5 @@ def survey(stream: EditStream, requests: Sequence[EditRequest], rejected: Sequen
         "without old target": sum(request.target_old is None for request in requests),
         "without paraphrases": sum(not request.paraphrases for request in requests),
         "without locality": sum(not request.locality for request in requests),
-        "taken by a run": min(kept, kept if stream.num_edits is None else stream.num_edits),
+        "taken by a run": min(len(kept), len(kept) if stream.num_edits is None else stream.num_edits),
     }

@@ -20,7 +20,7 @@ from prune_lightning.evaluation.measurement import Measurement
 from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.ledger import Ledger
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.models.loading import load_language_model
+from prune_lightning.models.loading import load_language_model, load_tokens
 from prune_lightning.phases import PhaseClock
 from prune_lightning.report.summary import RunSummary
 from prune_lightning.tasks.collapse import bisect_collapses
@@ -35,6 +35,7 @@ from prune_lightning.tasks.setup import (
     quieten,
     run_clock,
     run_folder,
+    usable_by,
 )
 
 
@@ -117,12 +118,12 @@ def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
     measurements = _measurements(config)
     ledger = ledger_to_resume(config.resume, folder)
     stream: EditStream = instantiate(config.data, done=ledger.sizes if ledger else ())
-    stream.setup()
+    stream.fit(load_tokens(config.model.path, config.model.revision), usable_by(config.method))
     if ledger:
         check_stream(ledger, stream)
     formats = formats_wanted(config, stream)
     module = _method(config, clock)
-    scores = None if stream.protocol.from_base else StreamScores()
+    scores = None if stream.protocol.from_base else StreamScores(stream.superseded())
     log = EditLog(folder / "edits.jsonl", scores)
     evaluation = _evaluation(config, measurements, stream=scores, cases_file=folder / "cases.jsonl", clock=clock)
     keeper = _ledger(config, folder, ledger) if config.ledger else None
@@ -193,7 +194,7 @@ def _control(config: DictConfig, job: Job, run_log: RunLog) -> EditEvaluation:
     """Edit the same stream again without the restraint, as far as the run went."""
     steps = job.module.run.num_steps
     job.module.run.restart()
-    scores = None if job.stream.protocol.from_base else StreamScores()
+    scores = None if job.stream.protocol.from_base else StreamScores(job.stream.superseded())
     clock = job.module.clock
     evaluation = _evaluation(config, job.evaluation.measurements, stream=scores, earlier=job.evaluation, clock=clock)
     trainer = build_trainer(config, [EditLog(None, scores), evaluation, run_log], [], max_steps=steps)

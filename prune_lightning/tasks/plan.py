@@ -120,9 +120,8 @@ def settings(config: DictConfig, model: ShapeModel, stream: EditStream) -> tuple
 
 def _token_counts(config: DictConfig, requests: list[EditRequest]) -> tuple[float, float, float, str]:
     """Return mean tokens of prompts, targets, and prompts up to the subject's end, and how they were counted."""
-    texts = [
-        (r.prompt, f" {r.target_new}", r.prompt[: r.prompt.index(r.subject) + len(r.subject)]) for r in requests[:200]
-    ]
+    pairs = [(request.pair(), request.behind("")[1]) for request in requests[:200]]
+    texts = [(pair.context, pair.continuation, pair.context[:end]) for pair, end in pairs]
     name, local = located(config.model.path)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=config.model.revision, local_files_only=local)

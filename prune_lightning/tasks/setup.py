@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import lightning as L
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from prune_lightning.errors import UserError
 from prune_lightning.phases import PhaseClock, process_age
 from prune_lightning.report.csv_logger import StepCSVLogger
+from prune_lightning.types import EditRequest
 
 _OF_EDITING = ("summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "quarantine.jsonl", "plots", "report.html")
 RESULTS = (*_OF_EDITING, "export", "ledger", "check.json", "plan.json", "error.txt")
@@ -58,6 +60,22 @@ def run_folder(resumed: bool = False) -> Path:
 def choice(group: str) -> str:
     """Return the option that was chosen for a group."""
     return str(HydraConfig.get().runtime.choices[group])
+
+
+def usable_by(method: DictConfig | None) -> Callable[[EditRequest], str | None] | None:
+    """Return what says why the configured method cannot write a request; ``None`` where there is no method.
+
+    Raises:
+        UserError: The method's class does not exist.
+    """
+    target = method.get("_target_") if method else None
+    if target is None:
+        return None
+    try:
+        kind = get_class(target)
+    except Exception as error:  # hydra raises what importing raises
+        raise UserError(f"method._target_: {target!r} is no class: {error}") from error
+    return getattr(kind, "unusable", None)
 
 
 def quieten() -> None:

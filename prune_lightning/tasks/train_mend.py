@@ -31,6 +31,7 @@ def run(config: DictConfig) -> None:
     started = time.perf_counter()
     data: EditorTrainingData = instantiate(config.editor_data, _convert_="all")
     model = load_language_model(config.model.path, config.model.dtype, config.model.revision)
+    data.fit(model.tokens)
     editor: MEND = instantiate(config.method, language_model=model, hypernetwork=None, _convert_="all")
     module = MENDTraining(model, editor.edited_modules(), editor.layers[0], editor.network, editor.options)
     best = ModelCheckpoint(

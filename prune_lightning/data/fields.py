@@ -1,0 +1,137 @@
+"""Typed access to the fields of a record: what has the wrong type is named by key and value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prune_lightning.errors import UserError, shown
+from prune_lightning.text.subjects import locate
+
+
+class Fields:
+    """The fields of one JSON object.
+
+    Args:
+        row: The object.
+        path: How it is reached from the record, for messages, e.g. ``locality[0].``.
+        notes: Where remarks about the record are collected; shared with the objects inside it.
+    """
+
+    def __init__(self, row: Mapping[str, Any], path: str = "", notes: list[str] | None = None) -> None:
+        self.row, self.path = row, path
+        self.notes: list[str] = [] if notes is None else notes
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a field is there and not null."""
+        return self.row.get(key) is not None
+
+    def wrong(self, key: str, expected: str, value: Any) -> UserError:
+        """Return the error for a field of a wrong type."""
+        return UserError(f"`{self.path}{key}` is expected to be {expected}, but got {shown(value)}")
+
+    def _present(self, key: str) -> Any:
+        if key not in self.row:
+            raise UserError(f"the key '{self.path}{key}' is missing")
+        return self.row[key]
+
+    def text(self, key: str) -> str:
+        """Return a text that has to be there, as it is."""
+        value = self._present(key)
+        if not isinstance(value, str):
+            raise self.wrong(key, "a text", value)
+        return value
+
+    def optional(self, key: str) -> str | None:
+        """Return a text, or ``None`` where the record has none or an empty one."""
+        return (self.text(key) or None) if key in self else None
+
+    def stripped(self, key: str) -> str:
+        """Return a text that has to be there, without whitespace at its ends; a remark says what was dropped."""
+        return self._without_blanks(key, self.text(key))
+
+    def target(self, key: str) -> str:
+        """Return a target: whitespace at its end is dropped; a blank at its beginning is a separator's matter."""
+        text = self.text(key)
+        return self._without_blanks(key, text, text.lstrip(" ").rstrip())
+
+    def optional_target(self, key: str) -> str | None:
+        """Return a target, or ``None`` where the record has none or an empty one."""
+        return self.target(key) if self.optional(key) else None
+
+    def _without_blanks(self, key: str, text: str, kept: str | None = None) -> str:
+        kept = text.strip() if kept is None else kept
+        if kept != text and kept:
+            self.notes.append(f"`{self.path}{key}` {shown(text)} has whitespace at its ends, which is dropped")
+        return kept
+
+    def items(self, key: str) -> list[Any]:
+        """Return a list, empty where the record has none; a text is not the list of its letters."""
+        value = self.row.get(key)
+        if value is not None and not isinstance(value, list):
+            raise self.wrong(key, "a list", value)
+        return value or []
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Return a list of texts."""
+        found = self.items(key)
+        for place, value in enumerate(found):
+            if not isinstance(value, str):
+                raise self.wrong(f"{key}[{place}]", "a text", value)
+        return tuple(found)
+
+    def object(self, key: str) -> Fields:
+        """Return an object that has to be there."""
+        value = self._present(key)
+        if not isinstance(value, dict):
+            raise self.wrong(key, "an object", value)
+        return Fields(value, f"{self.path}{key}.", self.notes)
+
+    def objects(self, key: str) -> list[Fields]:
+        """Return a list of objects, empty where the record has none."""
+        found = []
+        for place, value in enumerate(self.items(key)):
+            if not isinstance(value, dict):
+                raise self.wrong(f"{key}[{place}]", "an object with a `prompt`", value)
+            found.append(Fields(value, f"{self.path}{key}[{place}].", self.notes))
+        return found
+
+    def place(self, subject: str, prompt: str) -> int | None:
+        """Return where in a prompt a subject stands; a remark says so where another place may be meant.
+
+        Raises:
+            UserError: See :func:`~prune_lightning.text.subjects.locate`.
+        """
+        if not subject:
+            return None  # refused by the request
+        found = locate(subject, prompt)
+        if found.doubt:
+            self.notes.append(found.doubt)
+        return found.start
+
+    def answers(self, key: str) -> list[str]:
+        """Return the answers of a field that holds a text, or lists of texts in any nesting; empty ones are left out.
+
+        Raises:
+            UserError: It holds something else.
+        """
+        return [text.strip() for text in self._flat(key, self.row.get(key)) if text.strip()]
+
+    def _flat(self, key: str, value: Any) -> list[str]:
+        if value is None:
+            return []
+        if isinstance(value, str):
+            return [value]
+        if not isinstance(value, list):
+            raise self.wrong(key, "a text or a list of texts", value)
+        found: list[str] = []
+        waiting = [(f"{key}[{place}]", part) for place, part in enumerate(value)]
+        while waiting:  # no recursion: a file can nest lists as deep as it likes
+            name, part = waiting.pop(0)
+            if isinstance(part, list):
+                waiting = [(f"{name}[{place}]", inner) for place, inner in enumerate(part)] + waiting
+            elif isinstance(part, str):
+                found.append(part)
+            else:
+                raise self.wrong(name, "a text", part)
+        return found

@@ -1,0 +1,90 @@
+"""What is doubtful about a request, and whether it fits a model: asked once, before the first edit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prune_lightning.errors import UserError, shown
+from prune_lightning.models.tokenization import Tokens
+from prune_lightning.requests import EditRequest
+from prune_lightning.text.separators import AUTO, TextPair, infer
+
+
+def doubts(request: EditRequest) -> list[str]:
+    """Return what is doubtful about the texts of a request."""
+    found = []
+    if request.target_old is not None and request.target_old.strip() == request.target_new.strip():
+        found.append(f"`target_old` and `target_new` are both {shown(request.target_new)}")
+    asked = [(request.separator, prompt, request.target_new) for prompt in (request.prompt, *request.paraphrases)]
+    probes = (*request.locality, *request.portability)
+    asked += [(probe.separator, probe.prompt, probe.answer or "") for probe in probes]
+    for separator, prompt, target in asked:
+        doubt = infer(prompt, target).doubt if separator == AUTO else None
+        if doubt:
+            found.append(f"{shown(prompt)} and {shown(target)}: {doubt} (`separator` says what is meant)")
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a request fits a model.
+
+    Args:
+        reason: Why it cannot be written or scored; ``None`` if it can.
+        doubts: What is doubtful if it can.
+    """
+
+    reason: str | None = None
+    doubts: tuple[str, ...] = ()
+
+
+def fit_to_model(request: EditRequest, tokens: Tokens) -> Fit:
+    """Return whether a request can be written into a model and scored on it."""
+    name = "prompt"
+    try:
+        (pair,) = tokens.encode_pairs([request.pair()])
+        if pair.dropped:
+            return Fit(
+                f"`prompt` and target {shown(request.pair().text)} are {len(pair.ids) + pair.dropped} tokens long, the "
+                f"model's context is {tokens.max_length}"
+            )
+        text, end = request.behind("")
+        subject = tokens.subject_last(text.text, end)
+        if subject >= pair.target_start:
+            return Fit(f"the last token of the subject {shown(request.subject)} is also the first one of the target")
+        scored = list(_scored(request))
+        try:
+            encoded = tokens.encode_pairs([text for _, text in scored])
+        except UserError:
+            for name, text in scored:  # noqa: B007 - the one that fails is named below
+                tokens.encode_pairs([text])
+            raise
+    except UserError as error:
+        return Fit(f"`{name}`: {error}")
+    found = [
+        f"`{name}` {shown(text.context)} is cut by {pair.dropped} tokens to the model's context of {tokens.max_length}"
+        for (name, text), pair in zip(scored, encoded, strict=True)
+        if pair.dropped
+    ]
+    if subject == 0:
+        found.append(
+            f"the subject {shown(request.subject)} is the first token of its text, on which ROME and its kin write "
+            "into every text (docs/guards.md)"
+        )
+    return Fit(doubts=tuple(found))
+
+
+def _scored(request: EditRequest) -> Iterator[tuple[str, TextPair]]:
+    """Yield the further texts of a request that are scored, with their names."""
+    old = request.target_old
+    if old:
+        yield "target_old", request.pair(old)
+    for answer in (None, old) if old else (None,):
+        for place, pair in enumerate(request.paraphrase_pairs(answer)):
+            yield f"paraphrases[{place}]", pair
+    for name, probes in (("locality", request.locality), ("portability", request.portability)):
+        for place, probe in enumerate(probes):
+            if probe.answer:
+                yield f"{name}[{place}]", probe.pair()
+                yield f"{name}[{place}]", probe.pair(request.target_new)
