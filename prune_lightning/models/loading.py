@@ -81,7 +81,7 @@ def load_language_model(path: str, dtype: str = "float32", revision: str | None 
     name, local = located(path)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=local)
-        family = ModelFamily.find(config.model_type)
+        family = ModelFamily.of(config)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local)
         model = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, local_files_only=local, dtype=weights_dtype
