@@ -17,7 +17,7 @@ from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import AboveBlock
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.fast_path import agrees
-from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.language_model import LanguageModel, refuse_adapters
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 ADAPTER = "edit"
@@ -159,6 +159,7 @@ class LoRA(EditingModule):
     def _adapters(self, total_steps: int) -> Iterator[LoraModel]:
         """Wrap the edited modules inside the block; afterwards the model's own are back in their places."""
         self.edited_matrices()
+        refuse_adapters(self.language_model.model)  # unloading ours would take the user's along
         tuner = self.inject(self.language_model.model, total_steps)
         try:
             cast_adapter_dtype(self.language_model.model, ADAPTER)

@@ -20,6 +20,24 @@ from prune_lightning.models.token_tree import grow, tree_inputs
 from prune_lightning.models.tokenization import Tokens
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise an error if a model carries adapters of ``peft``.
+
+    They are the user's: an edit neither changes nor removes them, and a matrix below one is not what the model computes
+    with.
+
+    Raises:
+        UserError: It does; the message says how to merge them.
+    """
+    for path, module in model.named_modules():
+        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+            where = f"at {path!r}" if path else "around the whole model"
+            raise UserError(
+                f"the model carries a PEFT adapter ({type(module).__name__} {where}); merge it first "
+                "(`model = peft_model.merge_and_unload()`) and edit the merged model"
+            )
+
+
 class Multiply(nn.Module):
     """Multiplication by a constant."""
 
@@ -36,7 +54,7 @@ class LanguageModel(nn.Module):
     """Binds a ``transformers`` causal language model to its family and freezes it.
 
     Args:
-        model: The model; put into evaluation mode, gradients of its parameters switched off.
+        model: The model; put into evaluation mode, gradients of its parameters switched off. Without adapters.
         tokenizer: Its fast tokenizer.
         family: Where the model keeps its blocks and down-projections; found by ``model_type`` if not given.
     """
@@ -45,6 +63,7 @@ class LanguageModel(nn.Module):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: ModelFamily | None = None
     ) -> None:
         super().__init__()
+        refuse_adapters(model)
         self.model: Any = model.eval().requires_grad_(False)
         self.tokens = Tokens(tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         self.family = family or ModelFamily.of(model.config)
@@ -245,10 +264,16 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def frozen_mode(self) -> Iterator[None]:
-        """Run with dropout off, whatever the Trainer has set, and put the mode back afterwards."""
-        training = self.model.training
+        """Run with dropout off, whatever the Trainer has set, and put the mode back afterwards.
+
+        A Trainer's ``precision`` sets PyTorch's default dtype during a step; inside the block it is fp32, in which new
+        tensors of an edit are meant to be.
+        """
+        training, default = self.model.training, torch.get_default_dtype()
         self.model.eval()
+        torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
+            torch.set_default_dtype(default)
             self.model.train(training)
