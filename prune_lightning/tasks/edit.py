@@ -35,6 +35,7 @@ from prune_lightning.tasks.setup import (
     quieten,
     run_clock,
     run_folder,
+    settle_trainer,
 )
 
 
@@ -42,6 +43,7 @@ def run(config: DictConfig) -> None:
     """Edit, evaluate, and leave the results in the run folder."""
     clock = run_clock()
     quieten()
+    settle_trainer(config)
     folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
     out = Console()
