@@ -23,7 +23,7 @@ from prune_lightning.methods.no_op_optimizer import NoOpOptimizer
 from prune_lightning.methods.run_parts import AttachedRestraint
 from prune_lightning.methods.trainer_checks import check_trainer
 from prune_lightning.models.family import stores_transposed
-from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.language_model import LanguageModel, refuse_adapters
 from prune_lightning.phases import PhaseClock
 from prune_lightning.types import EditBatch, EditReport, EditRequest, EditStep, MatrixUpdate
 
@@ -168,7 +168,8 @@ class EditingModule(L.LightningModule, ABC):
 
     # -- Lightning ------------------------------------------------------------------------------------------------
     def configure_callbacks(self) -> list[L.Callback]:
-        """Check the Trainer's arguments, here because nothing that a module is asked for comes earlier."""
+        """Check model and Trainer before anything runs: this is the first that a Trainer calls."""
+        refuse_adapters(self.language_model.model)
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_trainer(self.trainer)
         return []

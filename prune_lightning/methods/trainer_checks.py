@@ -67,6 +67,6 @@ def _check_precision(trainer: L.Trainer) -> None:
     if not plain:
         raise UserError(
             f"trainer.precision={trainer.precision} is for training: edits are computed in fp32 at least, whatever the "
-            "weights are stored in; choose the weights' dtype by model.dtype or by trainer.precision=bf16-true, 16-true "
-            "or 64-true"
+            "weights are stored in; choose the weights' dtype by model.dtype or by trainer.precision=bf16-true, "
+            "16-true or 64-true"
         )
