@@ -86,7 +86,7 @@ def test_rome_writes_its_value(family, tmp_path):
     tokens = len(pair.ids) - pair.target_start
     assert float(scores.nll[0]) * tokens == pytest.approx(float(expected), rel=ROUNDING)
 
-    report = export(ExportSource.from_module(module, Provenance("base")), "full", tmp_path / "full")
+    report = export(ExportSource.from_module(module, Provenance("base")), tmp_path / "full", "full")
     ids = torch.tensor([pair.ids])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=model.model.dtype)
     with torch.no_grad():

@@ -108,9 +108,8 @@ def load_language_model(path: str, dtype: str = "float32", revision: str | None 
 def _load_weights(path: str, name: str, config: PretrainedConfig, dtype: torch.dtype, files: dict[str, Any]) -> Any:
     """Load the weights in ``dtype``; none may be left as they are initialised."""
     dequantise = prepare_dequantisation(config)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=dtype, output_loading_info=True, **files
-    )
+    auto: Any = AutoModelForCausalLM
+    model, info = auto.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **files)
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"model.path: {path!r} lacks {len(missing)} weights that its config.json asks for, {missing[0]} for one; "

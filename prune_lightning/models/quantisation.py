@@ -38,7 +38,7 @@ def prepare_dequantisation(config: PretrainedConfig) -> Callable[[Any], Any]:
         if method == "bitsandbytes":  # two quantisers under one name
             method = "bitsandbytes_4bit" if parsed.load_in_4bit else "bitsandbytes_8bit"
         quantiser, parser = AUTO_QUANTIZER_MAPPING[method], AUTO_QUANTIZATION_CONFIG_MAPPING[method]
-        while_loading = "dequantize" in inspect.signature(parser.__init__).parameters
+        while_loading = "dequantize" in inspect.signature(parser).parameters
         afterwards = "_dequantize" in vars(quantiser)
         if not while_loading and not afterwards:
             raise UserError(
