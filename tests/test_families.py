@@ -121,7 +121,8 @@ def test_a_fast_path_that_fails_gives_way_with_one_warning(family, method, monke
         raise TypeError("forward() takes no\nposition_ids")
 
     monkeypatch.setattr(CachedForward, "logits_at", broken)
-    updates = [failing.compute_update(REQUESTS)[0] for _ in range(2)][0]
+    updates, _ = failing.compute_update(REQUESTS)
+    failing.compute_update(REQUESTS)
     (warning,) = [str(w.message) for w in recwarn if "fast path" in str(w.message)]
     assert "TypeError: forward() takes no" in warning
     for name, update in updates.items():
@@ -151,7 +152,7 @@ def test_a_yaml_that_leaves_something_out_costs_speed_and_not_the_value(family, 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_mixtures_of_experts_are_refused_in_one_line(model_type):
-    with pytest.raises(UserError, match="mixture of .* experts: a layer has no single down-projection"):
+    with pytest.raises(UserError, match=r"mixture of \d+ experts: a layer has no single down-projection"):
         ModelFamily.of(AutoConfig.for_model(model_type))
 
 
