@@ -25,17 +25,18 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
 class EditBatch:
     """The requests of one training step.
+
+    No dataclass: a Trainer's ``precision`` looks into those for tensors to convert, and stops at frozen ones.
 
     Args:
         requests: The facts that are written together. None where a resumed stream has nothing left to write.
         from_base: The unedited model is put back after the step (the protocols ``single`` and ``batch``).
     """
 
-    requests: tuple[EditRequest, ...]
-    from_base: bool = False
+    def __init__(self, requests: tuple[EditRequest, ...], from_base: bool = False) -> None:
+        self.requests, self.from_base = requests, from_base
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from prune_lightning.types import EditRequest, EditStep, MatrixUpdate
 BUNDLED = "pkg://prune_lightning.bundled/model"
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+# On these everything is tested; the other families, most of which differ in names alone, in `test_families.py`.
+FAMILIES = ("gemma2", "gpt2", "gpt_neox", "gptj", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,20 +46,22 @@ def build_tiny(model_type: str, dtype: torch.dtype = torch.float64) -> LanguageM
     """Return a random model of a family whose edited matrices are square, so that a wrong orientation shows."""
     family = ModelFamily.find(model_type)
     tokenizer = AutoTokenizer.from_pretrained(load_path())
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-        **({"intermediate_size": 32} | dict(family.tiny)),
-    )
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 32,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    } | dict(family.tiny)
+    if parts := settings.pop("parts", None):  # of a model that also sees images, the text model is one
+        settings = {**parts, "text_config": settings}
+    config = AutoConfig.for_model(model_type, **{name: value for name, value in settings.items() if value is not None})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():

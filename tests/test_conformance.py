@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ROOT, quiet_trainer, write
+from conftest import FAMILIES, ROOT, quiet_trainer, write
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.models.family import family_names, stores_transposed
+from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.hooks import capture
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.types import DenseUpdate, EditBatch, EditRequest
@@ -62,7 +62,7 @@ def build(name: str, language_model) -> EditingModule:
     return module
 
 
-@pytest.fixture(params=family_names())
+@pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import quiet_trainer, write
+from conftest import FAMILIES, quiet_trainer, write
 from torch.nn import functional
 
 from prune_lightning.callbacks import PRUNE, RECT, SpectrumMonitor
@@ -13,7 +13,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.fine_tuning import FineTuning
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import UpperWeights, WholeWeights
-from prune_lightning.models.family import family_names, stores_transposed
+from prune_lightning.models.family import stores_transposed
 from prune_lightning.spectral import AccumulatedChange, sigma_max
 from prune_lightning.types import DenseUpdate, EditBatch, EditRequest, LowRankUpdate
 
@@ -77,7 +77,7 @@ def exactness(family: str) -> float:
 
 
 @pytest.mark.parametrize("loss", ["target", "prompt_last"])
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_losses_are_what_they_are_said_to_be(family, loss, tiny):
     model = tiny(family)
     batch = TargetBatch(model, REQUESTS, loss)
@@ -117,7 +117,7 @@ def test_batches_below_the_threshold_are_skipped_and_low_passes_end_the_edit(fam
 
 @pytest.mark.parametrize("layers", [(1,), (0, 2)])
 @pytest.mark.parametrize("loss", ["target", "prompt_last"])
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fast_path_equals_the_plain_one(family, loss, layers, tiny, recwarn):
     model, setting = tiny(family), {"steps": 4, "batch_size": 2, "stop_loss": 0.0}
     fast = tuning(model, layers, loss, **setting).compute_update(REQUESTS)
@@ -130,7 +130,7 @@ def test_fast_path_equals_the_plain_one(family, loss, layers, tiny, recwarn):
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_both_paths_give_equal_logits_for_any_weight_at_any_layer(family, layer, tiny):
     model = tiny(family)
     batch = TargetBatch(model, REQUESTS, "target")

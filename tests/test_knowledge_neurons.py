@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from captum.attr import IntegratedGradients, Saliency
-from conftest import quiet_trainer
+from conftest import FAMILIES, quiet_trainer
 from plain_attribution import plain_attribution
 
 from prune_lightning.callbacks import PRUNE, RECT, SpectrumMonitor
@@ -22,7 +22,7 @@ from prune_lightning.methods.neuron_attribution import (
     integrated_gradients,
 )
 from prune_lightning.methods.patched_neurons import AttributionOptions
-from prune_lightning.models.family import family_names, stores_transposed
+from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.hooks import capture, edit_input
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditBatch, EditRequest
@@ -54,7 +54,7 @@ def noise(family: str) -> float:
     return 1e-8 if family in ("gpt2", "gpt_neox") else 1e-6
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fast_path_and_whole_model_equal_the_plain_statement(family, tiny, recwarn):
     model = tiny(family)
     questions = questions_of(model)[1:3]
@@ -324,7 +324,7 @@ def run(module, *callbacks, from_base=False):
     return [name for name in weights if not torch.equal(weights[name], original[name])], weights
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_with_prune_and_monitor_on_every_family(family, tiny):
     module = KnowledgeNeurons(tiny(family, torch.float32), None, FEW, SelectionOptions(threshold=0.5))
     edited, _ = run(module, PRUNE(1.5), SpectrumMonitor(every_n=1, draw=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import quiet_trainer, write
+from conftest import FAMILIES, quiet_trainer, write
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from test_fine_tuning import REQUESTS, relative
 from torch.nn import functional
@@ -14,7 +14,7 @@ from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
 from prune_lightning.methods.adalora import AdaLoRA
 from prune_lightning.methods.lora import LoRA
-from prune_lightning.models.family import family_names, stores_transposed
+from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.types import EditBatch, LowRankUpdate
 
@@ -116,7 +116,7 @@ def test_orthogonality_penalty_is_what_peft_adds(bundled):
 
 @pytest.mark.parametrize("layers", [[1], [2], [0, 2]])
 @pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fast_path_equals_the_plain_one(family, kind, layers, tiny, recwarn):
     model = tiny(family)
     first = {p.rpartition(".")[2] for p, m in model.block(0).named_modules() if isinstance(m, torch.nn.Linear)}

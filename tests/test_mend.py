@@ -7,7 +7,7 @@ import json
 import lightning as L
 import pytest
 import torch
-from conftest import BUNDLED, ROOT, quiet_trainer, write
+from conftest import BUNDLED, FAMILIES, ROOT, quiet_trainer, write
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
@@ -25,7 +25,7 @@ from prune_lightning.methods.mend_network import GradientNet, NetworkShape, Runn
 from prune_lightning.methods.mend_store import load_network, save_network
 from prune_lightning.methods.mend_training import MENDTraining, TrainingOptions
 from prune_lightning.metrics import CounterFactScore
-from prune_lightning.models.family import family_names, stores_transposed
+from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.types import EditBatch, EditRequest, MetaExample
 
@@ -153,7 +153,7 @@ def plain_loss(module: MEND, example: MetaExample, edit_weight: float):
     return edit_weight * said / count + torch.cat(divergences).mean()
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_by_token_make_the_gradient_of_the_weight(family, tiny):
     module = editor(tiny(family))
     pairs = [(r.prompt, r.target_new) for r in REQUESTS]
@@ -169,7 +169,7 @@ def test_gradients_by_token_make_the_gradient_of_the_weight(family, tiny):
 
 
 @pytest.mark.parametrize("layers", [(1, 2), (0, 2)])
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_meta_step_equals_the_dense_one(family, layers, tiny):
     tolerance = exactness(family)
     module = stirred(editor(tiny(family), layers))

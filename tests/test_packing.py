@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import FAMILIES
 from torch import nn
 
-from prune_lightning.models.family import family_names
 from prune_lightning.models.hooks import capture, few_rows, only_at
 from prune_lightning.models.packing import pack
 
@@ -23,7 +23,7 @@ def alone(model, sequence: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("takes_trees", [True, False])
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_found_where_they_went(family, takes_trees, tiny, monkeypatch):
     model = tiny(family)
     if not takes_trees:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import load_path
+from conftest import FAMILIES, load_path
 from hydra.utils import instantiate
 from test_configs import compose
 from test_fuzz import command_line
@@ -14,7 +14,6 @@ from transformers import AutoConfig, LlamaConfig
 
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
-from prune_lightning.models.family import family_names
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.tasks import costs, plan
 from prune_lightning.tasks.costs import Machine
@@ -48,7 +47,7 @@ def test_work_on_the_meta_device_is_the_work_of_the_model(shapes, bundled_shared
     assert counted.flops < 2 * step.flops < 3 * counted.flops, "half of the blocks, forwards and backwards"
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_counted(family, tiny):
     shapes = ShapeModel(tiny(family).model.config, torch.float32)
     step = shapes.step(1, 2, 5, 4)

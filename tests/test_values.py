@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import FAMILIES
 from plain_values import plain_value
 
 from prune_lightning.methods.prompts import kl_row, target_row
 from prune_lightning.methods.value import ValueOptions, optimise_values
 from prune_lightning.methods.value_problem import Layout, RequestRows, ShiftSite, UpperForward, WholeForward
-from prune_lightning.models.family import family_names
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.types import EditRequest
 
@@ -36,7 +36,7 @@ def exactness(family: str) -> float:
 
 @pytest.mark.parametrize("case", ["all steps", "early stops", "clamped"])
 @pytest.mark.parametrize("at", ["mlp", "block"])
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_batch_on_the_fast_path_equals_one_by_one_on_the_plain_one(family, at, case, tiny, recwarn):
     model, site, options = tiny(family), ShiftSite(1, at), ALL_STEPS
     rows, tolerance = rows_of(model), exactness(family)
@@ -60,7 +60,7 @@ def test_batch_on_the_fast_path_equals_one_by_one_on_the_plain_one(family, at, c
     assert any(clamped for *_, clamped in plain) or case != "clamped"
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_in_single_precision(family, tiny):
     model = tiny(family, torch.float32)
     values = optimise_values(model, rows_of(model), ShiftSite(1, "block"), ALL_STEPS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -21,7 +22,9 @@ from prune_lightning.methods.edit_run import EditRun
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.methods.no_op_optimizer import NoOpOptimizer
 from prune_lightning.methods.run_parts import AttachedRestraint
-from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.methods.trainer_checks import check_trainer
+from prune_lightning.models.family import stores_transposed
+from prune_lightning.models.language_model import LanguageModel, refuse_adapters
 from prune_lightning.phases import PhaseClock
 from prune_lightning.types import EditBatch, EditReport, EditRequest, EditStep, MatrixUpdate
 
@@ -59,7 +62,7 @@ class EditingModule(L.LightningModule, ABC):
         self.language_model = language_model
         self.layers = tuple(layers)
         for layer in self.layers:
-            language_model.rewrite_module(layer)
+            stores_transposed(language_model.rewrite_module(layer))  # says what cannot be edited
         self.facts: dict[str, float] = {}
         self.clock = clock or PhaseClock()
         self.run = EditRun(self.edited_modules, self, non_finite, language_model.frozen_mode)
@@ -176,6 +179,13 @@ class EditingModule(L.LightningModule, ABC):
         return {"num_edits": self.num_requests, "method_facts": self.facts}
 
     # -- Lightning ------------------------------------------------------------------------------------------------
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Check model and Trainer before anything runs: this is the first that a Trainer calls."""
+        refuse_adapters(self.language_model.model)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_trainer(self.trainer)
+        return []
+
     def configure_optimizers(self) -> NoOpOptimizer:
         """Return an optimizer that does nothing; editing methods keep their inner optimizers to themselves."""
         return NoOpOptimizer(self._unused)

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.target_batch import LOSSES, TargetBatch
 from prune_lightning.methods.tuning_problem import UpperWeights, WeightProblem, WholeWeights
-from prune_lightning.models.cached_forward import agrees
+from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import DenseUpdate, EditRequest
 
@@ -137,17 +136,14 @@ class FineTuning(EditingModule):
 
     def _problem(self, batch: TargetBatch, base: dict[int, Tensor]) -> WeightProblem:
         """Return the fast path unless it has been found not to say what the whole model says."""
-        if self.fast:
+
+        def upper() -> WeightProblem | None:
             problem = UpperWeights(self.language_model, self.layers[0], batch)
-            if self._checked or self._fits(problem, batch, base):
-                self._checked = True
-                return problem
-            self.fast = False
-            rank_zero_warn(
-                f"the fast path does not fit {type(self.language_model.model).__name__}; the whole model runs at every "
-                "step"
-            )
-        return WholeWeights(self.language_model, batch)
+            self._checked = self._checked or self._fits(problem, batch, base)
+            return problem if self._checked else None
+
+        fast = self.language_model.fast_path.attempt("fine-tuning", upper) if self.fast else None
+        return fast or WholeWeights(self.language_model, batch)
 
     @torch.no_grad()
     def _fits(self, problem: WeightProblem, batch: TargetBatch, base: dict[int, Tensor]) -> bool:

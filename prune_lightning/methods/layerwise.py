@@ -21,7 +21,8 @@ class LayerwiseEdit(LocateThenEdit):
 
     .. math:: R_l = (Z - H)/(q - l + 1),
 
-    the residual against the present hidden states, shared out over the layers that are still to come.
+    the residual against the present hidden states, shared out over the layers that are still to come; divided by the
+    constant by which the architecture multiplies the MLP's output, if there is one.
     """
 
     @abstractmethod
@@ -40,6 +41,7 @@ class LayerwiseEdit(LocateThenEdit):
         clean = self.walk(requests, self.prefixes[:1], until=self.layers[-1])
         prefixed = self.walk(requests, self.prefixes[1:]) if len(self.prefixes) > 1 else None
         updates: dict[str, LowRankUpdate] = {}
+        multiplier = self.language_model.multiplier
         with self.provisional():
             for position, (layer, (name, matrix)) in enumerate(
                 zip(self.layers, self.edited_matrices().items(), strict=True)
@@ -48,7 +50,7 @@ class LayerwiseEdit(LocateThenEdit):
                 if prefixed is not None:
                     keys = mixed(keys, prefixed.keys(layer).view(len(requests), -1, keys.shape[1]))
                 assert clean.hidden is not None
-                residual = (values.target.double() - clean.hidden).T / (len(self.layers) - position)
+                residual = (values.target.double() - clean.hidden).T / (len(self.layers) - position) / multiplier
                 updates[name] = self.solve(layer, keys.T, residual)
                 if layer != self.layers[-1]:  # nothing is read behind the last one
                     matrix.add_provisionally(updates[name])

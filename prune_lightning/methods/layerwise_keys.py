@@ -45,7 +45,8 @@ class LayerwiseKeyReader:
         model = self.model
         outputs: list[nn.Module] = [] if self.until is None else [model.block(self.until)]
         wanted: list[nn.Module] = [model.block(layer), model.rewrite_module(layer)]
-        with self._beginning(), capture(inputs=wanted, outputs=outputs) as seen:
+        rows = len(self._inputs["input_ids"])
+        with self._beginning(), capture(wanted, outputs, rows=rows) as seen:
             model(**self._inputs)
         self._begin = layer, seen.inputs[0]
         self.hidden = seen.outputs[0][self._at].double() if outputs else None

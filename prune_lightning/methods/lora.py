@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from peft import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
@@ -16,9 +15,9 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import AboveBlock
-from prune_lightning.models.cached_forward import agrees
 from prune_lightning.models.family import stores_transposed
-from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.fast_path import agrees
+from prune_lightning.models.language_model import LanguageModel, refuse_adapters
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 ADAPTER = "edit"
@@ -160,6 +159,7 @@ class LoRA(EditingModule):
     def _adapters(self, total_steps: int) -> Iterator[LoraModel]:
         """Wrap the edited modules inside the block; afterwards the model's own are back in their places."""
         self.edited_matrices()
+        refuse_adapters(self.language_model.model)  # unloading ours would take the user's along
         tuner = self.inject(self.language_model.model, total_steps)
         try:
             cast_adapter_dtype(self.language_model.model, ADAPTER)
@@ -205,16 +205,14 @@ class LoRA(EditingModule):
 
     def _forward(self, batch: TargetBatch) -> Callable[[], Tensor]:
         """Return what gives the logits: from the first block with adapters on, if there are blocks below it."""
-        if self.fast and self.layers[0]:
+
+        @torch.no_grad()
+        def upper() -> Callable[[], Tensor] | None:
             above = AboveBlock(self.language_model, self.layers[0] - 1, batch)
-            with torch.no_grad():
-                if agrees(above.logits(), above.forward.base_logits):
-                    return above.logits
-            self.fast = False
-            rank_zero_warn(
-                f"the fast path does not fit {type(self.language_model.model).__name__}; the whole model runs at every "
-                "step"
-            )
+            return above.logits if agrees(above.logits(), above.forward.base_logits) else None
+
+        if self.fast and self.layers[0] and (fast := self.language_model.fast_path.attempt("adapters", upper)):
+            return fast
         return lambda: self.language_model.logits_at(batch.ids, batch.mask, batch.rows, batch.positions)
 
     # -- what other kinds of adapters do otherwise ----------------------------------------------------------------

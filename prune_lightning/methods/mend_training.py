@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prune_lightning.methods.mend_gradients import LabelledRows, TokenGradients, edit_gradients
 from prune_lightning.methods.mend_network import MENDNetwork
 from prune_lightning.models.cached_forward import CachedForward
+from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.hooks import add_branch
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.text.separators import Pair
@@ -75,6 +76,7 @@ class MENDTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.language_model, self.modules_to_edit, self.lowest = language_model, dict(modules), lowest
+        self._checked = False  # whether the fast path has been held against the whole model
         self.network = network.requires_grad_(True).train()
         self.options = options
         self.strict_loading = False  # a checkpoint holds the network, not the language model
@@ -112,9 +114,16 @@ class MENDTraining(L.LightningModule):
     def _passes(self, rows: LabelledRows, at_rows: Tensor, at: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
         """Return the logits at some places before and after the updates."""
         model = self.language_model
-        if self.lowest:
+
+        @torch.no_grad()
+        def upper() -> CachedForward | None:
             start = torch.zeros(len(rows.ids), dtype=torch.long, device=model.device)
             forward = CachedForward(model, self.lowest - 1, rows.ids, rows.mask, start, at_rows, at)
+            self._checked = self._checked or agrees(forward.logits_at(forward.hidden, at_rows, at), forward.base_logits)
+            return forward if self._checked else None
+
+        forward = model.fast_path.attempt("MEND's training", upper) if self.lowest else None
+        if forward is not None:
             before, run = forward.base_logits, partial(forward.logits_at, forward.hidden, at_rows, at)
         else:
             run = partial(model.logits_at, rows.ids, rows.mask, at_rows, at)

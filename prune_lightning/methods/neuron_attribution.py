@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from prune_lightning.methods.patched_neurons import AttributionOptions, PatchedNeurons, UpperPatched, WholePatched
-from prune_lightning.models.cached_forward import CachedForward, agrees
-from prune_lightning.models.hooks import capture
+from prune_lightning.models.cached_forward import CachedForward
+from prune_lightning.models.fast_path import agrees
+from prune_lightning.models.hooks import Recorder, capture
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.text.separators import Pair
 
@@ -106,24 +106,31 @@ class _Attribution:
         """Read the activations; return the fast path if it says what the whole model says, the plain one otherwise."""
         rows, last = torch.arange(len(ids), device=ids.device), mask.sum(1) - 1
         sites = [self.options.module(model, layer) for layer in self.layers]
-        mlps: list[nn.Module] = [model.mlp(layer) for layer in self.layers]
-        with torch.no_grad(), capture(inputs=[*sites, *mlps], stop=False) as seen:
-            forward = CachedForward(model, self.layers[0], ids, mask, last, rows, last, above=self.layers[1:])
-        of_site, of_mlp = (
-            {layer: seen.inputs[first + i][rows, last] for i, layer in enumerate(self.layers)}
-            for first in (0, len(self.layers))
-        )
-        self.activation = {layer: a.to(torch.promote_types(a.dtype, torch.float32)) for layer, a in of_site.items()}
         repeated = rows.repeat_interleave(self.options.steps)
-        if self.options.fast:
-            with torch.no_grad():
-                again = forward.logits_at(forward.hidden, rows, torch.zeros_like(rows))
-            if agrees(again, forward.base_logits):
-                return UpperPatched(model, self.options, forward, of_mlp, repeated)
-            rank_zero_warn(
-                f"the fast path does not fit {type(model.model).__name__}; the whole model runs for every layer"
-            )
-        return WholePatched(model, self.options, ids[repeated], mask[repeated])
+
+        def at_last(seen: Recorder, first: int) -> dict[int, Tensor]:
+            return {layer: seen.inputs[first + i][rows, last] for i, layer in enumerate(self.layers)}
+
+        @torch.no_grad()
+        def upper() -> tuple[PatchedNeurons, dict[int, Tensor]] | None:
+            lowest, joins, _ = self.layers[0], model.joins(self.layers[0]), model.block_returns_tuple
+            mlps = [mlp for layer in self.layers if (mlp := model.mlp(layer)) is not None]
+            with capture(inputs=[*sites, *mlps], stop=False, rows=len(ids)) as seen:
+                forward = CachedForward(model, self.layers[0], ids, mask, last, rows, last, above=self.layers[1:])
+            found, of_mlp = at_last(seen, 0), at_last(seen, len(sites)) if mlps else {}
+            unpatched = UpperPatched(model, self.options, forward, of_mlp, rows)
+            if not joins or not agrees(unpatched.logits({lowest: found[lowest]}), forward.base_logits):
+                return None
+            return UpperPatched(model, self.options, forward, of_mlp, repeated), found
+
+        fast = model.fast_path.attempt("neuron attribution", upper) if self.options.fast else None
+        if fast is None:
+            with torch.no_grad(), capture(inputs=sites, rows=len(ids)) as seen:
+                model(ids, mask)
+            fast = WholePatched(model, self.options, ids[repeated], mask[repeated]), at_last(seen, 0)
+        problem, found = fast
+        self.activation = {layer: a.to(torch.promote_types(a.dtype, torch.float32)) for layer, a in found.items()}
+        return problem
 
     def run(self) -> dict[int, Tensor]:
         """Return the attributions by layer."""

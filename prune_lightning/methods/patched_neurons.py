@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.models.cached_forward import CachedForward
-from prune_lightning.models.hooks import edit_input
+from prune_lightning.models.hooks import capture, edit_input
 from prune_lightning.models.language_model import LanguageModel
 
 
@@ -85,7 +85,7 @@ class WholePatched:
         rows, last = torch.arange(len(self.ids), device=self.ids.device), self.mask.sum(1) - 1
         parts = []
         for layer, values in neurons.items():
-            with edit_input(self.options.module(self.model, layer), _patch(rows, last, values)):
+            with edit_input(self.options.module(self.model, layer), _patch(rows, last, values), len(rows)):
                 parts.append(self.model.logits_at(self.ids, self.mask, rows, last))
         return torch.cat(parts)
 
@@ -121,13 +121,22 @@ class UpperPatched:
             for i, (layer, others) in enumerate(higher, start=1):
                 own = slice(i * count, (i + 1) * count)
                 change = _patch(rows[own], offsets[own], others)
-                patches.enter_context(edit_input(self.options.module(self.model, layer), change))
+                module = self.options.module(self.model, layer)
+                patches.enter_context(edit_input(module, change, len(rows)))
             return forward.logits_at(hidden, rows, offsets)
 
     def _shift(self, layer: int, neurons: Tensor, unpatched: Tensor) -> Tensor:
         """Return what patched neurons add to the output of their block, ``(rows, 1, width)``."""
-        after_mlp = self.model.after_mlp(layer)
-        with edit_input(self.options.module(self.model, layer), lambda value: neurons[:, None].to(value)):
-            output = self.model.mlp(layer)(self.mlp_input[layer][self.rows, None])
+        after_mlp, rewrite = self.model.after_mlp(layer), self.model.rewrite_module(layer)
+        if self.options.site == "key":
+            output = rewrite(neurons[:, None].to(unpatched))
+        else:
+            change = edit_input(self.options.module(self.model, layer), lambda value: neurons[:, None].to(value))
+            with change, capture(outputs=[rewrite]) as seen:
+                mlp = self.model.mlp(layer)
+                if mlp is None:
+                    raise ValueError("there is no MLP module to run alone")
+                mlp(self.mlp_input[layer][self.rows, None])
+            output = seen.outputs[0]
         shift: Tensor = after_mlp(output) - after_mlp(unpatched[:, None])
         return shift

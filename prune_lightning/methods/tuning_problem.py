@@ -59,7 +59,8 @@ class UpperWeights:
     def __init__(self, model: LanguageModel, layer: int, batch: TargetBatch) -> None:
         self.model, self.layer = model, layer
         self._module, self._after_mlp = model.rewrite_module(layer), model.after_mlp(layer)
-        with torch.no_grad(), capture(inputs=[self._module], outputs=[model.mlp(layer)], stop=False) as seen:
+        rows, _ = len(batch.ids), model.block_returns_tuple  # found out here, before anything is recorded
+        with torch.no_grad(), capture([self._module], [self._module], stop=False, rows=rows) as seen:
             self._above = AboveBlock(model, layer, batch)
         hidden = self._above.forward.hidden
         precise = torch.promote_types(hidden.dtype, torch.float32)

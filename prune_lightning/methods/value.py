@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from prune_lightning.methods.value_problem import (
@@ -18,8 +18,10 @@ from prune_lightning.methods.value_problem import (
     ValueProblem,
     WholeForward,
 )
-from prune_lightning.models.cached_forward import agrees
+from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.language_model import LanguageModel
+
+FAST = "the value optimisation"
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class _Optimisation:
         self.model, self.requests, self.options = model, requests, options
         self.layout = Layout(model, requests)
         self.site = site
-        self.problem: ValueProblem = (UpperForward if options.fast else WholeForward)(model, site, self.layout)
+        upper = model.fast_path.attempt(FAST, self._upper) if options.fast else None
+        self.problem: ValueProblem = upper or WholeForward(model, site, self.layout)
         self.reference = self.problem.reference.to(torch.promote_types(self.problem.reference.dtype, torch.float32))
         self.delta = torch.zeros_like(self.reference)
         self.moments = torch.zeros_like(self.delta), torch.zeros_like(self.delta)
@@ -142,14 +145,24 @@ class _Optimisation:
         The first shifts are zero: if the fast path does not say then what the whole model says, the plain one takes
         over.
         """
-        logits = self.problem.logits(self.layout, shift)
-        if self.losses or not self.options.fast or agrees(logits.detach(), self.problem.base_logits):
+        if self.losses or not isinstance(self.problem, UpperForward):
+            return self.problem.logits(self.layout, shift)
+
+        def checked() -> Tensor | None:
+            logits = self.problem.logits(self.layout, shift)
+            return logits if agrees(logits.detach(), self.problem.base_logits) else None
+
+        logits = self.model.fast_path.attempt(FAST, checked)
+        if logits is not None:
             return logits
-        rank_zero_warn(
-            f"the fast path does not fit {type(self.model.model).__name__}; the whole model runs at every step"
-        )
         self.problem = WholeForward(self.model, self.site, self.layout)
         return self.problem.logits(self.layout, shift)
+
+    def _upper(self) -> UpperForward | None:
+        """Return the fast path, unless a shift of the down-projection reaches the block's output in an unknown way."""
+        if self.site.at == "mlp" and not self.model.joins(self.site.layer):
+            return None
+        return UpperForward(self.model, self.site, self.layout)
 
     @staticmethod
     def _log_p(logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class ShiftSite:
 
     Args:
         layer: Index of the block.
-        at: ``mlp`` for the output of the block's MLP (ROME), ``block`` for that of the block (MEMIT).
+        at: ``mlp`` for the output of the block's down-projection (ROME), ``block`` for that of the block (MEMIT).
     """
 
     layer: int
@@ -29,7 +29,7 @@ class ShiftSite:
 
     def module(self, model: LanguageModel) -> nn.Module:
         """Return the module whose output is shifted."""
-        return model.mlp(self.layer) if self.at == "mlp" else model.block(self.layer)
+        return model.rewrite_module(self.layer) if self.at == "mlp" else model.block(self.layer)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class WholeForward:
 
     def __init__(self, model: LanguageModel, site: ShiftSite, layout: Layout) -> None:
         self.model, self.site = model, site
-        with torch.no_grad(), capture(outputs=[site.module(model)], stop=False) as seen:
+        with torch.no_grad(), capture(outputs=[site.module(model)], stop=False, rows=len(layout.ids)) as seen:
             self.base_logits = model.logits_at(layout.ids, layout.mask, layout.read_rows, layout.read_positions)
         self.reference = seen.outputs[0][layout.clean, layout.subject[layout.clean]]
 
@@ -139,7 +139,7 @@ class WholeForward:
             output[torch.arange(len(output), device=output.device), layout.subject] += shift[layout.owner].to(output)
             return output
 
-        with edit_output(self.site.module(self.model), add):
+        with edit_output(self.site.module(self.model), add, rows=len(layout.ids)):
             return self.model.logits_at(layout.ids, layout.mask, layout.read_rows, layout.read_positions)
 
     def select(self, rows: Tensor) -> None:

@@ -16,17 +16,6 @@ from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.packing import PAYS, pack, plain
 
 
-def agrees(rerun: Tensor, ordinary: Tensor) -> bool:
-    """Whether the logits of a rerun are those of the ordinary forward pass, but for rounding.
-
-    Where the ordinary ones are not finite, there is nothing to tell the two apart.
-    """
-    # Some norms and rotations of `transformers` run in fp32 whatever the dtype of the model.
-    tolerance, scale = max(torch.finfo(rerun.dtype).eps ** 0.5, 1e-6), float(ordinary.double().norm())
-    error = float((rerun.double() - ordinary.double()).norm())
-    return error <= tolerance * scale or not scale < float("inf")
-
-
 class CachedForward:
     """What lies behind block ``layer``, as a function of its output at each row's position ``start`` and after it.
 
@@ -68,11 +57,11 @@ class CachedForward:
         self._in_tuple = model.block_returns_tuple  # found out here, where nobody's hooks are in the way
         cache: Any = DynamicCache()
         layers = [layer, *above]
-        modules = [module for kept in layers for module in (model.block(kept), model.mlp(kept))]
+        modules = [module for kept in layers for module in (model.block(kept), model.rewrite_module(kept))]
         lengths = mask.sum(1)
         packed = pack(model, ids, mask) if compact else plain(ids, mask)
         read, at = packed.find(rows, positions)
-        with capture(outputs=modules, stop=False) as seen:
+        with capture(outputs=modules, stop=False, rows=len(packed.inputs["input_ids"])) as seen:
             self.base_logits = model.logits_at(
                 **packed.inputs, rows=read, positions=at, past_key_values=cache, use_cache=True
             )
@@ -105,7 +94,7 @@ class CachedForward:
 
     @property
     def mlp_output(self) -> Tensor:
-        """Output of the block's MLP at ``start``, shape ``(rows, width)``."""
+        """Output of the block's down-projection at ``start``, shape ``(rows, width)``."""
         return self._kept[self.layer][1]
 
     def behind(self, layer: int) -> CachedForward:
@@ -148,14 +137,9 @@ class CachedForward:
             stack.enter_context(replace_output(self.model.block(self.layer), output))
             for mlp, places in self._narrowed(rows, offsets) if self._compact else ():
                 stack.enter_context(only_at(mlp, places))
+            positions = {"position_ids": self._positions} if self.model.takes_positions else {}
             return self.model.logits_at(
-                ids,
-                self._mask,
-                rows,
-                offsets,
-                position_ids=self._positions,
-                past_key_values=self._cache(),
-                use_cache=True,
+                ids, self._mask, rows, offsets, past_key_values=self._cache(), use_cache=True, **positions
             )
 
     def _narrowed(self, rows: Tensor, offsets: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
@@ -164,8 +148,9 @@ class CachedForward:
         real, read = torch.nonzero(later.flatten())[:, 0], (rows * later.shape[1] + offsets).unique()
         for index in range(self.layer + 1, self.model.num_layers):
             places = read if index == self.model.num_layers - 1 else real
-            if len(places) <= PAYS * later.numel():
-                yield self.model.mlp(index), places
+            mlp = self.model.mlp(index)
+            if mlp is not None and len(places) <= PAYS * later.numel():
+                yield mlp, places
 
     def _cache(self) -> DynamicCache:
         cache = DynamicCache()

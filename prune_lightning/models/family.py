@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
 from typing import Any
 
 import yaml
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from prune_lightning.errors import UserError, near
 
 _FOLDER = ("model", "family")
+# What the configurations of `transformers` call the number of experts.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
 
 
 @dataclass(frozen=True)
@@ -23,20 +26,25 @@ class ModelFamily:
     Args:
         model_type: The ``model_type`` of the architecture's ``transformers`` configuration.
         block: Path of a transformer block.
-        mlp: Path of a block's MLP.
+        mlp: Path of a block's MLP; null where its modules lie in the block itself (OPT).
         rewrite: Path of the MLP's down-projection, the matrix that is edited.
-        mlp_weights: Names of all linear modules of the MLP, below ``mlp``, in the order in which they run.
+        mlp_weights: Names of all linear modules of the MLP, below ``mlp`` (below ``block`` where that is null), in the
+            order in which they run.
         after_mlp: Path of the norm that the MLP's output passes before it joins the residual stream, if it does.
+        multiplier: Name of the configuration value by which the MLP's output is multiplied before it joins the residual
+            stream, if it is (Granite).
         activation: Path of the MLP's activation function, a module of its own; few methods ask for it.
-        tiny: Extra configuration keys that a two-layer test model of this family needs.
+        tiny: Extra configuration keys that a small test model of this family needs, null for those that it does not
+            take; ``parts`` are the configurations beside that of the text model.
     """
 
     model_type: str
     block: str
-    mlp: str
+    mlp: str | None
     rewrite: str
     mlp_weights: Sequence[str]
     after_mlp: str | None = None
+    multiplier: str | None = None
     activation: str | None = None
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,10 +60,35 @@ class ModelFamily:
             raise UserError(
                 f"no model family {model_type!r} ({near(model_type, known)}); to add it, write "
                 f"configs/model/family/{model_type}.yaml with the keys "
-                + ", ".join(f"`{f.name}`" for f in fields(cls) if f.name not in ("tiny", "after_mlp", "activation"))
+                + ", ".join(f"`{f.name}`" for f in fields(cls) if f.default is MISSING and f.name != "tiny")
                 + " (configs/model/family/llama.yaml is an example)"
             )
-        return cls(**yaml.safe_load(known[model_type].read_text("utf-8")))
+        try:
+            return cls(**yaml.safe_load(known[model_type].read_text("utf-8")))
+        except (TypeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split()).removeprefix("ModelFamily.__init__() ")
+            raise UserError(f"configs/model/family/{model_type}.yaml is no model family: {reason}") from error
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> ModelFamily:
+        """Return the family of a model.
+
+        Raises:
+            UserError: There is no such YAML, or the model is a mixture of experts that none has been written for.
+        """
+        if config.model_type not in family_names() and (experts := number_of_experts(config)):
+            raise UserError(
+                f"{config.model_type!r} is a mixture of {experts} experts: a layer has no single down-projection that "
+                "could be edited; take a dense model"
+            )
+        return cls.find(config.model_type)
+
+
+def number_of_experts(config: PretrainedConfig) -> int:
+    """Return how many experts share the work of a layer's MLP; 0 for a dense model."""
+    text = config.get_text_config()
+    counts = [getattr(text, name, None) for name in _EXPERTS]
+    return max((int(count) for count in counts if isinstance(count, int) and count > 1), default=0)
 
 
 def _family_folder() -> Any:
@@ -76,10 +109,16 @@ def stores_transposed(module: nn.Module) -> bool:
     The module's type decides, never its shape, which would be ambiguous for square matrices.
 
     Raises:
-        UserError: The module is neither; its orientation is unknown.
+        UserError: The module is neither, so that its orientation is unknown, or its weight is quantised.
     """
-    if isinstance(module, Conv1D):
-        return True
-    if isinstance(module, nn.Linear):
-        return False
-    raise UserError(f"an edited module is expected to be Linear or Conv1D, but got {type(module).__name__}")
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if not isinstance(module, (Conv1D, nn.Linear)):
+        raise UserError(
+            f"an edited module is expected to be torch.nn.Linear or transformers' Conv1D, but got {kind}; "
+            "mixtures of experts, quantised layers and adapters have no single matrix to edit"
+        )
+    if not module.weight.is_floating_point():
+        raise UserError(
+            f"the weight of an edited {kind} is quantised ({module.weight.dtype}); dequantise the model first"
+        )
+    return isinstance(module, Conv1D)

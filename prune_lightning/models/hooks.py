@@ -19,6 +19,17 @@ def _tensor(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
+def _apart(value: Tensor, rows: int | None) -> Tensor:
+    """Return ``(rows, length, width)`` of a module that sees rows and tokens in one axis, as OPT's MLP does."""
+    return value if rows is None or value.ndim != 2 else value.unflatten(0, (rows, -1))
+
+
+def _changed(value: Tensor, change: Callable[[Tensor], Tensor], rows: int | None) -> Tensor:
+    """Return ``change(value)`` in the shape of ``value``."""
+    apart = _apart(value, rows)
+    return change(apart) if apart.ndim == value.ndim else change(apart).flatten(0, 1)
+
+
 class Recorder:
     """Collects the activations of one forward pass; ``inputs[i]`` or ``outputs[i]`` belongs to the i-th module."""
 
@@ -29,7 +40,10 @@ class Recorder:
 
 @contextmanager
 def capture(
-    inputs: list[nn.Module] | None = None, outputs: list[nn.Module] | None = None, stop: bool = True
+    inputs: list[nn.Module] | None = None,
+    outputs: list[nn.Module] | None = None,
+    stop: bool = True,
+    rows: int | None = None,
 ) -> Iterator[Recorder]:
     """Record what enters or leaves the given modules during the forward pass inside the block.
 
@@ -37,6 +51,7 @@ def capture(
         inputs: Modules whose first positional input is wanted.
         outputs: Modules whose output is wanted.
         stop: End the forward pass quietly as soon as everything is recorded.
+        rows: Rows of the batch, if a module may see rows and tokens in one axis; what it saw is recorded with both.
     """
     inputs, outputs = inputs or [], outputs or []
     recorder = Recorder()
@@ -48,14 +63,15 @@ def capture(
 
     def on_input(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            recorder.inputs[index] = args[0]
+            recorder.inputs[index] = _apart(args[0], rows)
             done()
 
         return hook
 
     def on_output(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            recorder.outputs[index] = _tensor(output)
+            # A copy: Falcon's block, for one, adds to its MLP's output in place.
+            recorder.outputs[index] = _apart(_tensor(output), rows).clone()
             done()
 
         return hook
@@ -71,11 +87,11 @@ def capture(
 
 
 @contextmanager
-def edit_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace a module's output by ``change(output)`` in every forward pass inside the block."""
+def edit_output(module: nn.Module, change: Callable[[Tensor], Tensor], rows: int | None = None) -> Iterator[None]:
+    """Replace a module's output by ``change(output)`` in every forward pass inside the block; see :func:`capture`."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        changed = change(_tensor(output))
+        changed = _changed(_tensor(output), change, rows)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = module.register_forward_hook(hook)
@@ -100,11 +116,11 @@ def add_branch(module: nn.Module, branch: Callable[[Tensor], Tensor]) -> Iterato
 
 
 @contextmanager
-def edit_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace a module's first input by ``change(input)`` in every forward pass inside the block."""
+def edit_input(module: nn.Module, change: Callable[[Tensor], Tensor], rows: int | None = None) -> Iterator[None]:
+    """Replace a module's first input by ``change(input)`` in every forward pass inside the block; see `capture`."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (change(args[0]), *args[1:])
+        return (_changed(args[0], change, rows), *args[1:])
 
     handle = module.register_forward_pre_hook(hook)
     try:
@@ -150,13 +166,20 @@ def only_at(module: nn.Module, places: Tensor) -> AbstractContextManager[None]:
     """Let a module that works token by token, such as an MLP, see some tokens only; elsewhere it returns zero.
 
     Args:
-        module: The module; what comes in has shape ``(rows, length, width)``.
+        module: The module; what comes in has shape ``(rows, length, width)``, and so have further tensors that belong
+            to the tokens, such as the residual that BLOOM's MLP adds to its output.
         places: Indices into ``rows * length``, all different.
     """
     inner = module.forward
 
-    def forward(hidden: Tensor) -> Tensor:
-        seen = inner(hidden.flatten(0, 1).index_select(0, places)[None])[0]
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def narrowed(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == hidden.shape[:2]:
+                return value.flatten(0, 1).index_select(0, places)[None]
+            return value
+
+        further = {name: narrowed(value) for name, value in kwargs.items()}
+        seen = inner(narrowed(hidden), *map(narrowed, args), **further)[0]
         everywhere = seen.new_zeros(hidden.shape[0] * hidden.shape[1], seen.shape[-1])
         return everywhere.index_copy(0, places, seen).view(*hidden.shape[:2], -1)
 

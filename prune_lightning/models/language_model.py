@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,17 +13,48 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_lightning.errors import UserError, near
-from prune_lightning.models.family import ModelFamily, stores_transposed
-from prune_lightning.models.hooks import edit_input, few_rows
+from prune_lightning.models.family import ModelFamily, number_of_experts, stores_transposed
+from prune_lightning.models.fast_path import FastPath, agrees
+from prune_lightning.models.hooks import capture, edit_input, edit_output, few_rows
 from prune_lightning.models.token_tree import grow, tree_inputs
 from prune_lightning.models.tokenization import Tokens
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise an error if a model carries adapters of ``peft``.
+
+    They are the user's: an edit neither changes nor removes them, and a matrix below one is not what the model computes
+    with.
+
+    Raises:
+        UserError: It does; the message says how to merge them.
+    """
+    for path, module in model.named_modules():
+        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+            where = f"at {path!r}" if path else "around the whole model"
+            raise UserError(
+                f"the model carries a PEFT adapter ({type(module).__name__} {where}); merge it first "
+                "(`model = peft_model.merge_and_unload()`) and edit the merged model"
+            )
+
+
+class Multiply(nn.Module):
+    """Multiplication by a constant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``factor * hidden``."""
+        return self.factor * hidden
 
 
 class LanguageModel(nn.Module):
     """Binds a ``transformers`` causal language model to its family and freezes it.
 
     Args:
-        model: The model; put into evaluation mode, gradients of its parameters switched off.
+        model: The model; put into evaluation mode, gradients of its parameters switched off. Without adapters.
         tokenizer: Its fast tokenizer.
         family: Where the model keeps its blocks and down-projections; found by ``model_type`` if not given.
     """
@@ -31,14 +63,22 @@ class LanguageModel(nn.Module):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: ModelFamily | None = None
     ) -> None:
         super().__init__()
+        refuse_adapters(model)
         self.model: Any = model.eval().requires_grad_(False)
-        self.tokens = Tokens(tokenizer, getattr(model.config, "max_position_embeddings", None))
-        self.family = family or ModelFamily.find(model.config.model_type)
+        self.tokens = Tokens(tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        self.family = family or ModelFamily.of(model.config)
+        self.fast_path = FastPath(type(model).__name__)
+        self._joins: dict[int, bool] = {}
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the text model; of a model that also sees images it is a part."""
+        return self.model.config.get_text_config()
 
     @property
     def num_layers(self) -> int:
         """Number of transformer blocks."""
-        return int(self.model.config.num_hidden_layers)
+        return int(self.config.num_hidden_layers)
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +92,8 @@ class LanguageModel(nn.Module):
             module: nn.Module = self.model.get_submodule(template.format(layer))
         except AttributeError as error:
             name = self.family.model_type
-            raise UserError(f"configs/model/family/{name}.yaml does not fit this model: {error}") from error
+            experts = "; it is a mixture of experts" if number_of_experts(self.model.config) else ""
+            raise UserError(f"configs/model/family/{name}.yaml does not fit this model: {error}{experts}") from error
         return module
 
     def block(self, layer: int) -> nn.Module:
@@ -77,13 +118,42 @@ class LanguageModel(nn.Module):
         return seen[0]
 
     @cached_property
+    def takes_positions(self) -> bool:
+        """Whether the model's ``forward`` takes ``position_ids``; others find positions out from the mask."""
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+    def joins(self, layer: int) -> bool:
+        """Whether a shift of the down-projection's output moves the block's output by what :meth:`after_mlp` says.
+
+        Found out once per layer by shifting it for a few tokens. Fast paths rely on it: a factor or a norm that the
+        family's YAML does not name would go unnoticed as long as nothing is shifted.
+        """
+        if layer not in self._joins:
+            module, after = self.rewrite_module(layer), self.after_mlp(layer)
+            ids = torch.arange(1, 4, device=self.device)[None] % int(self.config.vocab_size)
+            modules = [module, self.block(layer)]
+
+            def outputs() -> tuple[Tensor, Tensor]:
+                with capture(outputs=modules, rows=1) as seen:
+                    self(ids, torch.ones_like(ids))
+                return seen.outputs[0], seen.outputs[1]
+
+            with torch.no_grad(), self.frozen_mode():
+                written, block = outputs()
+                shift = written * (block.norm() / written.norm())
+                with edit_output(module, lambda output: output + shift, rows=1):
+                    _, shifted = outputs()
+                self._joins[layer] = agrees(shifted, block + after(written + shift) - after(written))
+        return self._joins[layer]
+
+    @cached_property
     def tree_depth(self) -> int:
         """Longest sequence in the rows of :mod:`~prune_lightning.models.token_tree`; 0 if the model takes none.
 
         Found out by running branches that differ in their first tokens as a tree and alone: attention that ignores
         the mask, or positions that are not those handed over, would show. Sliding windows are not in the mask.
         """
-        size = int(self.model.config.vocab_size)
+        size = int(self.config.vocab_size)
         sequences = [[token % size for token in branch] for branch in ((1, 2, 3, 4), (1, 5, 6, 7), (8, 9, 3, 4))]
         rows = grow(sequences)
         inputs = tree_inputs(rows, self.tokens.pad_id, self.model.dtype, self.device)
@@ -98,20 +168,31 @@ class LanguageModel(nn.Module):
         rounding = max(1000 * torch.finfo(torch.float32).eps, 8 * torch.finfo(self.model.dtype).eps)
         if not error <= rounding * float(expected.abs().max()):
             return 0
-        return min(self.tokens.max_length, getattr(self.model.config, "sliding_window", None) or self.tokens.max_length)
+        return min(self.tokens.max_length, getattr(self.config, "sliding_window", None) or self.tokens.max_length)
 
-    def mlp(self, layer: int) -> nn.Module:
-        """Return a block's MLP."""
-        return self._module(self.family.mlp, layer)
+    def mlp(self, layer: int) -> nn.Module | None:
+        """Return a block's MLP; ``None`` where it is no module of its own."""
+        path = self.family.mlp
+        return None if path is None or path == self.family.block else self._module(path, layer)
 
     def mlp_linears(self, layer: int) -> dict[str, nn.Module]:
         """Return the linear modules of a block's MLP by the qualified name of their weight."""
-        paths = [f"{self.family.mlp}.{name}" for name in self.family.mlp_weights]
+        paths = [f"{self.family.mlp or self.family.block}.{name}" for name in self.family.mlp_weights]
         return {path.format(layer) + ".weight": self._module(path, layer) for path in paths}
 
     def after_mlp(self, layer: int) -> nn.Module:
-        """Return the norm between a block's MLP and the residual stream; the identity where there is none."""
-        return self._module(self.family.after_mlp, layer) if self.family.after_mlp else nn.Identity()
+        """Return the norm between a block's MLP and the residual stream; the identity where there is none.
+
+        Where the architecture multiplies the MLP's output by a constant, :attr:`multiplier`, it does that.
+        """
+        if self.family.after_mlp:
+            return self._module(self.family.after_mlp, layer)
+        return nn.Identity() if self.multiplier == 1 else Multiply(self.multiplier)
+
+    @property
+    def multiplier(self) -> float:
+        """What the MLP's output is multiplied by before it joins the residual stream."""
+        return float(getattr(self.config, self.family.multiplier)) if self.family.multiplier else 1.0
 
     def activation(self, layer: int) -> nn.Module:
         """Return the activation function of a block's MLP; its input are the pre-activations."""
@@ -183,10 +264,16 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def frozen_mode(self) -> Iterator[None]:
-        """Run with dropout off, whatever the Trainer has set, and put the mode back afterwards."""
-        training = self.model.training
+        """Run with dropout off, whatever the Trainer has set, and put the mode back afterwards.
+
+        A Trainer's ``precision`` sets PyTorch's default dtype during a step; inside the block it is fp32, in which new
+        tensors of an edit are meant to be.
+        """
+        training, default = self.model.training, torch.get_default_dtype()
         self.model.eval()
+        torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
+            torch.set_default_dtype(default)
             self.model.train(training)

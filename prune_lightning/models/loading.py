@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import httpx
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from prune_lightning.errors import UserError, near
 from prune_lightning.models.family import ModelFamily
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.tokenization import Tokens
+from prune_lightning.models.model_folder import check_folder, no_such_folder
+from prune_lightning.models.quantisation import prepare_dequantisation
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,11 +54,9 @@ def located(path: str) -> tuple[str, bool]:
         UserError: The path looks local, and there is no such folder.
     """
     folder = local_path(path)
-    looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1
+    looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1 or folder.is_file()
     if looks_local and not folder.is_dir():
-        siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        hint = f"; {near(folder.name, siblings)}" if siblings else ""
-        raise UserError(f"model.path: no folder {path!r}{hint}")
+        raise no_such_folder(path, folder)
     return (str(folder), True) if folder.is_dir() else (path, False)
 
 
@@ -57,11 +67,12 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
         UserError: No such folder or model, or it cannot be reached.
     """
     name, local = located(path)
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision, local_files_only=local)
-    except (OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model.path: the configuration of {path!r} could not be loaded: {reason}") from error
+    if local:
+        check_folder(Path(name), weights=False)
+    with _one_line(path):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision, local_files_only=local or _offline()
+        )
     return config
 
 
@@ -82,7 +93,7 @@ def load_tokens(path: str, revision: str | None = None) -> Tokens:
 
 
 def load_language_model(path: str, dtype: str = "float32", revision: str | None = None) -> LanguageModel:
-    """Load a model.
+    """Load a model. Quantised weights are dequantised where ``transformers`` can do that.
 
     Args:
         path: A local folder, a hub name such as ``openai-community/gpt2-xl``, or ``pkg://package/folder`` for a folder
@@ -92,19 +103,88 @@ def load_language_model(path: str, dtype: str = "float32", revision: str | None 
         revision: Hub revision.
 
     Raises:
-        UserError: No such folder or model, an unknown dtype, or a family without a YAML.
+        UserError: No such folder or model, something missing or damaged in it, an unknown dtype, a family without a
+            YAML, a tokenizer of another model, or weights that cannot be dequantised.
     """
     weights_dtype = dtype_named(dtype)
     name, local = located(path)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=local)
-        family = ModelFamily.find(config.model_type)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, local_files_only=local, dtype=weights_dtype
-        )
-    except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"model.path: {path!r} could not be loaded as a causal language model: {error}") from error
+    if local:
+        check_folder(Path(name))
+    files: dict[str, Any] = {"revision": revision, "local_files_only": local or _offline()}
+    with _one_line(path):
+        config = AutoConfig.from_pretrained(name, **files)
+    family = ModelFamily.of(config)
+    with _one_line(path, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **files)
+    with _one_line(path):
+        _check_tokenizer(path, tokenizer, int(config.get_text_config().vocab_size))
+        model = _load_weights(path, name, config, weights_dtype, files)
     return LanguageModel(model, tokenizer, family)
+
+
+def _load_weights(path: str, name: str, config: PretrainedConfig, dtype: torch.dtype, files: dict[str, Any]) -> Any:
+    """Load the weights in ``dtype``; none may be left as they are initialised."""
+    dequantise = prepare_dequantisation(config)
+    auto: Any = AutoModelForCausalLM
+    model, info = auto.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **files)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model.path: {path!r} lacks {len(missing)} weights that its config.json asks for, {missing[0]} for one; "
+            "config.json and the files of weights do not belong together"
+        )
+    if unused := sorted(info["unexpected_keys"]):
+        rank_zero_warn(f"{path!r} holds {len(unused)} weights that the model has no place for, {unused[0]} for one")
+    return dequantise(model).to(dtype)
+
+
+def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Raise an error if the tokenizer makes nothing of a text, or tokens that the model has no embedding for."""
+    if not tokenizer("The capital of Japan", add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"model.path: the tokenizer of {path!r} makes no tokens of a text; copy the model's tokenizer.json and "
+            "tokenizer_config.json there"
+        )
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > embeddings:
+        raise UserError(
+            f"model.path: the tokenizer of {path!r} has {tokens} tokens, but the model only {embeddings} embeddings; "
+            "take the model's own tokenizer, or save the model after `model.resize_token_embeddings(len(tokenizer))`"
+        )
+
+
+@contextmanager
+def _one_line(path: str, what: str = "the model") -> Iterator[None]:
+    """Turn whatever libraries raise over a model into one line; lack of memory stays what it is."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # damaged files raise about anything, down to errors of the unpickler
+        if _unreachable(error):
+            raise UserError(
+                f"model.path: {path!r} is no local folder, and the hub cannot be reached; download the model where "
+                "there is a network (`hf download`), and give its folder"
+            ) from error
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise UserError(f"model.path: {path!r}: {what} could not be loaded: {kind}{reason}") from error
+
+
+def _offline() -> bool:
+    """Whether the hub's name cannot be resolved: its client would try again and again before it gives up."""
+    if getproxies():  # which resolve names themselves
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether an error comes of the hub being out of reach."""
+    while error is not None:
+        if isinstance(error, (ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

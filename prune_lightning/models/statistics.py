@@ -256,7 +256,7 @@ class SecondMoments:
             running.count(sum(map(len, batch)))
             if number % world_size() == rank():
                 ids, mask = model.tokens.pad(batch, model.device)
-                with capture(inputs=modules) as seen:
+                with capture(inputs=modules, rows=len(ids)) as seen:
                     model(ids, mask)
                 running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
             # The batches of a window come in order of length: their share of it is that of their tokens.

@@ -72,11 +72,11 @@ class ShapeModel:
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
-        self.family = ModelFamily.find(config.model_type)
-        self.dtype, self.config = dtype, config
+        self.family = ModelFamily.of(config)
+        self.dtype, self.config = dtype, config.get_text_config()
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-        self.num_layers = int(config.num_hidden_layers)
+        self.num_layers = int(self.config.num_hidden_layers)
 
     @property
     def weight_bytes(self) -> int:

@@ -36,6 +36,7 @@ from prune_lightning.tasks.setup import (
     run_clock,
     run_folder,
     usable_by,
+    settle_trainer,
 )
 
 
@@ -43,6 +44,7 @@ def run(config: DictConfig) -> None:
     """Edit, evaluate, and leave the results in the run folder."""
     clock = run_clock()
     quieten()
+    settle_trainer(config)
     folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
     out = Console()

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from prune_lightning.errors import UserError
+from prune_lightning.methods.trainer_checks import check_trainer, weights_dtype
 from prune_lightning.phases import PhaseClock, process_age
 from prune_lightning.report.csv_logger import StepCSVLogger
 from prune_lightning.types import EditRequest
@@ -124,8 +125,28 @@ def build_trainer(
         folder: Where callbacks and loggers write by default.
         further: Arguments that go before the configured ones.
     """
-    trainer: Any = instantiate(
-        config.trainer, callbacks=list(callbacks), logger=list(loggers) or False, default_root_dir=folder, **further
-    )
+    for name, instead in (("callbacks", "callbacks=..."), ("logger", "logger=...")):
+        if name in config.trainer:
+            raise UserError(f"trainer.{name} is chosen by {instead}")
+    own = {"callbacks": list(callbacks), "logger": list(loggers) or False, "default_root_dir": folder}
+    try:
+        trainer: Any = instantiate(config.trainer, **own, **further)
+    except Exception as error:  # of Hydra, around whatever Lightning says of its arguments
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"trainer: Lightning does not take these arguments: {reason}") from error
     assert isinstance(trainer, L.Trainer)
     return trainer
+
+
+def settle_trainer(config: DictConfig) -> None:
+    """Refuse Trainer arguments that an edit stream cannot use, before anything is loaded.
+
+    ``trainer.precision`` becomes the dtype in which the model is loaded, so that everything that goes by
+    ``model.dtype``, such as the ledger, knows of it.
+
+    Raises:
+        UserError: See :func:`prune_lightning.methods.trainer_checks.check_trainer`.
+    """
+    trainer = build_trainer(config, [], [])
+    check_trainer(trainer)
+    config.model.dtype = weights_dtype(trainer) or config.model.dtype

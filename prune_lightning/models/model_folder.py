@@ -1,0 +1,120 @@
+"""What a model's folder must hold, looked at before anything is loaded: one line says what is missing."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING
+
+from prune_lightning.errors import UserError, near
+
+_LFS = b"version https://git-lfs"
+_WEIGHTS = ("*.safetensors", "*.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece*.model")
+
+
+def no_such_folder(path: str, folder: Path) -> UserError:
+    """Return the error for a path that is no folder: a file, a misspelt name or a name of nothing."""
+    if folder.is_file():
+        return UserError(f"model.path: {path!r} is a file; give the folder that holds config.json and the weights")
+    parent = folder.parent
+    if not parent.is_dir():
+        return UserError(f"model.path: no folder {path!r}; there is no folder {str(parent)!r} either")
+    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    close = difflib.get_close_matches(folder.name, siblings)
+    hint = f"; {near(folder.name, close)}" if close else f"; nothing in {str(parent)!r} has a name like it"
+    return UserError(f"model.path: no folder {path!r}{hint}")
+
+
+def check_folder(folder: Path, weights: bool = True) -> None:
+    """Look at what a model's folder holds, without loading it.
+
+    Args:
+        folder: The folder.
+        weights: Look at weights and tokenizer as well, not at the configuration alone.
+
+    Raises:
+        UserError: Something is missing or broken.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and _begins(path, _LFS):
+            raise UserError(
+                f"model.path: {path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {folder}"
+            )
+    _check_config(folder)
+    if weights:
+        _check_weights(folder)
+        if not any(found for pattern in _TOKENIZERS for found in folder.glob(pattern)):
+            raise UserError(
+                f"model.path: {folder} holds no tokenizer; copy the files of the model's tokenizer there "
+                "(tokenizer.json and tokenizer_config.json)"
+            )
+
+
+def _begins(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _check_config(folder: Path) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"model.path: {folder} holds a PEFT adapter, not a model; load it onto its base, merge it "
+                "(`model.merge_and_unload()`), save the result and give that folder"
+            )
+        raise UserError(
+            f"model.path: {folder} holds no config.json; give the folder of a model in Hugging Face's format"
+        )
+    config = _read_json(path)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError(
+            f"model.path: {path} names no `model_type`; it is not the configuration of a transformers model"
+        )
+    if model_type not in CONFIG_MAPPING:
+        own = "its own code is not run" if "auto_map" in config else near(model_type, list(CONFIG_MAPPING))
+        raise UserError(
+            f"model.path: transformers knows no model_type {model_type!r} of {path} ({own}); a newer version of "
+            "transformers may know it"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"model.path: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"model.path: {path} is expected to hold a JSON object")
+    return content
+
+
+def _check_weights(folder: Path) -> None:
+    found = {path.name for pattern in _WEIGHTS for path in folder.glob(pattern) if path.stem != "training_args"}
+    for index in sorted(folder.glob("*.index.json")):
+        shards = _read_json(index).get("weight_map", {})
+        if missing := sorted(set(shards.values()) - found):
+            raise UserError(
+                f"model.path: {folder} lacks {len(missing)} of the {len(set(shards.values()))} files of weights that "
+                f"{index.name} names: {', '.join(missing[:3])}; download them again"
+            )
+    if not found:
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".gguf", ".h5", ".msgpack", ".pth"))
+        instead = f" (but {', '.join(others[:3])}, which is not loaded)" if others else ""
+        raise UserError(f"model.path: {folder} holds no weights, neither *.safetensors nor *.bin{instead}")
+    for name in sorted(found):
+        path = folder / name
+        try:
+            if path.stat().st_size == 0:
+                raise SafetensorError("it is empty")
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):  # reads the header and compares it with the file's size
+                    pass
+        except SafetensorError as error:
+            raise UserError(f"model.path: {path} is damaged or incomplete ({error}); download it again") from error
