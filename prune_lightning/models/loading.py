@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from prune_lightning.errors import UserError, near
 from prune_lightning.models.family import ModelFamily
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.tokenization import Tokens
 from prune_lightning.models.model_folder import check_folder, no_such_folder
 from prune_lightning.models.quantisation import prepare_dequantisation
+from prune_lightning.models.tokenization import Tokens
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -35,8 +35,8 @@ from prune_lightning.tasks.setup import (
     quieten,
     run_clock,
     run_folder,
-    usable_by,
     settle_trainer,
+    usable_by,
 )
 
 
