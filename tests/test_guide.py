@@ -33,5 +33,5 @@ def test_the_method_of_the_guide_runs(tmp_path):
     for edit in edits:
         assert edit["applied"]
         assert edit["update_norm"] > 0
-        assert len(set(edit["neurons"])) == 10
+        assert len(set(edit["details"]["neurons"])) == 10
         assert edit["after"]["score"], "the new answer is preferred to the old one"

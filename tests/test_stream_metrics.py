@@ -21,7 +21,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.evaluation.case_rows import CaseRows, resampled
 from prune_lightning.evaluation.case_sampler import CaseSampler
 from prune_lightning.evaluation.measurement import EditingMeasurement, Measured
-from prune_lightning.evaluation.stream import StreamScores, success
+from prune_lightning.evaluation.evaluator.stream import StreamScores, success
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.metrics import AbilityCurve, RetentionMatrix
 from prune_lightning.metrics.bootstrap import interval, resampled_means
@@ -330,7 +330,7 @@ def test_scores_just_before_and_after_are_not_taken_twice(tiny, tmp_path, monkey
     entries = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text().splitlines()]
     immediate = np.mean([entry["after"]["accuracy"] for entry in entries])
     assert evaluation.curve[-1]["stream/accuracy/acquisition"] == pytest.approx(immediate)
-    assert isinstance(evaluation.stream, StreamScores)
+    assert isinstance(evaluation.evaluator.stream, StreamScores)
 
 
 def test_two_processes_with_an_odd_number_of_entries_give_the_figures_of_one(tmp_path):
