@@ -51,11 +51,26 @@ class ModelFamily:
         if model_type not in known:
             raise UserError(
                 f"no model family {model_type!r} ({near(model_type, known)}); to add it, write "
-                f"configs/model/family/{model_type}.yaml with the keys "
+                f"configs/model/family/{model_type}.yaml, or model/family/{model_type}.yaml in a folder given by "
+                "--config-dir, with the keys "
                 + ", ".join(f"`{f.name}`" for f in fields(cls) if f.name not in ("tiny", "after_mlp", "activation"))
                 + " (configs/model/family/llama.yaml is an example)"
             )
-        return cls(**yaml.safe_load(known[model_type].read_text("utf-8")))
+        return cls.of(yaml.safe_load(known[model_type].read_text("utf-8")))
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Any]) -> ModelFamily:
+        """Return the family that a YAML describes.
+
+        Raises:
+            UserError: A key is missing or unknown.
+        """
+        try:
+            return cls(**entries)
+        except TypeError as error:
+            name = entries.get("model_type", "?")
+            reason = str(error).partition("() ")[2]
+            raise UserError(f"model/family/{name}.yaml: {reason}; family/llama.yaml is an example") from error
 
 
 def _family_folder() -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
@@ -64,7 +66,9 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     return config
 
 
-def load_language_model(path: str, dtype: str = "float32", revision: str | None = None) -> LanguageModel:
+def load_language_model(
+    path: str, dtype: str = "float32", revision: str | None = None, family: Mapping[str, Any] | None = None
+) -> LanguageModel:
     """Load a model.
 
     Args:
@@ -73,6 +77,7 @@ def load_language_model(path: str, dtype: str = "float32", revision: str | None 
             two parts) is never looked up on the hub.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``.
         revision: Hub revision.
+        family: Contents of the family's YAML; ``None`` for the shipped one of the model's architecture.
 
     Raises:
         UserError: No such folder or model, an unknown dtype, or a family without a YAML.
@@ -81,7 +86,7 @@ def load_language_model(path: str, dtype: str = "float32", revision: str | None 
     name, local = located(path)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, local_files_only=local)
-        family = ModelFamily.find(config.model_type)
+        found = ModelFamily.find(config.model_type) if family is None else ModelFamily.of(family)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local)
         model = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, local_files_only=local, dtype=weights_dtype
@@ -90,4 +95,4 @@ def load_language_model(path: str, dtype: str = "float32", revision: str | None 
         if isinstance(error, UserError):
             raise
         raise UserError(f"model.path: {path!r} could not be loaded as a causal language model: {error}") from error
-    return LanguageModel(model, tokenizer, family)
+    return LanguageModel(model, tokenizer, found)
