@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.errors import UserError
+from prune_lightning.methods.costs import protecting
 from prune_lightning.methods.layerwise import LayerwiseEdit
 from prune_lightning.methods.least_squares import RecursiveInverse, regression_update
 from prune_lightning.types import EditRequest, LowRankUpdate
@@ -39,6 +41,11 @@ class AlphaEdit(LayerwiseEdit):
         self.null_threshold, self.ridge = null_threshold, ridge
         self._null: dict[int, Tensor] = {}
         self._protected: dict[int, RecursiveInverse] = {}
+
+    @classmethod
+    def cost(cls, model: Shapes, stream: StreamShape, **options: Any) -> Cost:
+        """Return the costs; besides a growing inverse per layer, the basis of the null space stays."""
+        return protecting(super().cost(model, stream, **options), 2, stream.batch)
 
     def prepare(self) -> None:
         """Find the null space of each layer."""
