@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from prune_lightning.costs import Changes, RestraintCost, plain_restraint
 from prune_lightning.errors import UserError
 from prune_lightning.spectral import RestrainedMatrix
 
@@ -60,6 +61,11 @@ class RECT(Restraint):
         norm = float(torch.linalg.matrix_norm(step))
         self._kept[matrix.name] = float(torch.linalg.matrix_norm(step - dropped)) / norm if norm else 1.0
         matrix.subtract(dropped)
+
+    @override
+    def cost(self, changes: Changes) -> RestraintCost:
+        """Return the cost of five dense copies of one matrix, and of ten passes over each."""
+        return plain_restraint(changes, copies=5, passes=10)
 
     @override
     def figures(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
+from prune_lightning.costs import Changes, RestraintCost, plain_restraint
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.spectral import HasEditedMatrices, RestrainedMatrix
@@ -79,6 +80,10 @@ class Restraint(L.Callback, ABC):
     def figures(self) -> dict[str, float]:
         """Return figures of the latest restraint, by name."""
         return {}
+
+    def cost(self, changes: Changes) -> RestraintCost:
+        """Return what the restraint will need: dense copies of one matrix, unless a restraint says otherwise."""
+        return plain_restraint(changes)
 
     # -- for any loop ---------------------------------------------------------------------------------------------
     @property

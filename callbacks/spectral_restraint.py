@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
+from prune_lightning.costs import FP64, Changes, RestraintCost, Work
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.spectral import (
@@ -80,6 +81,26 @@ class SpectralRestraint(Restraint):
         for matrix in self.matrices.values():
             self.reference(matrix)
         self._raw = (self.accumulate or ("raw" if isinstance(module, HasEditedMatrices) else "restrained")) == "raw"
+
+    @override
+    def cost(self, changes: Changes) -> RestraintCost:
+        r"""Return the cost of triplets above the threshold.
+
+        With a change of :math:`k` directions: :math:`(m+n)k` fp64 withheld of each matrix, :math:`(m+n)k + 3k^2` of one
+        at a time, and a full decomposition of the core at half of the stream, :math:`4(m+n)k + 20k^3`; less where a
+        norm certifies that nothing exceeds the reference. A dense change is multiplied some thirty times instead.
+        """
+        steps = {"each": 1.0, "every_n": 1.0 / self.every_n, "end": 0.0}[self.schedule]
+        if changes.ranks is None or changes.halfway is None:
+            sizes = [m * n for m, n in changes.matrices]
+            work = Work(0.0, 30.0 * changes.entry * sum(sizes), 100 * len(sizes), flops64=60.0 * sum(sizes))
+            return RestraintCost(float(2 * FP64 * max(sizes)), work * steps)
+        held = [((m + n) * k, 3 * k * k) for (m, n), k in zip(changes.matrices, changes.ranks, strict=True)]
+        work = Work()
+        for (m, n), k in zip(changes.matrices, changes.halfway, strict=True):
+            work = work + Work(0.0, 2.0 * m * n * changes.entry, 50, flops64=4.0 * (m + n) * k + 20.0 * k**3)
+        memory = FP64 * (sum(a for a, _ in held) + max(a + b for a, b in held))
+        return RestraintCost(float(memory), work * steps)
 
     def reference(self, matrix: RestrainedMatrix) -> float:
         r"""Return :math:`\bar s`, computed once per original matrix."""

@@ -14,7 +14,7 @@ FLOORS = [
     {"errors", "phases", "terminal", "json_files", "fingerprint", "distributed", "devices"},
     {"text"},
     {"requests"},
-    {"types", "records", "atomic_files"},
+    {"types", "records", "atomic_files", "costs"},
     {"spectral", "metrics"},
     {"models", "bundled"},
     {"data", "evaluation", "methods"},

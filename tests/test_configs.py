@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import hydra
 import pytest
 from conftest import ROOT
@@ -9,8 +11,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from prune_lightning.callbacks import Restraint
+from prune_lightning.cli import _keys
 
 CONFIGS = ROOT / "configs"
+FILES = (".py", ".md", ".yaml", ".json")
 
 
 def options(group: str) -> list[str]:
@@ -36,7 +40,7 @@ def test_method_has_settings_for_model(model, method):
     config = compose(f"model={model}", f"method={method}")
     layers = config.method.layers
     assert layers is None or list(layers) == sorted(layers)
-    assert not OmegaConf.missing_keys(config)
+    assert OmegaConf.missing_keys(config) == ({"model.path"} if model == "auto" else set())
 
 
 @pytest.mark.parametrize(
@@ -56,14 +60,13 @@ def test_option_composes_and_its_targets_exist(choice):
 
 @pytest.mark.parametrize("option", options("editor_data"))
 def test_editor_training_composes_for_a_model(option):
-    config = OmegaConf.to_container(
-        compose("experiment=train_mend", "model=gpt2-xl", f"editor_data={option}"), resolve=False
-    )
+    composed = compose("experiment=train_mend", "model=gpt2-xl", f"editor_data={option}")
+    config = OmegaConf.to_container(composed, resolve=False)
     config.pop("hydra", None)
     for target in targets(config):
         assert callable(hydra.utils.get_object(target)), target
-    assert config["method"]["layers"] == [45, 46, 47]  # the experiment's method and the model's settings for it
-    assert config["method"]["training"]["learning_rate"] == 1e-6
+    assert composed.method.layers == [45, 46, 47]  # the experiment's method and the model's settings for it
+    assert composed.method.training.learning_rate == 1e-6
 
 
 def test_published_settings_reach_the_method():
@@ -79,6 +82,20 @@ def test_published_settings_reach_the_method():
     assert (list(constrained.layers), constrained.epsilon, constrained.loss) == ([0], 5e-5, "prompt_last")
     adapters = compose("model=llama-2-7b", "method=adalora").method
     assert (list(adapters.target_modules), adapters.steps, adapters.rank) == (["q_proj", "v_proj"], 70, 8)
+
+
+def test_keys_that_the_docs_name_are_keys_of_the_configuration():
+    overrides = [(f"method={name}",) for name in options("method")]
+    overrides += [(f"{g}={name}",) for g in ("model", "data", "restraint", "callbacks") for name in options(g)]
+    overrides += [("experiment=train_mend",), ("experiment=plan",), ("evaluation=editing",)]
+    composed = [OmegaConf.to_container(compose(*each), resolve=False) for each in overrides]
+    known = {".".join(key.split(".")[:n]) for one in composed for key in _keys(one) for n in range(1, 6)}
+    groups = "model|method|data|restraint|callbacks|evaluation|plan|editor_data|mend_training"
+    pages = [ROOT / "README.md", *(page for page in (ROOT / "docs").glob("*.md") if page.stem != "adding_a_method")]
+    text = re.sub(r"```python.*?```", "", "".join(page.read_text() for page in pages), flags=re.DOTALL)
+    named = set(re.findall(rf"(?<![/\w.+])((?:{groups})\.[a-z_.]*[a-z_])\b", text))
+    assert len(named) > 15
+    assert not {key for key in named - known if not key.endswith(FILES)}
 
 
 @pytest.mark.parametrize("option", options("restraint"))

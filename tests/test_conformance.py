@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, quiet_trainer, write
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.family import stores_transposed
@@ -35,12 +37,18 @@ class SentenceCorpus:
         return "eight sentences"
 
 
-def build(name: str, language_model) -> EditingModule:
-    folder = ROOT / "configs" / "method"
-    config = OmegaConf.load(folder / f"{name}.yaml")
+def read(path: Path) -> DictConfig:
+    """Return a method's YAML on top of those that it names; what refers to a model takes the method's own values."""
+    config = OmegaConf.load(path)
     for entry in config.pop("defaults", ["_self_"]):
         if entry != "_self_":
-            config = OmegaConf.merge(OmegaConf.load(folder / f"{entry.split('@')[0]}.yaml"), config)
+            config = OmegaConf.merge(read(path.parent / f"{entry.split('@')[0]}.yaml"), config)
+    return config
+
+
+def build(name: str, language_model) -> EditingModule:
+    folder = ROOT / "configs" / "method"
+    config = read(folder / f"{name}.yaml")
     settings = OmegaConf.to_container(config, resolve=False) | {"layers": [1]}
     if "contexts" in settings:
         settings["contexts"] = {"_target_": settings["contexts"]["_target_"], "fixed": PREFIXES}
@@ -52,7 +60,7 @@ def build(name: str, language_model) -> EditingModule:
         settings["seed"] = 0
     if "steps" in settings:
         settings["steps"] = 5
-    if settings.get("hypernetwork") == "???":  # there is no trained one for a random model
+    if "hypernetwork" in settings:  # there is no trained one for a random model
         settings["hypernetwork"] = None
     given = {"language_model": language_model}
     if settings.pop("second_moments", None):

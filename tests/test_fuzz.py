@@ -121,7 +121,6 @@ GROUPS = (
     "trainer",
     "logger",
     "experiment",
-    "hparams",
 )
 PATHS = (
     *GROUPS,

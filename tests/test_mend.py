@@ -10,7 +10,7 @@ import torch
 from conftest import BUNDLED, FAMILIES, ROOT, quiet_trainer, write
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import OmegaConf
+from test_configs import compose
 from torch.func import functional_call
 
 from prune_lightning.bundled.world import load_world
@@ -374,11 +374,7 @@ def test_moments_can_be_estimated_anew_from_the_edits(tmp_path, tiny):
 
 # -- the network that is shipped --------------------------------------------------------------------------------------
 def shipped(model) -> MEND:
-    config = OmegaConf.merge(
-        OmegaConf.load(ROOT / "configs" / "method" / "mend.yaml"),
-        OmegaConf.load(ROOT / "configs" / "hparams" / "mend_bundled.yaml"),
-    )
-    return instantiate(config, language_model=model, _convert_="all")
+    return instantiate(compose("method=mend").method, language_model=model, _convert_="all")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

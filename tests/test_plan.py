@@ -8,16 +8,17 @@ import pytest
 import torch
 from conftest import FAMILIES, load_path
 from hydra.utils import instantiate
-from test_configs import compose
+from test_configs import compose, options
 from test_fuzz import command_line
 from transformers import AutoConfig, LlamaConfig
 
+from prune_lightning.callbacks import Restraint
+from prune_lightning.costs import Cost, Machine
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
 from prune_lightning.models.statistics import SecondMoments
-from prune_lightning.tasks import costs, plan
-from prune_lightning.tasks.costs import Machine
 from prune_lightning.tasks.counting import Counter, ShapeModel
+from prune_lightning.tasks.plan import Needs
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +26,14 @@ def shapes() -> ShapeModel:
     return ShapeModel(AutoConfig.from_pretrained(load_path()), torch.float32)
 
 
-def setting(shapes, *overrides, edits=5):
+SLOW = Machine(1e9, 1e9, 1e9, 1e-5)
+
+
+def needs(shapes, *overrides, edits=5):
     config = compose("experiment=plan", f"data.num_edits={edits}", *overrides)
     stream = instantiate(config.data)
     stream.setup()
-    return plan.settings(config, shapes, stream)[0]
+    return Needs.of(config, shapes, stream)
 
 
 def test_work_on_the_meta_device_is_the_work_of_the_model(shapes, bundled_shared):
@@ -56,7 +60,7 @@ def test_every_family_can_be_counted(family, tiny):
 
 
 def test_memory_of_the_matrices_is_what_they_hold(shapes, bundled_shared, bundled):
-    found = costs.memory(shapes, setting(shapes, "method=memit"))
+    found = needs(shapes, "method=memit").memory()
     moments = {layer: SecondMoments(None).compute(bundled_shared, [layer])[layer] for layer in (0, 1)}
     held = sum(m.matrix.nbytes + m._cholesky.nbytes for m in moments.values())
     assert found["second moments"] == held
@@ -69,23 +73,95 @@ def test_memory_of_the_matrices_is_what_they_hold(shapes, bundled_shared, bundle
     assert found["masters of changes"] == sum(m.change.master.nbytes for m in matrices)
 
 
-def test_formulas_know_the_methods(shapes):
-    memit, alpha = setting(shapes, "method=memit"), setting(shapes, "method=alphaedit")
-    rome = setting(shapes, "method=rome", "restraint=none")
-    assert (memit.one_by_one, memit.past_keys, alpha.past_keys, alpha.null_space) == (False, False, True, True)
-    assert rome.one_by_one
-    assert costs.memory(shapes, rome)["restraint"] == 0 < costs.memory(shapes, memit)["restraint"]
-    assert "protected keys" in costs.memory(shapes, alpha)
-    assert setting(shapes, "restraint=rect").restraint == "dense"
-    assert (memit.prefixes, memit.steps) == (6, 20)
-    few, many = (setting(shapes, "method=memit", edits=n) for n in (5, 500))
-    assert costs.disk(shapes, many)["ledger of edits"] == 100 * costs.disk(shapes, few)["ledger of edits"]
-    batched = setting(shapes, "method=memit", "data.protocol=sequential_batched", "data.batch_size=5")
-    assert (batched.together, batched.rows) == (5, 35)
-    slow, fast = Machine(1e9, 1e9, 1e9, 1e-5), Machine(2e9, 2e9, 2e9, 5e-6)
-    for s in (memit, alpha, rome):
-        once, again = costs.time(shapes, s, slow), costs.time(shapes, s, fast)
-        assert sum(once.values()) == pytest.approx(2 * sum(again.values()))
+def test_methods_and_restraints_say_what_they_cost(shapes):
+    memit, alpha = needs(shapes, "method=memit"), needs(shapes, "method=alphaedit")
+    rome = needs(shapes, "method=rome", "restraint=none")
+    seven = needs(shapes, "method=memit", "method.accumulate_past_keys=true")
+    square = sum(n * n * 8 for _, n in memit.cost.matrices)
+    assert "protected keys" not in memit.memory()
+    assert (seven.memory()["protected keys"], alpha.memory()["protected keys"]) == (square, 2 * square)
+    assert rome.memory()["restraint"] == 0 < memit.memory()["restraint"]
+    assert needs(shapes, "restraint=rect").memory()["restraint"] == 5 * 192 * 768 * 4
+    few, many = (needs(shapes, "method=memit", edits=n) for n in (5, 500))
+    assert many.disk()["ledger of edits"] == 100 * few.disk()["ledger of edits"]
+    fast = Machine(2e9, 2e9, 2e9, 5e-6)
+    for each in (memit, alpha, rome):
+        assert sum(each.seconds(SLOW).values()) == pytest.approx(2 * sum(each.seconds(fast).values()))
+    seldom = needs(shapes, "restraint.schedule=every_n", "restraint.every_n=4").seconds(SLOW)["restraint"]
+    assert seldom == pytest.approx(needs(shapes).seconds(SLOW)["restraint"] / 4)
+    assert needs(shapes, "restraint=prune_end").seconds(SLOW)["restraint"] == 0
+
+
+def test_batches_share_their_passes(shapes):
+    alone = needs(shapes, "method=memit", edits=20)
+    batched = needs(shapes, "method=memit", "data.protocol=sequential_batched", "data.batch_size=5", edits=20)
+    one, five = alone.seconds(SLOW), batched.seconds(SLOW)
+    assert five["values"] < one["values"]
+    assert five["writing"] < one["writing"] / 2
+    each = needs(shapes, "method=rome", "data.protocol=sequential_batched", "data.batch_size=5", edits=20)
+    assert each.seconds(SLOW)["values"] == needs(shapes, "method=rome", edits=20).seconds(SLOW)["values"]
+
+
+@pytest.mark.parametrize("method", options("method"))
+def test_every_shipped_method_can_be_planned(method, shapes, bundled):
+    """The matrices that it says it edits are those that it edits."""
+    found = needs(shapes, f"method={method}")
+    assert not found.cost.unknown
+    assert all(amount > 0 for amount in (*found.memory().values(), *found.disk().values()))
+    assert set(found.seconds(SLOW)) > {"writing", "restraint"}
+    assert all(seconds > 0 for seconds in found.seconds(SLOW).values())
+    config, given = compose(f"method={method}").method, {"language_model": bundled}
+    if "second_moments" in config:
+        given["second_moments"] = SecondMoments(None)
+    module = instantiate(config, _convert_="all", **given)
+    edited = sorted(tuple(matrix.original().shape) for matrix in module.edited_matrices().values())
+    assert sorted(found.cost.matrices) == edited
+
+
+@pytest.mark.parametrize("option", [name for name in options("restraint") if name != "none"])
+def test_every_shipped_restraint_can_be_planned(option, shapes):
+    for method in ("rome", "ft_m"):  # of low rank, and dense
+        assert needs(shapes, f"method={method}", f"restraint={option}").memory()["restraint"] > 0
+
+
+def test_more_steps_and_layers_cost_more(shapes):
+    for method in ("ft_m", "lora"):
+        few, many = (needs(shapes, f"method={method}", f"method.steps={n}").seconds(SLOW) for n in (10, 40))
+        assert 3 < many["training"] / few["training"] < 4.1
+    low, high = (needs(shapes, "method=kn", f"method.layers=[{n}]").seconds(SLOW)["attribution"] for n in (0, 3))
+    assert high < low
+    narrow, wide = (needs(shapes, "method=mend", f"method.network.rank={n}").memory()["network"] for n in (8, 80))
+    assert narrow < wide
+
+
+class Silent:
+    """A method that says nothing of its costs."""
+
+
+class Talkative:
+    """A method that does."""
+
+    @classmethod
+    def cost(cls, model, stream, *, layers, **options):
+        return Cost([model.edited_shape(layer) for layer in layers], memory={"table": 123.0})
+
+
+def test_a_method_from_outside_is_asked_too_and_one_that_is_silent_counted_with_what_is_known(shapes, monkeypatch):
+    monkeypatch.setattr("prune_lightning.methods.rome.ROME", Silent)
+    silent = needs(shapes, "method=rome", "method.layers=[1,2]")
+    assert silent.cost.unknown
+    assert silent.memory()["originals of edited matrices"] == 2 * 192 * 768 * 4
+    assert set(silent.seconds(SLOW)) == {"writing", "restraint"}
+    monkeypatch.setattr("prune_lightning.methods.rome.ROME", Talkative)
+    assert needs(shapes, "method=rome").memory()["table"] == 123.0
+
+
+def test_a_restraint_that_is_silent_is_counted_with_dense_copies(shapes):
+    class Own(Restraint):
+        def restrain(self, matrix):
+            pass
+
+    assert Own().cost(needs(shapes, "method=memit").kept).memory == 2 * 192 * 768 * 4
 
 
 def test_plan_of_a_large_model_says_what_does_not_fit(tmp_path, capsys):
@@ -101,7 +177,7 @@ def test_plan_of_a_large_model_says_what_does_not_fit(tmp_path, capsys):
     )
     config.save_pretrained(tmp_path / "model")
     arguments = ("experiment=plan", "model=llama-3-8b", f"model.path={tmp_path / 'model'}", "method=memit")
-    code = command_line(tmp_path / "run", *arguments, "plan.tflops=300", "plan.memory_gb=24")
+    code = command_line(tmp_path / "run", *arguments, "trainer=gpu", "plan.tflops=300", "plan.memory_gb=24")
     shown = capsys.readouterr().out
     assert code == 0
     found = json.loads((tmp_path / "run" / "plan.json").read_text())
@@ -119,6 +195,6 @@ def test_what_cannot_be_planned_is_said(shapes, tmp_path, capsys):
     stream = BundledWorld(num_edits=1)
     stream.setup()
     with pytest.raises(UserError, match="layer 9 is outside"):
-        plan.settings(config, shapes, stream)
+        Needs.of(config, shapes, stream)
     assert command_line(tmp_path / "run", "experiment=plan", "model.path=./nowhere") == 2
     assert "no folder './nowhere'" in capsys.readouterr().err

@@ -155,7 +155,7 @@ def _build(ledger: Ledger) -> tuple[EditingModule, Restraining | None]:
             f"the run was restrained by {', '.join(base['restraints'])}, not all of them its `restraint`: build its "
             "module and restraints, and put the edits back with prune_lightning.ledger.replay"
         )
-    model = load_language_model(**{key: base["model"][key] for key in ("path", "dtype", "revision")})
+    model = load_language_model(**base["model"])
     module = instantiate(base["method_options"], language_model=model, _convert_="all")
     if not isinstance(module, EditingModule):
         raise UserError(f"{ledger.folder / 'base.json'} names {type(module).__name__}, which is no editing method")

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.errors import UserError
+from prune_lightning.methods.costs import protecting
 from prune_lightning.methods.least_squares import regression_update
 from prune_lightning.methods.protected_keys import KeyProtectingEdit
 from prune_lightning.types import LowRankUpdate
@@ -37,6 +39,11 @@ class AlphaEdit(KeyProtectingEdit):
             )
         self.null_threshold, self.ridge = null_threshold, ridge
         self._null: dict[int, Tensor] = {}
+
+    @classmethod
+    def cost(cls, model: Shapes, stream: StreamShape, **options: Any) -> Cost:
+        """Return the costs; besides a growing inverse per layer, the basis of the null space stays."""
+        return protecting(super().cost(model, stream, **options), 2, stream.batch)
 
     def prepare(self) -> None:
         """Find the null space of each layer."""

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.methods.costs import training_cost
 from prune_lightning.methods.target_batch import LOSSES, TargetBatch
 from prune_lightning.methods.tuning_problem import UpperWeights, WeightProblem, WholeWeights
 from prune_lightning.models.fast_path import agrees
@@ -86,6 +88,31 @@ class FineTuning(EditingModule):
         self.steps, self.learning_rate, self.batch_size = steps, learning_rate, batch_size
         self.skip_loss, self.stop_loss, self.fast = skip_loss, stop_loss, fast
         self._checked = False
+
+    @classmethod
+    def cost(
+        cls,
+        model: Shapes,
+        stream: StreamShape,
+        *,
+        layers: Sequence[int],
+        steps: int = 25,
+        batch_size: int = 1,
+        **options: Any,
+    ) -> Cost:
+        """Return the costs; the changes are trained in fp32 at least, on top of the weights in the same precision."""
+        shapes = [model.edited_shape(layer) for layer in layers]
+        trained = float(sum(m * n for m, n in shapes) * max(model.weight_size, 4))
+        return training_cost(
+            model,
+            stream,
+            layers=layers,
+            matrices=shapes,
+            rank=None,
+            trained=trained,
+            steps=steps,
+            batch_size=batch_size,
+        )
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, DenseUpdate], list[dict[str, Any]]]:
         """Return what the training moved each weight by, dense."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.distributed import map_over_ranks
 from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
@@ -154,6 +155,33 @@ class KnowledgeNeurons(EditingModule):
         if request.target_old is None:
             return "KN looks for the neurons of the old answer; give the record `target_old`"
         return None
+
+    @classmethod
+    def cost(
+        cls,
+        model: Shapes,
+        stream: StreamShape,
+        *,
+        layers: Sequence[int] | None = None,
+        attribution: AttributionOptions | None = None,
+        **options: Any,
+    ) -> Cost:
+        """Return the costs of the attribution, prompt by prompt without paraphrases.
+
+        Every token of the old answer is a pass over the prompt and, for each layer, single tokens at every point
+        through the blocks above and back. Their mean over the layers is that of the lowest and the highest one.
+        """
+        wanted = list(range(model.num_layers)) if layers is None else list(layers)
+        points, tokens = (attribution or AttributionOptions()).steps, max(1, round(stream.target))
+        ends = [model.step(layer, points, 1, points) for layer in (wanted[0], wanted[-1])]
+        attributed = (ends[0] + ends[1]) * (len(wanted) / 2)
+        length = round(stream.prompt + stream.target - 1)
+        return Cost(
+            [model.edited_shape(layer) for layer in wanted],
+            peaks={"attribution": ends[0].saved * (attribution or AttributionOptions()).layers_together},
+            per_edit={"attribution": (model.forward(1, length, 1) + attributed) * tokens},
+            length=length,
+        )
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return one update of rank one per request and layer with a selected neuron, side by side."""

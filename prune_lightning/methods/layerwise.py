@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,6 +24,8 @@ class LayerwiseEdit(LocateThenEdit):
     the residual against the present hidden states, shared out over the layers that are still to come; divided by the
     constant by which the architecture multiplies the MLP's output, if there is one.
     """
+
+    one_by_one: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:

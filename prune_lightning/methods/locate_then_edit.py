@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.distributed import broadcast, map_over_ranks
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.methods.costs import locating_cost
 from prune_lightning.methods.layerwise_keys import LayerwiseKeyReader
 from prune_lightning.methods.prompts import key_row, kl_row, target_row
 from prune_lightning.methods.value import ValueOptions, Values, optimise_values
@@ -30,7 +32,12 @@ class LocateThenEdit(EditingModule):
         value: Hyper-parameters of the value optimisation.
         contexts: Which prefixes to sample.
         kwargs: See :class:`~.base.EditingModule`.
+
+    Attributes:
+        one_by_one: Each request and each layer has a value optimisation of its own.
     """
+
+    one_by_one: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -58,6 +65,29 @@ class LocateThenEdit(EditingModule):
     def summary(self) -> dict[str, Any]:
         """Return also the prefixes that were sampled."""
         return {**super().summary(), "context_prefixes": list(self.prefixes)}
+
+    @classmethod
+    def cost(
+        cls,
+        model: Shapes,
+        stream: StreamShape,
+        *,
+        layers: Sequence[int],
+        second_moments: SecondMoments,
+        value: ValueOptions | None = None,
+        contexts: ContextOptions | None = None,
+        **options: Any,
+    ) -> Cost:
+        """Return the costs; see :func:`~.costs.locating_cost`."""
+        return locating_cost(
+            model,
+            stream,
+            layers=layers,
+            second_moments=second_moments,
+            value=value or ValueOptions(),
+            contexts=contexts or ContextOptions(),
+            one_by_one=cls.one_by_one,
+        )
 
     def subject_keys(self, requests: Sequence[EditRequest], layers: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Return the keys at the subject's last token under the present weights, by layer.

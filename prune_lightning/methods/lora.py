@@ -11,8 +11,10 @@ from peft import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
 
+from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.methods.costs import training_cost
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import AboveBlock
 from prune_lightning.models.family import stores_transposed
@@ -85,6 +87,37 @@ class LoRA(EditingModule):
         self._merged: dict[str, LowRankUpdate] = {}  # what these have come to
         self._new: dict[str, LowRankUpdate] = {}
         self._remembered: dict[str, Tensor] = {}
+
+    @classmethod
+    def cost(
+        cls,
+        model: Shapes,
+        stream: StreamShape,
+        *,
+        layers: Sequence[int] | None = None,
+        target_modules: Sequence[str] | None = None,
+        rank: int = 8,
+        steps: int = 70,
+        batch_size: int = 1,
+        **options: Any,
+    ) -> Cost:
+        """Return the costs; one set of adapters is trained per step of the stream."""
+        blocks = list(range(model.num_layers)) if layers is None else list(layers)
+        shapes = [
+            shape
+            for layer in blocks
+            for shape in (model.named_shapes(layer, target_modules) if target_modules else [model.edited_shape(layer)])
+        ]
+        return training_cost(
+            model,
+            stream,
+            layers=blocks,
+            matrices=shapes,
+            rank=rank / stream.batch,
+            trained=float(sum(rank * (m + n) for m, n in shapes) * max(model.weight_size, 4)),
+            steps=steps,
+            batch_size=batch_size,
+        )
 
     # -- what is edited -------------------------------------------------------------------------------------------
     def edited_modules(self) -> Mapping[str, nn.Module]:

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.errors import UserError
+from prune_lightning.methods.costs import protecting
 from prune_lightning.methods.least_squares import regression_update
 from prune_lightning.methods.protected_keys import KeyProtectingEdit
 from prune_lightning.types import EditRequest, LowRankUpdate
@@ -30,6 +32,12 @@ class MEMIT(KeyProtectingEdit):
         if not ridge > 0:
             raise UserError(f"MEMIT's `ridge` is expected to be positive, but got {ridge}")
         self.ridge, self.accumulate_past_keys = ridge, accumulate_past_keys
+
+    @classmethod
+    def cost(cls, model: Shapes, stream: StreamShape, *, accumulate_past_keys: bool = False, **options: Any) -> Cost:
+        """Return the costs; with past keys, an inverse per layer grows."""
+        found = super().cost(model, stream, **options)
+        return protecting(found, 1, stream.batch) if accumulate_past_keys else found
 
     def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
         """Solve the ``b x b`` system."""

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from prune_lightning.costs import Cost, Shapes, StreamShape, Work
 from prune_lightning.errors import UserError, near
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.mend_gradients import LabelledRows, edit_gradients
@@ -77,6 +78,41 @@ class MEND(EditingModule):
         self._trained = hypernetwork is not None
         self.network.requires_grad_(False)
         self._start_moments()
+
+    @classmethod
+    def cost(
+        cls,
+        model: Shapes,
+        stream: StreamShape,
+        *,
+        layers: Sequence[int],
+        weights: Sequence[str] | None = None,
+        network: NetworkShape | None = None,
+        **options: Any,
+    ) -> Cost:
+        """Return the costs: the network stays, and an edit is a pass through the model and back, and one through it.
+
+        A trained network is taken to have the size that ``network`` says.
+        """
+        shapes = {
+            f"{layer}.{name}": shape
+            for layer in layers
+            for name, shape in model.mlp_shapes(layer).items()
+            if weights is None or name in weights
+        }
+        with torch.device("meta"):
+            size = sum(p.numel() for p in MENDNetwork(shapes, network or NetworkShape()).parameters())
+        tokens, target = round(stream.prompt + stream.target - 1), round(stream.target)
+        gradient = model.step(layers[0], 1, tokens, target) + model.forward_until(layers[0], 1, tokens)
+        transformed = Work(2.0 * size * tokens, 4.0 * size, 20 * len(shapes))
+        return Cost(
+            list(shapes.values()),
+            rank=tokens,
+            memory={"network": 4.0 * size},
+            peaks={"gradients": gradient.saved * stream.batch},
+            per_edit={"gradients": gradient, "network": transformed},
+            length=tokens,
+        )
 
     def edited_modules(self) -> Mapping[str, nn.Module]:
         """Return the chosen linear modules of the layers' MLPs by the name of their weight."""

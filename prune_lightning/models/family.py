@@ -59,15 +59,32 @@ class ModelFamily:
         if model_type not in known:
             raise UserError(
                 f"no model family {model_type!r} ({near(model_type, known)}); to add it, write "
-                f"configs/model/family/{model_type}.yaml with the keys "
+                f"configs/model/family/{model_type}.yaml, or model/family/{model_type}.yaml in a folder given by "
+                "--config-dir, with the keys "
                 + ", ".join(f"`{f.name}`" for f in fields(cls) if f.default is MISSING and f.name != "tiny")
                 + " (configs/model/family/llama.yaml is an example)"
             )
         try:
-            return cls(**yaml.safe_load(known[model_type].read_text("utf-8")))
-        except (TypeError, yaml.YAMLError) as error:
+            entries = yaml.safe_load(known[model_type].read_text("utf-8"))
+        except yaml.YAMLError as error:
+            raise UserError(f"model/family/{model_type}.yaml is no YAML: {' '.join(str(error).split())}") from error
+        return cls.from_entries(entries)
+
+    @classmethod
+    def from_entries(cls, entries: Mapping[str, Any]) -> ModelFamily:
+        """Return the family that a YAML describes.
+
+        Raises:
+            UserError: A key is missing or unknown.
+        """
+        try:
+            return cls(**entries)
+        except TypeError as error:
+            name = entries.get("model_type", "?") if isinstance(entries, Mapping) else "?"
             reason = " ".join(str(error).split()).removeprefix("ModelFamily.__init__() ")
-            raise UserError(f"configs/model/family/{model_type}.yaml is no model family: {reason}") from error
+            raise UserError(
+                f"model/family/{name}.yaml is no model family: {reason}; family/llama.yaml is an example"
+            ) from error
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> ModelFamily:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -92,7 +92,9 @@ def load_tokens(path: str, revision: str | None = None) -> Tokens:
     return Tokens(tokenizer, getattr(config, "max_position_embeddings", None))
 
 
-def load_language_model(path: str, dtype: str = "float32", revision: str | None = None) -> LanguageModel:
+def load_language_model(
+    path: str, dtype: str = "float32", revision: str | None = None, family: Mapping[str, Any] | None = None
+) -> LanguageModel:
     """Load a model. Quantised weights are dequantised where ``transformers`` can do that.
 
     Args:
@@ -101,6 +103,7 @@ def load_language_model(path: str, dtype: str = "float32", revision: str | None 
             two parts) is never looked up on the hub.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``.
         revision: Hub revision.
+        family: Contents of the family's YAML; ``None`` for the shipped one of the model's architecture.
 
     Raises:
         UserError: No such folder or model, something missing or damaged in it, an unknown dtype, a family without a
@@ -113,13 +116,13 @@ def load_language_model(path: str, dtype: str = "float32", revision: str | None 
     files: dict[str, Any] = {"revision": revision, "local_files_only": local or _offline()}
     with _one_line(path):
         config = AutoConfig.from_pretrained(name, **files)
-    family = ModelFamily.of(config)
+    known = ModelFamily.of(config) if family is None else ModelFamily.from_entries(family)
     with _one_line(path, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, **files)
     with _one_line(path):
         _check_tokenizer(path, tokenizer, int(config.get_text_config().vocab_size))
         model = _load_weights(path, name, config, weights_dtype, files)
-    return LanguageModel(model, tokenizer, family)
+    return LanguageModel(model, tokenizer, known)
 
 
 def _load_weights(path: str, name: str, config: PretrainedConfig, dtype: torch.dtype, files: dict[str, Any]) -> Any:

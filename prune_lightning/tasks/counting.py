@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,36 +12,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from prune_lightning.costs import Shape, Work
 from prune_lightning.models.family import ModelFamily, stores_transposed
 from prune_lightning.models.hooks import capture, edit_input, edit_output, pass_through
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a computation does.
-
-    Args:
-        flops: Floating-point operations, a multiplication and an addition counted as two.
-        moved: Bytes that its operations read and write.
-        operations: Calls of kernels.
-        saved: Bytes that are kept for the backward pass, weights not counted.
-    """
-
-    flops: float = 0.0
-    moved: float = 0.0
-    operations: float = 0.0
-    saved: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.flops + other.flops,
-            self.moved + other.moved,
-            self.operations + other.operations,
-            max(self.saved, other.saved),
-        )
-
-    def __mul__(self, times: float) -> Work:
-        return Work(self.flops * times, self.moved * times, self.operations * times, self.saved)
 
 
 class Counter(TorchDispatchMode):
@@ -69,10 +41,11 @@ class ShapeModel:
     Args:
         config: Its configuration.
         dtype: Dtype of its weights.
+        family: Contents of the family's YAML; ``None`` for the shipped one of the architecture.
     """
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
-        self.family = ModelFamily.of(config)
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, family: Mapping[str, Any] | None = None) -> None:
+        self.family = ModelFamily.of(config) if family is None else ModelFamily.from_entries(family)
         self.dtype, self.config = dtype, config.get_text_config()
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
@@ -88,11 +61,46 @@ class ShapeModel:
         block: nn.Module = self.model.get_submodule(self.family.block.format(layer))
         return block
 
-    def edited_shape(self, layer: int) -> tuple[int, int]:
+    def edited_shape(self, layer: int) -> Shape:
         """Return ``(out_features, in_features)`` of the edited matrix of a layer."""
-        module = self.model.get_submodule(self.family.rewrite.format(layer))
-        rows, columns = module.weight.shape
-        return (columns, rows) if stores_transposed(module) else (rows, columns)
+        return _shape(self.model.get_submodule(self.family.rewrite.format(layer)))
+
+    def mlp_shapes(self, layer: int) -> dict[str, Shape]:
+        """Return the shapes of all linear modules of a layer's MLP, by name."""
+        mlp = self.model.get_submodule((self.family.mlp or self.family.block).format(layer))
+        return {name: _shape(mlp.get_submodule(name)) for name in self.family.mlp_weights}
+
+    def named_shapes(self, layer: int, names: Sequence[str]) -> list[Shape]:
+        """Return the shapes of the modules of a block whose own name is one of ``names``."""
+        modules = self.block(layer).named_modules()
+        return [_shape(module) for path, module in modules if path.rpartition(".")[2] in names]
+
+    @property
+    def weight_size(self) -> int:
+        """Bytes of a weight."""
+        return torch.finfo(self.dtype).bits // 8
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return int(self.config.vocab_size)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @property
+    def positions(self) -> int | None:
+        """Longest row that the model takes."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def kv_width(self) -> int:
+        """Width of a layer's keys for one token."""
+        heads = self.config.num_attention_heads
+        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        return int((getattr(self.config, "num_key_value_heads", None) or heads) * size)
 
     def _forward(self, rows: int, length: int, places: int) -> Tensor:
         """Run the model; the LM head sees ``places`` positions only."""
@@ -161,3 +169,8 @@ class ShapeModel:
         finally:
             handle.remove()
         return seen[0]
+
+
+def _shape(module: Any) -> Shape:
+    rows, columns = module.weight.shape
+    return (columns, rows) if stores_transposed(module) else (rows, columns)

@@ -20,12 +20,13 @@ from prune_lightning.evaluation.measurement import Measurement
 from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.ledger import Ledger
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.models.loading import load_language_model, load_tokens
+from prune_lightning.models.loading import load_tokens
 from prune_lightning.phases import PhaseClock
 from prune_lightning.report.summary import RunSummary
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.edit_report import report
 from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
+from prune_lightning.tasks.presets import load_model, model_arguments, model_facts, settled
 from prune_lightning.tasks.resuming import check_stream, ledger_to_resume
 from prune_lightning.tasks.setup import (
     build_loggers,
@@ -45,6 +46,7 @@ def run(config: DictConfig) -> None:
     clock = run_clock()
     quieten()
     settle_trainer(config)
+    config = settled(config)
     folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
     out = Console()
@@ -133,9 +135,8 @@ def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
 
 
 def _method(config: DictConfig, clock: PhaseClock) -> EditingModule:
-    model = load_language_model(config.model.path, config.model.dtype, config.model.revision)
     module = instantiate(
-        config.method, language_model=model, non_finite=config.non_finite, clock=clock, _convert_="all"
+        config.method, language_model=load_model(config), non_finite=config.non_finite, clock=clock, _convert_="all"
     )
     assert isinstance(module, EditingModule)
     return module
@@ -143,7 +144,7 @@ def _method(config: DictConfig, clock: PhaseClock) -> EditingModule:
 
 def _ledger(config: DictConfig, folder: Path, ledger: Ledger | None) -> EditLedger:
     base = {
-        "model": {key: config.model[key] for key in ("path", "revision", "dtype")},
+        "model": model_arguments(config),
         "method": choice("method"),
         "restraint": choice("restraint"),
         "data": choice("data"),
@@ -176,7 +177,7 @@ def _about(config: DictConfig, job: Job) -> dict[str, Any]:
         "method": choice("method"),
         "restraint": choice("restraint"),
         "restraint_options": OmegaConf.to_container(config.restraint, resolve=True) if job.restraint else None,
-        "model": choice("model"),
+        **model_facts(config),
         "data": choice("data"),
         "seed": config.seed,
     }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from prune_lightning.tasks.costs import Machine
+from prune_lightning.costs import Machine
 from prune_lightning.tasks.counting import Counter
 
 

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
 from prune_lightning.atomic_files import write_json
-from prune_lightning.callbacks import SpectralRestraint
+from prune_lightning.costs import Changes, Cost, Machine, RestraintCost, StreamShape
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
-from prune_lightning.methods.layerwise import LayerwiseEdit
-from prune_lightning.methods.locate_then_edit import LocateThenEdit
-from prune_lightning.methods.value import ValueOptions
 from prune_lightning.models.loading import dtype_named, load_config, located
-from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.tasks import costs
-from prune_lightning.tasks.costs import Machine, Setting
 from prune_lightning.tasks.counting import ShapeModel
 from prune_lightning.tasks.machine import free_memory, measure, resident
-from prune_lightning.tasks.setup import quieten, run_folder
+from prune_lightning.tasks.presets import model_arguments, settled
+from prune_lightning.tasks.setup import choice, quieten, run_folder
 from prune_lightning.types import EditRequest
 
 CHARACTERS_PER_TOKEN = 4  # where the tokenizer is not at hand
@@ -39,83 +34,88 @@ _CUDA_CONTEXT = 0.6e9
 def run(config: DictConfig) -> None:
     """Predict, print, and leave the figures in `plan.json`."""
     quieten()
+    config = settled(config)
     folder = run_folder()
     libraries = resident()
     stream: EditStream = instantiate(config.data)
     stream.setup()
-    model = ShapeModel(load_config(config.model.path, config.model.revision), dtype_named(config.model.dtype))
-    setting, counted = settings(config, model, stream)
+    loaded = load_config(config.model.path, config.model.revision)
+    model = ShapeModel(loaded, dtype_named(config.model.dtype), model_arguments(config)["family"])
+    needs = Needs.of(config, model, stream)
     device = torch.device("cuda" if config.trainer.accelerator == "gpu" and torch.cuda.is_available() else "cpu")
-    machine = _machine(config, model, setting, device)
+    machine = _machine(config, model, needs, device)
     memory = {"libraries": _CUDA_CONTEXT if config.trainer.accelerator == "gpu" else libraries}
-    memory |= costs.memory(model, setting)
-    disk = costs.disk(model, setting)
-    seconds = costs.time(model, setting, machine)
-    once = costs.statistics_time(model, setting, machine)
+    memory |= needs.memory()
+    disk, seconds, once = needs.disk(), needs.seconds(machine), machine.seconds(needs.cost.once)
     problems = misfits(config, sum(memory.values()), sum(disk.values()), device, folder)
-    _print(memory, disk, seconds, once, setting, problems, counted)
+    if needs.cost.unknown:
+        problems.append(f"method={choice('method')} does not say what its own computations need; they come on top")
+    _print(memory, disk, seconds, once, needs, problems)
     plan = {
         "memory_bytes": memory,
         "disk_bytes": disk,
         "seconds_per_edit": seconds,
-        "seconds_of_statistics": once,
-        "seconds_of_edits": sum(seconds.values()) * setting.edits,
-        "setting": asdict(setting),
+        "seconds_before_the_first_edit": once,
+        "seconds_of_edits": sum(seconds.values()) * needs.stream.edits,
+        "stream": asdict(needs.stream),
+        "matrices": [list(shape) for shape in needs.cost.matrices],
         "machine": asdict(machine),
-        "token_counts": counted,
+        "token_counts": needs.counted,
         "does_not_fit": problems,
     }
     write_json(folder / "plan.json", plan)
 
 
-def settings(config: DictConfig, model: ShapeModel, stream: EditStream) -> tuple[Setting, str]:
-    """Return what of a configuration its costs depend on, and where the token counts come from.
+@dataclass(frozen=True)
+class Needs:
+    """What the parts of a run need.
 
-    Raises:
-        UserError: The method is not of the locate-and-edit family, whose costs are known here.
+    Args:
+        model: The model's shapes.
+        stream: The stream's.
+        cost: What the method says.
+        restraint: What the restraint says.
+        kept: The changes that accumulate.
+        counted: Where the token counts come from.
     """
-    method, moments = config.method, config.model.second_moments
-    kind = get_class(method._target_)
-    if not issubclass(kind, LocateThenEdit):
-        raise UserError(f"the plan knows what locate-and-edit methods cost, but not {kind.__name__}")
-    for layer in method.layers:
-        if not 0 <= layer < model.num_layers:
-            raise UserError(f"layer {layer} is outside the model's layers 0 to {model.num_layers - 1}")
-    value: ValueOptions = instantiate(method.value)
-    lengths = [(0, 1), *((size, count) for size, count in method.contexts.get("lengths") or ())]
-    prompt, target, until, counted = _token_counts(config, stream.requests)
-    longest_prefix = max(size for size, _ in lengths) + 2
-    null_space = "null_threshold" in method
-    restraint = get_class(config.restraint._target_) if config.restraint else None
-    defaults = SecondMoments(None)
-    longest = min(
-        moments.get("max_length", defaults.max_length),
-        getattr(model.config, "max_position_embeddings", None) or defaults.max_length,
-    )
-    samples = moments.corpus.samples if moments.corpus else 0
-    return Setting(
-        layers=tuple(method.layers),
-        edits=len(stream.requests),
-        batch=stream.batch_size,
-        one_by_one=not issubclass(kind, LayerwiseEdit),
-        prefixes=sum(count for _, count in lengths),
-        length=math.ceil(longest_prefix + prompt + target - 1),
-        after=math.ceil(prompt - until + target),
-        target=math.ceil(target),
-        steps=value.steps,
-        token_budget=value.token_budget,
-        past_keys=null_space or bool(method.get("accumulate_past_keys")),
-        null_space=null_space,
-        restraint="none"
-        if restraint is None
-        else "factors"
-        if isinstance(restraint, type) and issubclass(restraint, SpectralRestraint)
-        else "dense",
-        corpus_tokens=min(samples * longest, moments.get("max_tokens") or samples * longest),
-        corpus_length=longest,
-        corpus_batch=moments.get("token_budget", defaults.token_budget),
-        keeps_statistics=bool(moments.get("cache")),
-    ), counted
+
+    model: ShapeModel
+    stream: StreamShape
+    cost: Cost
+    restraint: RestraintCost
+    kept: Changes
+    counted: str
+
+    @classmethod
+    def of(cls, config: DictConfig, model: ShapeModel, stream: EditStream) -> Needs:
+        """Ask the method and the restraint of a configuration.
+
+        Raises:
+            UserError: The method's layers are not the model's.
+        """
+        for layer in config.method.layers or ():
+            if not 0 <= layer < model.num_layers:
+                raise UserError(f"layer {layer} is outside the model's layers 0 to {model.num_layers - 1}")
+        prompt, target, subject_end, counted = _token_counts(config, stream.requests)
+        shape = StreamShape(len(stream.requests), stream.batch_size, prompt, subject_end, target)
+        method = instantiate(config.method, _partial_=True, _convert_="all")
+        cost = costs.method_cost(method.func, model, shape, method.keywords)
+        kept = costs.changes(cost, model, shape)
+        restraint = instantiate(config.restraint).cost(kept) if config.restraint else RestraintCost()
+        return cls(model, shape, cost, restraint, kept, counted)
+
+    def memory(self) -> dict[str, float]:
+        """Return bytes on the device, by what they are for."""
+        weights = float(self.model.weight_bytes)
+        return costs.memory(weights, self.cost, self.restraint, self.kept, self.model.weight_size)
+
+    def disk(self) -> dict[str, float]:
+        """Return bytes on disk."""
+        return costs.disk(self.cost, self.stream, self.kept)
+
+    def seconds(self, machine: Machine) -> dict[str, float]:
+        """Return seconds per edit, by what they go to."""
+        return costs.time(self.cost, self.restraint, self.stream, self.kept, machine)
 
 
 def _token_counts(config: DictConfig, requests: list[EditRequest]) -> tuple[float, float, float, str]:
@@ -138,9 +138,9 @@ def _token_counts(config: DictConfig, requests: list[EditRequest]) -> tuple[floa
     return means[0], means[1], means[2], how
 
 
-def _machine(config: DictConfig, model: ShapeModel, setting: Setting, device: torch.device) -> Machine:
-    out, inner = model.edited_shape(setting.layers[-1])
-    measured = measure(device, model.dtype, (setting.rows * setting.after, inner, out))
+def _machine(config: DictConfig, model: ShapeModel, needs: Needs, device: torch.device) -> Machine:
+    out, inner = needs.cost.matrices[-1]
+    measured = measure(device, model.dtype, (max(1, needs.cost.length), inner, out))
     given = config.plan.tflops
     if given is None:
         return measured
@@ -177,12 +177,11 @@ def _print(
     disk: Mapping[str, float],
     seconds: Mapping[str, float],
     once: float,
-    setting: Setting,
+    needs: Needs,
     problems: list[str],
-    counted: str,
 ) -> None:
     out = Console()
-    table = Table(title=f"Plan: {setting.edits} edits, {setting.batch} at a time", title_justify="left")
+    table = Table(title=f"Plan: {needs.stream.edits} edits, {needs.stream.batch} at a time", title_justify="left")
     table.add_column("")
     table.add_column("predicted", justify="right")
     for title, parts, text in (
@@ -193,9 +192,10 @@ def _print(
         table.add_row(f"[bold]{title}[/bold]", f"[bold]{text(sum(parts.values()))}[/bold]")
         for name, amount in parts.items():
             table.add_row(f"  {name}", text(amount))
-    table.add_row("[bold]all edits[/bold]", _span(sum(seconds.values()) * setting.edits))
-    table.add_row("[bold]statistics, at most, if not kept yet[/bold]", _span(once))
+    table.add_row("[bold]all edits[/bold]", _span(sum(seconds.values()) * needs.stream.edits))
+    if once:
+        table.add_row("[bold]statistics, at most, if not kept yet[/bold]", _span(once))
     out.print(table)
-    out.print(f"Rows of {setting.length} tokens ({counted}). Evaluations come on top.", highlight=False)
+    out.print(f"Rows of {needs.cost.length} tokens ({needs.counted}). Evaluations come on top.", highlight=False)
     for problem in problems or ["Everything fits."]:
         out.print(problem, markup=False, highlight=False)

@@ -8,14 +8,15 @@ from rich.console import Console
 
 from prune_lightning.callbacks import RunLog, RunProgress
 from prune_lightning.errors import UserError
-from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
+from prune_lightning.tasks.presets import load_model, settled
 from prune_lightning.tasks.setup import choice, quieten, run_clock
 
 
 def run(config: DictConfig) -> None:
     """Take the statistics of the method's layers and leave them in the cache."""
     quieten()
+    config = settled(config)
     if "second_moments" not in config.method:
         raise UserError(f"method={choice('method')} needs no statistics; choose one that does, e.g. method=memit")
     moments: SecondMoments = instantiate(config.model.second_moments, _convert_="all")
@@ -25,7 +26,7 @@ def run(config: DictConfig) -> None:
     RunLog(clock)
     with RunProgress(clock, Console(stderr=True, quiet=not config.progress)):
         with clock.phase("load"):
-            model = load_language_model(config.model.path, config.model.dtype, config.model.revision)
+            model = load_model(config)
         moments.compute(model, list(config.method.layers), clock)
     known = f"{moments.num_tokens} tokens, last change {moments.convergence:.1%}" if moments.num_tokens else "as before"
     Console().print(f"Second moments of layers {list(config.method.layers)}: {known}; in {moments.cache}")

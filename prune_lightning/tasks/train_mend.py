@@ -19,18 +19,19 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.mend import MEND
 from prune_lightning.methods.mend_store import save_network
 from prune_lightning.methods.mend_training import MENDTraining
-from prune_lightning.models.loading import load_language_model
-from prune_lightning.tasks.setup import build_loggers, build_trainer, choice, quieten, run_folder
+from prune_lightning.tasks.presets import load_model, model_label, settled
+from prune_lightning.tasks.setup import build_loggers, build_trainer, quieten, run_folder
 
 
 def run(config: DictConfig) -> None:
     """Train, and leave the best network in `hypernetwork/` of the run folder."""
     quieten()
+    config = settled(config)
     folder, settings = run_folder(), config.mend_training
     L.seed_everything(config.seed, verbose=False)
     started = time.perf_counter()
     data: EditorTrainingData = instantiate(config.editor_data, _convert_="all")
-    model = load_language_model(config.model.path, config.model.dtype, config.model.revision)
+    model = load_model(config)
     data.fit(model.tokens)
     editor: MEND = instantiate(config.method, language_model=model, hypernetwork=None, _convert_="all")
     module = MENDTraining(model, editor.edited_modules(), editor.layers[0], editor.network, editor.options)
@@ -45,7 +46,7 @@ def run(config: DictConfig) -> None:
     module.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"], strict=False)
     (scores,) = trainer.validate(module, datamodule=data, verbose=False)
     facts: dict[str, Any] = {
-        "model": choice("model"),
+        "model": model_label(config),
         "seed": config.seed,
         "optimizer_steps": trainer.global_step,
         "scores": scores,

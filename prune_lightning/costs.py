@@ -1,0 +1,210 @@
+r"""What methods and restraints say of their own costs, before any weight is loaded.
+
+A method has a class method ``cost(model, stream, **options)`` that takes the options of its constructor
+(:class:`SaysItsCost`), a restraint has a method ``cost(changes)`` (:class:`Changes`). One that has none is counted with
+what the base classes do for it.
+
+Notation: a matrix is :math:`m \times n` (out, in), :math:`w` bytes per weight, :math:`p = \max(w, 4)` bytes per
+entry of a master.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+FP64 = 8
+FACTORED_UP_TO = 0.75  # of the smaller side: the rank up to which a change is kept in factors
+Shape: TypeAlias = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a computation does.
+
+    Args:
+        flops: Floating-point operations in the model's dtype, a multiplication and an addition counted as two.
+        moved: Bytes that its operations read and write.
+        operations: Calls of kernels.
+        saved: Bytes that are kept for the backward pass, weights not counted.
+        flops64: Floating-point operations in fp64.
+    """
+
+    flops: float = 0.0
+    moved: float = 0.0
+    operations: float = 0.0
+    saved: float = 0.0
+    flops64: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.flops + other.flops,
+            self.moved + other.moved,
+            self.operations + other.operations,
+            max(self.saved, other.saved),
+            self.flops64 + other.flops64,
+        )
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.flops * times, self.moved * times, self.operations * times, self.saved, self.flops64 * times)
+
+    def __truediv__(self, parts: float) -> Work:
+        return self * (1 / parts)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How fast a machine is.
+
+    Args:
+        flops: Per second, in the model's dtype.
+        flops64: Per second, in fp64.
+        bandwidth: Bytes per second.
+        overhead: Seconds per operation, however small.
+    """
+
+    flops: float
+    flops64: float
+    bandwidth: float
+    overhead: float
+
+    def seconds(self, work: Work) -> float:
+        """Return the time of arithmetic, memory traffic and calls, one after another."""
+        arithmetic = work.flops / self.flops + work.flops64 / self.flops64
+        return arithmetic + work.moved / self.bandwidth + work.operations * self.overhead
+
+
+class Shapes(Protocol):
+    """A model of which only shapes are known; passes are counted, not run."""
+
+    num_layers: int
+
+    @property
+    def weight_size(self) -> int:
+        """Bytes of a weight, :math:`w`."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def positions(self) -> int | None:
+        """Longest row that the model takes; ``None`` for no limit."""
+
+    @property
+    def kv_width(self) -> int:
+        """Width of a layer's keys, and of its values, for one token."""
+
+    def edited_shape(self, layer: int) -> Shape:
+        """Return ``(out_features, in_features)`` of the down-projection of a layer."""
+
+    def mlp_shapes(self, layer: int) -> dict[str, Shape]:
+        """Return the shapes of all linear modules of a layer's MLP, by name."""
+
+    def named_shapes(self, layer: int, names: Sequence[str]) -> list[Shape]:
+        """Return the shapes of the modules of a block whose own name is one of ``names``."""
+
+    def forward(self, rows: int, length: int, places: int) -> Work:
+        """Count a whole forward pass whose LM head sees ``places`` positions."""
+
+    def forward_until(self, layer: int, rows: int, length: int) -> Work:
+        """Count a forward pass that ends above a block."""
+
+    def step(self, layer: int, rows: int, length: int, places: int) -> Work:
+        """Count the blocks above ``layer`` forwards and backwards."""
+
+
+@dataclass(frozen=True)
+class StreamShape:
+    """What of a stream matters for its costs.
+
+    Args:
+        edits: Number of edits.
+        batch: Requests per step.
+        prompt: Mean tokens of a prompt.
+        subject_end: Mean tokens of a prompt up to the subject's last one.
+        target: Mean tokens of a target.
+    """
+
+    edits: int
+    batch: int
+    prompt: float
+    subject_end: float
+    target: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method needs, besides what the base class keeps of every edited matrix.
+
+    Args:
+        matrices: Shapes of the edited matrices.
+        rank: Rank that one edit adds to the change of a matrix; ``None`` for dense updates.
+        memory: Bytes that stay on the device, by what they are for.
+        peaks: Bytes that are needed for a moment, by what for; the largest counts.
+        disk: Bytes that are left on disk.
+        per_edit: Work of one edit, by what it is for.
+        once: Work before the first edit.
+        length: Tokens of the longest row.
+        unknown: The method does not say what its own computations cost.
+    """
+
+    matrices: Sequence[Shape]
+    rank: float | None = 1.0
+    memory: Mapping[str, float] = field(default_factory=dict)
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    disk: Mapping[str, float] = field(default_factory=dict)
+    per_edit: Mapping[str, Work] = field(default_factory=dict)
+    once: Work = Work()
+    length: int = 0
+    unknown: bool = False
+
+
+@runtime_checkable
+class SaysItsCost(Protocol):
+    """A method that says what it costs."""
+
+    @classmethod
+    def cost(cls, model: Shapes, stream: StreamShape, **options: Any) -> Cost:
+        """Return the costs of a method with these options of its constructor."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The accumulated changes that a restraint looks at.
+
+    Args:
+        matrices: Their shapes.
+        ranks: Directions in which each is kept at the end of the stream; ``None`` for dense changes.
+        halfway: The same at half of the stream.
+        entry: Bytes of an entry of a master, :math:`p`.
+    """
+
+    matrices: Sequence[Shape]
+    ranks: Sequence[int] | None
+    halfway: Sequence[int] | None
+    entry: int
+
+
+@dataclass(frozen=True)
+class RestraintCost:
+    """What a restraint needs.
+
+    Args:
+        memory: Bytes on the device.
+        per_step: Work after each step of the stream, on average.
+    """
+
+    memory: float = 0.0
+    per_step: Work = Work()
+
+
+def plain_restraint(changes: Changes, copies: int = 2, passes: int = 2) -> RestraintCost:
+    """Return the cost of dense copies of one matrix at a time, and of some passes over each matrix."""
+    sizes = [m * n * changes.entry for m, n in changes.matrices]
+    return RestraintCost(float(copies * max(sizes)), Work(0.0, float(passes * sum(sizes)), passes * len(sizes)))

@@ -1,0 +1,176 @@
+"""Costs that several methods have in common: value optimisation against second moments, and training by Adam."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from prune_lightning.costs import FP64, Cost, Shape, Shapes, StreamShape, Work
+from prune_lightning.methods.value import ValueOptions
+from prune_lightning.models.contexts import ContextOptions
+from prune_lightning.models.statistics import SecondMoments
+
+
+class ValueRows:
+    """The token rows of one value optimisation.
+
+    Args:
+        stream: The stream.
+        contexts: The prefixes.
+        value: Options of the optimisation.
+        requests: Requests whose values may be optimised together.
+    """
+
+    def __init__(self, stream: StreamShape, contexts: ContextOptions, value: ValueOptions, requests: int) -> None:
+        sizes = [(0, 1), *((size, count) for size, count in contexts.lengths or ())]
+        if contexts.fixed is not None:
+            sizes = [(0, 1), *((len(text) // 4, 1) for text in contexts.fixed)]
+        self.prefixes = sum(count for _, count in sizes)
+        self.length = math.ceil(max(size for size, _ in sizes) + 2 + stream.prompt + stream.target - 1)
+        self.after = math.ceil(stream.prompt - stream.subject_end + stream.target)
+        self.together = max(1, min(requests, value.token_budget // ((self.prefixes + 1) * self.length)))
+        self.rows = self.together * (self.prefixes + 1)  # every prefix, and the divergence's row
+        self.places = self.together * (self.prefixes * math.ceil(stream.target) + 1)  # whose logits are read
+
+
+def locating_cost(
+    model: Shapes,
+    stream: StreamShape,
+    *,
+    layers: Sequence[int],
+    second_moments: SecondMoments,
+    value: ValueOptions,
+    contexts: ContextOptions,
+    one_by_one: bool,
+) -> Cost:
+    r"""Return what a locate-and-edit method costs.
+
+    - memory: second moments :math:`n^2` fp64 and their Cholesky factors :math:`n^2`
+    - peak of the statistics: half-way sums and the result, :math:`n^2` fp64 a layer, and a forward pass
+    - peak of the values: what the backward pass keeps (counted), keys and values of the whole rows, and five copies of
+      the logits that are read, fp32
+    - values: one whole forward pass and a check of the upper part, then ``steps`` passes through the upper part and
+      back; at most, since a value whose loss is small ends early
+    - keys: passes up to the edited layer, over rows that end at the subject; batch methods walk once more through the
+      layers between the first and the last
+    - solving: two triangular systems :math:`n^2 b` in fp64, the factor read once
+    - statistics: a forward pass to the last edited layer, :math:`2 n^2` fp64 a token; on disk :math:`n^2` fp32 a layer,
+      :math:`2 n^2` fp64 more while the pass is under way
+
+    Args:
+        model: The model's shapes.
+        stream: The stream's.
+        layers: Edited layers.
+        second_moments: Where the second moments come from.
+        value: Options of the value optimisation.
+        contexts: The prefixes.
+        one_by_one: Each request and each layer has an optimisation of its own (ROME and its kin).
+    """
+    shapes = [model.edited_shape(layer) for layer in layers]
+    batch = 1 if one_by_one else stream.batch
+    rows, last, w = ValueRows(stream, contexts, value, batch), max(layers), model.weight_size
+    step = model.step(last, rows.rows, rows.after, rows.places)
+    kv = 2 * model.num_layers * rows.rows * rows.length * model.kv_width * w
+    whole = model.forward(rows.rows, rows.length, rows.places)
+    before = max(1, rows.length - rows.after + 1)
+    keys = model.forward_until(last, batch * rows.prefixes, before) / batch
+    values = (whole + step * (value.steps + 0.4)) / rows.together
+    if one_by_one:
+        values, keys = values * len(shapes), keys * len(shapes)
+    else:
+        keys = keys * (1 + (last - min(layers)) / (last + 1))
+    found = Cost(
+        shapes,
+        memory={"second moments": float(sum(2 * n * n * FP64 for _, n in shapes))},
+        peaks={"values": step.saved + kv + 5 * rows.places * model.vocabulary * 4},
+        per_edit={"values": values, "keys": keys, "solving": solving(shapes, batch)},
+        length=rows.length,
+    )
+    return with_statistics(found, model, layers, second_moments)
+
+
+def solving(shapes: Sequence[Shape], batch: int, passes: int = 1) -> Work:
+    """Return the work of solving for one edit of a batch.
+
+    Args:
+        shapes: Of the edited matrices.
+        batch: Requests of a step.
+        passes: 1 for a fixed factor; 2 where an inverse grows with the edits, which is written, too.
+    """
+    flops = sum(2.0 * n * n * batch * passes for _, n in shapes)
+    moved = sum(n * n * FP64 * (2 * passes - 1) for _, n in shapes)
+    return Work(0.0, moved, 20 * len(shapes), flops64=flops) / batch
+
+
+def protecting(cost: Cost, kept: int, batch: int) -> Cost:
+    """Add what growing inverses cost.
+
+    Args:
+        cost: Without them.
+        kept: Matrices of :math:`n^2` fp64 per layer that stay.
+        batch: Requests of a step.
+    """
+    memory = {"protected keys": float(sum(kept * n * n * FP64 for _, n in cost.matrices))}
+    work = {"solving": solving(cost.matrices, batch, passes=2)}
+    return replace(cost, memory={**cost.memory, **memory}, per_edit={**cost.per_edit, **work})
+
+
+def with_statistics(cost: Cost, model: Shapes, layers: Sequence[int], moments: SecondMoments) -> Cost:
+    """Add what the second moments cost to take, at most: they may be kept already."""
+    if not moments.corpus:
+        return cost
+    shapes = cost.matrices
+    longest = min(moments.max_length, model.positions or moments.max_length)
+    tokens = len(moments.corpus) * longest
+    tokens = min(tokens, moments.max_tokens or tokens)
+    rows = max(1, moments.token_budget // longest)
+    sums = Work(flops64=sum(2.0 * n * n for _, n in shapes) * rows * longest)
+    once = (model.forward_until(max(layers), rows, longest) + sums) * (tokens / (rows * longest))
+    hidden = moments.token_budget * (shapes[0][1] * FP64 * len(shapes) + 8 * model.hidden_size * model.weight_size)
+    disk = {}
+    if moments.cache:
+        disk["statistics, kept"] = float(sum(4 * n * n for _, n in shapes))
+        disk["statistics, under way"] = float(sum(2 * n * n * FP64 for _, n in shapes))
+    peak = {"statistics": sum(n * n * FP64 for _, n in shapes) + hidden}
+    return replace(cost, peaks={**cost.peaks, **peak}, disk=disk, once=once)
+
+
+def training_cost(
+    model: Shapes,
+    stream: StreamShape,
+    *,
+    layers: Sequence[int],
+    matrices: Sequence[Shape],
+    rank: float | None,
+    trained: float,
+    steps: int,
+    batch_size: int,
+) -> Cost:
+    r"""Return what a method costs that trains something by Adam on the targets of each edit.
+
+    - memory for a moment: what is trained, its gradient and two moments of Adam, and what the backward pass keeps
+    - training: ``steps`` passes from the lowest trained block upwards and back, after one pass up to it
+
+    Args:
+        model: The model's shapes.
+        stream: The stream's.
+        layers: Blocks with something that is trained, ascending.
+        matrices: Shapes of the edited matrices.
+        rank: Rank that an edit adds to a matrix; ``None`` for dense updates.
+        trained: Bytes of what is trained.
+        steps: Passes over the requests of an edit.
+        batch_size: Requests per step of Adam.
+    """
+    together = min(stream.batch, batch_size)
+    length, places = math.ceil(stream.prompt + stream.target - 1), together * math.ceil(stream.target)
+    step = model.step(layers[0], together, length, places)
+    training = (step * steps + model.forward_until(layers[0], together, length)) / together
+    logits = 5 * places * model.vocabulary * 4
+    return Cost(
+        matrices,
+        rank=rank,
+        peaks={"training": 4 * trained + step.saved + logits},
+        per_edit={"training": training},
+        length=length,
+    )

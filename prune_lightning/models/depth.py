@@ -1,0 +1,35 @@
+"""Which layers to edit where nothing is published: at the depth of the published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+
+def single(num_layers: int) -> list[int]:
+    """Return the layer for one-layer methods: 17 % of the depth, as for Llama (5 of 32) and GPT-J (5 of 28)."""
+    return [round(0.17 * num_layers)]
+
+
+def window(num_layers: int) -> list[int]:
+    """Return the layers for methods that spread an edit: up to five around the single one, in the lowest quarter."""
+    (middle,) = single(num_layers)
+    return list(range(max(0, middle - 1), max(middle, min(middle + 3, num_layers // 4)) + 1))
+
+
+def top(num_layers: int) -> list[int]:
+    """Return the three highest layers, those of every published MEND."""
+    return list(range(max(0, num_layers - 3), num_layers))
+
+
+def fine_tuning(num_layers: int) -> list[int]:
+    """Return the layer for fine-tuning: two thirds of the depth, as for Llama (21 of 32)."""
+    return [min(round(2 * num_layers / 3), num_layers - 1)]
+
+
+FROM_DEPTH: Mapping[str, Callable[[int], list[int]]] = {
+    "single": single,
+    "window": window,
+    "top": top,
+    "fine_tuning": fine_tuning,
+}
+"""Layers by what they are for, from the number of layers."""

@@ -1,0 +1,182 @@
+"""What a run takes from its model's YAML: layers, dtype, family, and where the hyper-parameters come from."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from transformers import PretrainedConfig
+
+from prune_lightning.errors import UserError, near, one_of
+from prune_lightning.models.depth import FROM_DEPTH
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.loading import load_config, load_language_model
+from prune_lightning.tasks.setup import choice, first_process
+
+SOURCES = ("published", "tuned", "default")
+_LAYERS = re.compile(r"model\.edit\.layers\.(\w+)")
+_LOG = logging.getLogger(__name__)
+
+
+def settled(config: DictConfig) -> DictConfig:
+    """Return a copy of a configuration in which what depends on the model itself and on the machine is filled in.
+
+    - ``model.family``: from a YAML outside the package (``--config-dir``), if there is one for the architecture
+    - ``model.dtype``: ``float32`` on a CPU, ``model.gpu_dtype`` elsewhere, which defaults to the checkpoint's
+    - ``model.edit.layers``: from the depth, where the method refers to layers that the model's YAML leaves open
+
+    What is set in the configuration is kept. The model's own configuration is loaded only where it is needed.
+
+    Raises:
+        UserError: The model's configuration is needed and cannot be loaded, or the model's YAML has a value for the
+            method that is none of its options.
+    """
+    config = copy.deepcopy(config)
+    _check_section(config)
+    model, loaded = config.model, None
+    folders, open_layers = _outside_families(), _open_layers(config)
+    inherits = model.dtype is None and not _on_cpu(config) and model.get("gpu_dtype") is None
+    if open_layers or inherits or (folders and model.get("family") is None):
+        loaded = load_config(model.path, model.revision)
+    with open_dict(model):
+        if loaded is not None and model.get("family") is None:
+            model.family = _family(folders, loaded.model_type)
+        if model.dtype is None:
+            model.dtype = _dtype(config, loaded)
+        if loaded is not None and open_layers:
+            _fill_layers(config, open_layers, int(loaded.num_hidden_layers))
+    return config
+
+
+def _on_cpu(config: DictConfig) -> bool:
+    accelerator = config.trainer.accelerator
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+
+
+def _dtype(config: DictConfig, loaded: PretrainedConfig | None) -> str:
+    preferred = config.model.get("gpu_dtype")
+    if _on_cpu(config):
+        if preferred not in (None, "float32"):
+            _say(f"on a CPU the weights are loaded in float32; model.dtype={preferred} loads them as on a GPU")
+        return "float32"
+    stored = getattr(loaded, "dtype", None) or torch.float32
+    return str(preferred or stored).removeprefix("torch.")
+
+
+def _check_section(config: DictConfig) -> None:
+    """Raise if the model's section for the method holds what is no option of the method, e.g. a misspelt one."""
+    if not HydraConfig.initialized():
+        return
+    section = (config.model.get("edit") or {}).get(name := choice("method")) or {}
+    options = list(_leaves(OmegaConf.to_container(config.method, resolve=False)))
+    for key in _leaves(OmegaConf.to_container(OmegaConf.create(section))):
+        if key not in options:
+            raise UserError(f"model.edit.{name}.{key}: method={name} has no option {key!r}: {near(key, options)}")
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _unresolved(node: DictConfig) -> str:
+    return str(OmegaConf.to_container(node, resolve=False))
+
+
+def _open_layers(config: DictConfig) -> list[str]:
+    """Return the kinds of layers that the method refers to and that the model's YAML leaves open."""
+    layers = (config.model.get("edit") or {}).get("layers") or {}
+    wanted = _LAYERS.findall(_unresolved(config.method))
+    return [kind for kind in dict.fromkeys(wanted) if layers.get(kind) is None and kind in FROM_DEPTH]
+
+
+def _fill_layers(config: DictConfig, kinds: list[str], depth: int) -> None:
+    for kind in kinds:
+        layers = FROM_DEPTH[kind](depth)
+        OmegaConf.update(config, f"model.edit.layers.{kind}", layers, force_add=True)
+        _say(f"no {kind} layers are known for this model: taking {layers}, from its depth of {depth} layers")
+    OmegaConf.update(config, "model.edit.from_depth", kinds, force_add=True)
+
+
+def _say(text: str) -> None:
+    if first_process():
+        _LOG.warning(text)
+
+
+def _config_folders() -> list[Path]:
+    """Return the folders in which Hydra looks for this run's YAMLs, the shipped one last."""
+    if not HydraConfig.initialized():
+        return []
+    sources = HydraConfig.get().runtime.config_sources
+    outside = [Path(source.path) for source in sources if source.schema == "file" and source.provider != "main"]
+    return outside + [Path(source.path) for source in sources if source.schema == "file" and source.provider == "main"]
+
+
+def _outside_families() -> list[Path]:
+    folders = [folder / "model" / "family" for folder in _config_folders()[:-1]]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _family(folders: list[Path], model_type: str) -> Any:
+    found = [path for folder in folders if (path := folder / f"{model_type}.yaml").is_file()]
+    return yaml.safe_load(found[0].read_text("utf-8")) if found else None
+
+
+def model_arguments(config: DictConfig) -> dict[str, Any]:
+    """Return what :func:`~prune_lightning.models.loading.load_language_model` needs, JSON-able."""
+    found = {key: config.model.get(key) for key in ("path", "dtype", "revision", "family")}
+    return {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in found.items()}
+
+
+def load_model(config: DictConfig) -> LanguageModel:
+    """Load the model of a configuration that is :func:`settled`."""
+    return load_language_model(**model_arguments(config))
+
+
+def model_label(config: DictConfig) -> str:
+    """Return what to call the model: its option, or its path where that is not the option's own."""
+    option, path = choice("model"), str(config.model.path)
+    files = [file for folder in _config_folders() if (file := folder / "model" / f"{option}.yaml").is_file()]
+    own = (yaml.safe_load(files[0].read_text("utf-8")) or {}).get("path") if files else None
+    if own is None:
+        return path
+    return option if path == own else f"{path} (preset {option})"
+
+
+def model_facts(config: DictConfig) -> dict[str, Any]:
+    """Return what a run's summary says of its model and of where the hyper-parameters come from.
+
+    Args:
+        config: A configuration that is :func:`settled`.
+
+    Returns:
+        ``model``, the label; ``model_path``; and ``hparams``: ``source`` (``published``, ``tuned`` or ``default``),
+        ``where``, and ``changed``, the settings that the command line changed.
+
+    Raises:
+        UserError: The model's YAML names another kind of source.
+    """
+    return {"model": model_label(config), "model_path": config.model.path, "hparams": _hparams(config)}
+
+
+def _hparams(config: DictConfig) -> dict[str, Any]:
+    edit: Any = OmegaConf.to_container(config.model.get("edit") or OmegaConf.create(), resolve=True)
+    source = (edit.get("sources") or {}).get(choice("method")) or {"default": "nothing is published for this model"}
+    ((kind, where),) = source.items() if len(source) == 1 else [(str(list(source)), "")]
+    one_of(f"source of {choice('method')} in model.edit.sources", str(kind), SOURCES)
+    if set(edit.get("from_depth") or ()) & set(_LAYERS.findall(_unresolved(config.method))):
+        kind, where = "default", "the layers follow from the model's depth, the other values are the method's own"
+    words = [word.lstrip("+~") for word in HydraConfig.get().overrides.task]
+    changed = [word for word in words if word.startswith(("method.", "model.edit."))]
+    return {"source": kind, "where": where, "changed": changed}
