@@ -12,6 +12,7 @@ import lightning as L
 from typing_extensions import override
 
 from prune_lightning.data.stream import EditStream
+from prune_lightning.distributed import fail_together
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.case_rows import CaseRows
 from prune_lightning.evaluation.case_sampler import CaseSampler
@@ -168,7 +169,7 @@ class EditEvaluation(L.Callback):
         self, trainer: L.Trainer, module: EditingModule, weights: Mapping[int, float], due: Sequence[Measurement]
     ) -> None:
         cases = {i: self._requests[i] for i in weights}
-        with module.run.evaluation_view():
+        with fail_together(), module.run.evaluation_view():  # rows are written by the first process alone
             self.evaluator.evaluate(
                 module.language_model,
                 cases,

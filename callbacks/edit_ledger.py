@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
 from typing_extensions import override
 
+from prune_lightning.distributed import fail_together, on_rank_zero
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import FinishRecord, Ledger, Rebuilt, StepRecord, check_base, rebuild
 from prune_lightning.ledger.sketch import StateSketch
@@ -90,25 +92,27 @@ class EditLedger(L.Callback):
             self._to_resume = False
             with module.clock.phase("resume"):
                 self._resume(trainer, module)
-        elif self.ledger is None and trainer.is_global_zero:
-            about = {
-                **self.base,
-                "device": module.device.type,
-                "restraints": [type(restraint).__name__ for restraint in _restraints(trainer)],
-                "originals": module.originals(),
-            }
-            self.ledger = Ledger.create(self.folder, about)
+        elif self.ledger is None:
+            on_rank_zero(partial(self._create, trainer, module))
+
+    def _create(self, trainer: L.Trainer, module: EditingModule) -> None:
+        about = {
+            **self.base,
+            "device": module.device.type,
+            "restraints": [type(restraint).__name__ for restraint in _restraints(trainer)],
+            "originals": module.originals(),
+        }
+        self.ledger = Ledger.create(self.folder, about)
 
     def _resume(self, trainer: L.Trainer, module: EditingModule) -> None:
         assert self.ledger is not None
-        check_base(self.ledger, module)
         restraints = _restraints(trainer)
         restrain = restraints[-1].restrain if restraints else None
-        self.rebuilt = rebuild(module, self.ledger, restrain=restrain, finished=False)
+        with fail_together():  # every process reads it, and has done so before it is cut
+            check_base(self.ledger, module)
+            self.rebuilt = rebuild(module, self.ledger, restrain=restrain, finished=False)
         _log.info("%s", self.rebuilt)
-        trainer.strategy.barrier("ledger")  # every process has read it
-        if trainer.is_global_zero:
-            self.ledger.cut()
+        on_rank_zero(self.ledger.cut)
         for name, callback in keepers(trainer).items():
             states = [line["callbacks"][name] for line in self.ledger.lines if name in line["callbacks"]]
             callback.load_step_states(states)
@@ -120,10 +124,12 @@ class EditLedger(L.Callback):
     ) -> None:
         """Write the step, and a snapshot if one is due."""
         module = editing_module(self, pl_module)
-        report, observed = last_report(module), module.run.settle()
+        module.run.settle()
         states = {name: callback.step_state() for name, callback in keepers(trainer).items()}
-        if not trainer.is_global_zero:
-            return
+        on_rank_zero(partial(self._append, trainer, module, batch, states))
+
+    def _append(self, trainer: L.Trainer, module: EditingModule, batch: EditBatch, states: Mapping[str, Any]) -> None:
+        report, observed = last_report(module), module.run.settle()
         assert self.ledger is not None
         assert self._sketch is not None
         self.ledger.append(
@@ -156,8 +162,10 @@ class EditLedger(L.Callback):
         module = editing_module(self, pl_module)
         module.run.finish()
         states = {name: callback.step_state() for name, callback in keepers(trainer).items()}
-        if not trainer.is_global_zero or not module.run.num_steps:
-            return
+        if module.run.num_steps:
+            on_rank_zero(partial(self._finish, module, states))
+
+    def _finish(self, module: EditingModule, states: Mapping[str, Any]) -> None:
         assert self.ledger is not None
         assert self._sketch is not None
         if any(line["from_base"] for line in self.ledger.lines[-1:]):

@@ -11,6 +11,7 @@ import lightning as L
 from typing_extensions import override
 
 from prune_lightning.atomic_files import append_lines, write_lines
+from prune_lightning.distributed import fail_together
 from prune_lightning.evaluation.stream import StreamScores, Success, success
 from prune_lightning.json_files import nan_to_null
 from prune_lightning.methods.base import EditingModule
@@ -107,8 +108,9 @@ class EditLog(L.Callback):
             for i, request in enumerate(batch.requests)
         ]
         self._lines = [nan_to_null(line) for line in lines]
-        if self._writes:
-            self._write(self._lines)
+        with fail_together():
+            if self._writes:
+                self._write(self._lines)
         for logger in trainer.loggers:
             logger.log_metrics(
                 {"edit/update_norm": report.update_norm, "edit/seconds": report.seconds}, step=module.num_requests

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from prune_lightning.atomic_files import append_lines
-from prune_lightning.distributed import broadcast
+from prune_lightning.distributed import on_rank_zero
 from prune_lightning.errors import one_of
 from prune_lightning.json_files import nan_to_null
 from prune_lightning.methods.base import EditingModule
@@ -127,7 +128,7 @@ class Guards(L.Callback):
 
     def _veto(self, step: EditStep) -> str | None:
         for name, guard in self.guards.items():
-            finding = broadcast(guard.look(step.updates, step.details))
+            finding = on_rank_zero(partial(guard.look, step.updates, step.details))
             if finding is not None:
                 policy = guard.policy or self.policy
                 self._note(name, finding.reason, step.requests)
@@ -167,7 +168,7 @@ class Guards(L.Callback):
 
     def _read(self, sentinel: Sentinel, trainer: L.Trainer, module: EditingModule, batch: EditBatch) -> None:
         with module.run.evaluation_view():
-            reading = broadcast(sentinel.read(module.language_model, module.run.num_requests))
+            reading = on_rank_zero(partial(sentinel.read, module.language_model, module.run.num_requests))
         if wrong := sentinel.wrong(reading.relative):
             finding = Finding(
                 f"perplexity is {reading.relative:.3g} times the unedited model's",

@@ -192,20 +192,20 @@ def test_default_run_is_called_by_its_option(tmp_path):
 
 
 def test_model_and_family_from_a_folder_outside_the_package(tmp_path):
-    """Granite is built as Llama is, and has no YAML here."""
-    path = checkpoint(tmp_path / "checkpoint", "granite", weights=True)
+    """OLMo is built as Llama is, and has no YAML here."""
+    path = checkpoint(tmp_path / "checkpoint", "olmo", weights=True)
     with pytest.raises(UserError, match="--config-dir"):
-        ModelFamily.find("granite")
+        ModelFamily.find("olmo")
     family = yaml.safe_load((ROOT / "configs" / "model" / "family" / "llama.yaml").read_text())
     mine = tmp_path / "mine"
     (mine / "model" / "family").mkdir(parents=True)
-    (mine / "model" / "family" / "granite.yaml").write_text(yaml.safe_dump(family | {"model_type": "granite"}))
-    (mine / "model" / "granite.yaml").write_text(
+    (mine / "model" / "family" / "olmo.yaml").write_text(yaml.safe_dump(family | {"model_type": "olmo"}))
+    (mine / "model" / "olmo.yaml").write_text(
         f"defaults: [base/hub@_here_, _self_]\npath: {path}\nedit:\n  layers: {{single: [3]}}\n"
         "  sources: {rome: {tuned: on ten facts}}\n"
     )
-    summary = run_with(tmp_path, "model=granite", "method=rome", "--config-dir", str(mine))
-    assert summary["model"] == "granite"
+    summary = run_with(tmp_path, "model=olmo", "method=rome", "--config-dir", str(mine))
+    assert summary["model"] == "olmo"
     assert summary["hparams"]["source"] == "tuned"
     assert summary["hparams"]["where"] == "on ten facts"
     base = json.loads((tmp_path / "run" / "ledger" / "base.json").read_text())
