@@ -1,4 +1,4 @@
-"""Every closed-form method against its dense statement: three layers, four contexts, three batches one after another."""
+"""Every closed-form method against its dense statement: three layers, four contexts, three consecutive batches."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.types import EditBatch, EditRequest
 
 FAMILIES = tuple(reference.PATHS)
-# Both sides compute in fp64, in another order; llama's norms compute in fp32 whatever the model's dtype, and the values'
-# optimisation carries what they round (6e-8) through six steps of Adam and three layers.
+# Both sides compute in fp64, in another order. Llama's norms compute in fp32 whatever the model's dtype; the optimisation
+# of the values carries what they round (6e-8) through six steps of Adam and three layers.
 TOLERANCE = {"gpt2": 1e-10, "llama": 1e-4}
 
 
