@@ -103,12 +103,12 @@ class Settings:
     """Hyper-parameters, in the names of the papers' code."""
 
     layers: Sequence[int] = (0, 1, 2)
-    steps: int = 6
+    steps: int = 4
     learning_rate: float = 0.5
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
     clamp: float = 0.5  # of the shift of a block's output
-    clamp_mlp: float = 1.0  # of that of an MLP's
+    clamp_mlp: float = 0.8  # of that of an MLP's
     moment_ridge: float = 0.1  # added to the diagonal of the second moment, in units of its mean
     mom2_update_weight: float = 4.0  # MEMIT's lambda
     emmet_weight: float = 3.0

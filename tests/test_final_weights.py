@@ -134,7 +134,8 @@ def test_a_checkpoint_holds_the_keys_of_the_batches_before(tmp_path):
 @pytest.mark.parametrize("method", ["memit", "r_rome"])
 def test_layers_are_edited_on_the_restrained_weights(method):
     """Under PRUNE the next batch reads keys, hidden states and outputs of the restrained model, layer by layer."""
-    editor, base = reference.ReferenceEditor(method, "gpt2"), 30.0
+    settings = reference.Settings(mom2_update_weight=1e-3, moment_ridge=1e-3)  # large updates
+    editor, base = reference.ReferenceEditor(method, "gpt2", settings), 30.0
     originals = [editor.weight(layer) for layer in editor.settings.layers]
     sums = [torch.zeros_like(original) for original in originals]
 
@@ -148,11 +149,38 @@ def test_layers_are_edited_on_the_restrained_weights(method):
             now = editor.weight(layer)
             sums[layer] = sums[layer] + now - before[layer]
             editor.write(layer, original + law_applied(sums[layer], original, law, guard=True) - now)
-    module = build(method, "gpt2")
-    quiet_trainer(restraint := PRUNE(base)).fit(module, DataLoader(batches(), batch_size=None))
-    assert restraint.metrics["restraint/num_above"] > 0
+    module, withheld = build(method, "gpt2", settings), []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            withheld.append([matrix.withheld is not None for matrix in pl_module.edited_matrices().values()])
+
+    quiet_trainer(PRUNE(base), Look()).fit(module, DataLoader(batches(), batch_size=None))
+    assert any(withheld[0]), "the restraint acts before the second batch"
     for matrix, layer in zip(module.edited_matrices().values(), editor.settings.layers, strict=True):
         assert distance(matrix.weight(), editor.weight(layer), originals[layer]) < TOLERANCE["gpt2"]
+
+
+def test_a_refused_step_does_not_put_off_the_restraint_of_those_before(tiny):
+    """Of every two steps, the second one is refused: what the first one wrote is restrained all the same."""
+
+    class SecondIsRefused(CaseEdits):
+        def compute_update(self, requests):
+            updates, details = super().compute_update(requests)
+            if requests[0].case_id == 1:
+                next(iter(updates.values())).left[0] = float("nan")
+            return updates, details
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(pl_module.matrix().weight().clone())
+
+    module, seen = SecondIsRefused(tiny("llama"), [1]), []
+    with pytest.warns(UserWarning, match="not finite"):
+        fit(module, edits(3), PRUNE(BASE, schedule="every_n", every_n=2), Look())
+    original = module.matrix().original()
+    assert close(seen[0], original + update(0), original)
+    assert close(seen[1], dense("prune", original, [0]), original)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

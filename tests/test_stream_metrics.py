@@ -79,6 +79,7 @@ def test_retention_by_age_against_loops():
 
 def test_half_life_is_interpolated_or_censored():
     assert half_life([0, 1, 3], [0.8, 0.6, 0.2]).age == pytest.approx(2.0)
+    assert half_life([0, 1, 4], [0.8, 0.6, 0.3]).age == pytest.approx(3.0)
     assert half_life([0, 1, 3], [0.8, 0.6, 0.4]) == half_life([0, 1, 3, 9], [0.8, 0.6, 0.4, 0.8])
     censored = half_life([0, 1, 3], [0.8, 0.6, 0.41])
     assert (censored.age, censored.censored) == (3, True)
