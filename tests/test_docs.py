@@ -65,10 +65,8 @@ def test_files_exist(page):
             assert ((ROOT / page).parent / link).exists(), link
     outside = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     commands = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
-    paths = (
-        r"\b(?:prune_lightning|callbacks|configs|tests|examples|benchmarks|docs|methods)/[\w/.-]*\.(?:py|yaml|json)\b"
-    )
-    for path in re.findall(paths, outside + commands):
+    folders = "prune_lightning|callbacks|configs|tests|examples|benchmarks|docs|methods"
+    for path in re.findall(rf"\b(?:{folders})/[a-z0-9_/.-]*\.(?:py|yaml|json)\b", outside + commands):
         assert (ROOT / path).exists(), path
 
 
