@@ -112,7 +112,6 @@ def pytest_in(tree: Path, tests: Sequence[str], answers: multiprocessing.Queue[t
     with (tree / "output.txt").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    os.setsid()  # so that what tests have started ends with them
     os.chdir(tree)
     sys.dont_write_bytecode = True
     sys.path[0] = str(tree)

@@ -247,7 +247,11 @@ class ReferenceEditor:
 
     # -- the methods ----------------------------------------------------------------------------------------------
     def edit(self, batch: Sequence[Fact]) -> None:
-        """Write one batch."""
+        """Write one batch, and remember its keys."""
+        self.write_batch(batch)
+        self.remember(batch)
+
+    def write_batch(self, batch: Sequence[Fact]) -> None:
         if self.method in ("rome", "r_rome", "p_rome"):
             for fact in batch:
                 for layer in self.settings.layers:
@@ -261,7 +265,10 @@ class ReferenceEditor:
             present = torch.stack([self.at_subject(self.blocks[last], "output", fact, "") for fact in batch], 1)
             residual = (targets - present) / (len(self.settings.layers) - position)
             self.write(layer, rule(layer, keys, residual))
-        for layer in self.settings.layers:  # the keys as they are now that all layers are written
+
+    def remember(self, batch: Sequence[Fact]) -> None:
+        """Add the keys of a batch to the past ones, as they are now that all layers are written."""
+        for layer in self.settings.layers:
             keys = torch.stack([self.mixed_key(layer, fact) for fact in batch], 1)
             self.past[layer] = self.past[layer] + keys @ keys.T
 

@@ -51,7 +51,7 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.weights.append([matrix.weight().clone() for matrix in pl_module.edited_matrices().values()])
-        self.details += pl_module.last_report.details
+        self.details += pl_module.run.last_report.details
 
 
 def build(method: str, family: str, settings: reference.Settings | None = None) -> LocateThenEdit:

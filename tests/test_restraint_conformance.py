@@ -38,23 +38,23 @@ class Steps(EditingModule):
     def compute_update(self, requests):
         updates = {}
         for layer in self.layers:
-            generator = torch.Generator().manual_seed(100 * layer + self.num_steps)
+            generator = torch.Generator().manual_seed(100 * layer + self.run.num_steps)
             sides = [torch.randn(32, 2, generator=generator, dtype=torch.float64) for _ in range(2)]
             # Norms from half to six times that of the original: below the reference, just above it, and far beyond.
-            scale = (0.05, 0.1, 0.4, 0.05)[self.num_steps % 4]
+            scale = (0.05, 0.1, 0.4, 0.05)[self.run.num_steps % 4]
             updates[self.language_model.rewrite_name(layer)] = LowRankUpdate(scale * sides[0], sides[1])
         return updates, [{} for _ in requests]
 
 
 class Watch(L.Callback):
-    """Keeps the weights after every step, as they are and as an evaluation sees them."""
+    """Keeps the weights after every step and at the end, as they are and as an evaluation sees them."""
 
     def __init__(self):
-        self.weights, self.views = [], []
+        self.weights, self.views, self.final = [], [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.weights.append(self._look(pl_module))
-        with pl_module.evaluation_view():
+        with pl_module.run.evaluation_view():
             self.views.append(self._look(pl_module))
 
     @staticmethod
@@ -74,6 +74,7 @@ def run(tiny, callback):
     originals = [matrix.original().clone() for matrix in module.edited_matrices().values()]
     batches = [EditBatch(tuple(EditRequest(2 * i + j, "Ann", "Ann is", "old") for j in (0, 1))) for i in range(STEPS)]
     quiet_trainer(*([callback] if callback else []), watch).fit(module, DataLoader(batches, batch_size=None))
+    watch.final = watch._look(module)
     assert len(watch.weights) == STEPS
     return originals, watch
 
@@ -102,18 +103,22 @@ def mask(step, before, keep):
 
 
 def spectral(original, layer, law, guard, due, accumulate):
-    """Return the weight after every step, if the law is applied after the steps that are ``due``."""
+    """Return the weights after every step if the law is applied after the steps that are ``due``, and those of the end.
+
+    At the end the law is applied to what is left.
+    """
     weights, carried, withheld = [], torch.zeros_like(original), torch.zeros_like(original)
-    for step in range(STEPS):
-        carried = carried + update(layer, step)
-        if due(step + 1):
+    for step in range(STEPS + 1):
+        if step < STEPS:
+            carried = carried + update(layer, step)
+        if step == STEPS or due(step + 1):
             excess = carried - law_applied(carried, original, law, guard)
             if accumulate == "raw":
                 withheld = excess
-            else:
+            elif step < STEPS or not due(STEPS):
                 carried = carried - excess
         weights.append(original + carried - withheld)
-    return weights
+    return weights[:-1], weights[-1]
 
 
 def close(ours, theirs, original):
@@ -121,43 +126,31 @@ def close(ours, theirs, original):
     return float((ours - theirs).norm()) < 1e-11 * float((theirs - original).norm())
 
 
-def each(step):
-    return True
-
-
-def every_three(step):
-    return step in (3, 6, 8)  # the last step is always due
-
-
-def at_the_end(step):
-    return step == 8
-
-
-SCHEDULES = {"each": each, "every_n": every_three, "end": at_the_end}
+SCHEDULES = {"each": lambda step: True, "every_n": lambda step: step in (3, 6), "end": lambda step: False}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_as_configured(name, tiny):
     originals, watch = run(tiny, restraint(name))
     for place, (layer, original) in enumerate(zip(LAYERS, originals, strict=True)):
-        if name == "none":
-            expected = [original + sum(update(layer, i) for i in range(step + 1)) for step in range(STEPS)]
-        elif name == "rect":
-            expected, weight = [], original
+        expected, change = [], torch.zeros_like(original)
+        if name in ("none", "rect"):
             for step in range(STEPS):
-                change = update(layer, step)
-                weight = weight + change * mask(change, weight, keep=0.2)
-                expected.append(weight)
+                kept = mask(update(layer, step), original + change, keep=0.2) if name == "rect" else 1
+                change = change + update(layer, step) * kept
+                expected.append(original + change)
+            final, views = expected[-1], expected
         else:
-            due = at_the_end if name == "prune_end" else each
+            due = SCHEDULES["end" if name == "prune_end" else "each"]
             accumulate = "restrained" if name == "prune_restrained" else "raw"
-            expected = spectral(original, layer, LAWS[name], name in GUARDED, due, accumulate)
+            guard = name in GUARDED
+            expected, final = spectral(original, layer, LAWS[name], guard, due, accumulate)
+            # What is evaluated is restrained, also where the edits continue unrestrained.
+            views, _ = spectral(original, layer, LAWS[name], guard, SCHEDULES["each"], accumulate)
         for step in range(STEPS):
-            assert close(watch.weights[step][place], expected[step], original), (name, layer, step)
-        views = expected
-        if name == "prune_end":  # what is evaluated is restrained
-            views = spectral(original, layer, LAWS[name], True, each, "raw")
-        assert all(close(view[place], other, original) for view, other in zip(watch.views, views, strict=True))
+            assert close(watch.weights[step][place], expected[step], original), (layer, step)
+            assert close(watch.views[step][place], views[step], original), (layer, step)
+        assert close(watch.final[place], final, original)
 
 
 @pytest.mark.parametrize("accumulate", ["raw", "restrained"])
@@ -167,17 +160,19 @@ def test_prune_under_every_schedule(schedule, guard, accumulate, tiny):
     callback = restraint("prune", f"schedule={schedule}", "every_n=3", f"guard={guard}", f"accumulate={accumulate}")
     originals, watch = run(tiny, callback)
     for place, (layer, original) in enumerate(zip(LAYERS, originals, strict=True)):
-        expected = spectral(original, layer, LAWS["prune"], guard, SCHEDULES[schedule], accumulate)
+        expected, final = spectral(original, layer, LAWS["prune"], guard, SCHEDULES[schedule], accumulate)
         for step in range(STEPS):
             assert close(watch.weights[step][place], expected[step], original), (layer, step)
+        assert close(watch.final[place], final, original)
 
 
 @pytest.mark.parametrize("guard", [True, False])
 def test_the_scale_free_law_with_and_without_its_guard(guard, tiny):
     originals, watch = run(tiny, restraint("prune_scale_free", f"law.guard={guard}", "schedule=every_n", "every_n=3"))
     for place, (layer, original) in enumerate(zip(LAYERS, originals, strict=True)):
-        expected = spectral(original, layer, LAWS["prune_scale_free"], guard, every_three, "raw")
+        expected, final = spectral(original, layer, LAWS["prune_scale_free"], guard, SCHEDULES["every_n"], "raw")
         assert all(close(w[place], e, original) for w, e in zip(watch.weights, expected, strict=True))
+        assert close(watch.final[place], final, original)
 
 
 def test_the_steps_are_such_that_no_choice_is_without_effect(tiny):
