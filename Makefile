@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env run test lint compare editors forgetting pretrain clean
+.PHONY: env run test mutants lint compare editors forgetting pretrain clean
 
 env: .venv/.done
 
@@ -27,6 +27,10 @@ lint: .venv/.tools
 # Two workers of one thread each: faster than one of two, and no more on larger machines, for the sake of memory.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Known faults, put into a copy of the project one at a time: the tests have to notice each of them.
+mutants: .venv/.tools
+	$(BIN)/python tests/mutants.py
 
 # The table and the figure of the README.
 compare: env

@@ -26,8 +26,8 @@ FAMILIES = ("gemma2", "gpt2", "gpt_neox", "gptj", "llama", "mistral", "phi3", "q
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    default = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-    torch.set_num_threads(int(os.environ.get("PRUNE_THREADS", default)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""Every method in `configs/method` on a tiny model of every family in `configs/model/family`, and every restraint."""
+"""Every method in `configs/method` on a tiny model of every family in `configs/model/family`.
+
+What a method computes is compared with dense references in `test_reference_editors.py`, and every restraint in
+`test_restraint_conformance.py`; here is what all methods owe alike.
+"""
 
 from __future__ import annotations
 

@@ -80,6 +80,7 @@ def test_retention_by_age_against_loops():
 
 def test_half_life_is_interpolated_or_censored():
     assert half_life([0, 1, 3], [0.8, 0.6, 0.2]).age == pytest.approx(2.0)
+    assert half_life([0, 1, 4], [0.8, 0.6, 0.3]).age == pytest.approx(3.0)
     assert half_life([0, 1, 3], [0.8, 0.6, 0.4]) == half_life([0, 1, 3, 9], [0.8, 0.6, 0.4, 0.8])
     censored = half_life([0, 1, 3], [0.8, 0.6, 0.41])
     assert (censored.age, censored.censored) == (3, True)
@@ -192,6 +193,19 @@ def test_bootstrap_agrees_with_scipy():
         assert found == pytest.approx(tuple(reference.confidence_interval), abs=0.02)
     assert np.array_equal(means, resampled_means(values, block=1))
     assert np.array_equal(resampled_means(np.ones((7, 1))), np.ones((1000, 1)))
+
+
+def test_resampled_means_weigh_their_cases():
+    """Against NumPy, draw by draw: the same draws for every column and every call, each case with its weight."""
+    rng = np.random.default_rng(5)
+    values, weights = rng.random((6, 2)), np.array([1.0, 4.0, 1.0, 9.0, 2.0, 1.0])
+    means = resampled_means(values, weights, resamples=50, seed=3)
+    draws = np.random.default_rng(3).multinomial(6, np.full(6, 1 / 6), size=50)
+    for draw, found in zip(draws, means, strict=True):
+        drawn = np.repeat(np.arange(6), draw)
+        assert found == pytest.approx(np.average(values[drawn], axis=0, weights=weights[drawn]))
+    assert np.array_equal(means, resampled_means(values, weights, resamples=50, seed=3))
+    assert not np.allclose(means, resampled_means(values, resamples=50, seed=3))
 
 
 def test_rows_decide_which_cases_take_part():

@@ -238,6 +238,7 @@ class EditingModule(L.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what the edits did to the weights and what the method remembers; never the model."""
+        self.run.settle()  # a checkpoint of the step that has just been made is taken by a callback, before this module
         checkpoint["state_dict"] = {}
         checkpoint["edits"] = {"originals": self.originals(), **self.run.state_dict()}
 
