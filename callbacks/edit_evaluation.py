@@ -88,7 +88,7 @@ class EditEvaluation(L.Callback):
 
     @property
     def curve(self) -> list[Scores]:
-        """Scores at each evaluated count, ``num_edits`` among them."""
+        """Scores at each evaluated count, ``num_requests`` among them."""
         return self.evaluator.curve
 
     @override
@@ -111,7 +111,7 @@ class EditEvaluation(L.Callback):
         model = module.language_model
         with self.evaluator.clock.phase("baseline"):
             if self.evaluator.baseline:
-                self.curve.append({"num_edits": 0, **self.evaluator.baseline})
+                self.curve.append({"num_requests": 0, **self.evaluator.baseline})
             else:
                 self.evaluator.take_baseline(model, cases, partial(_spectrum, module))
             self._log(trainer)
@@ -155,7 +155,7 @@ class EditEvaluation(L.Callback):
         if not now or self._from_base:
             return
         module.run.finish()
-        if self.curve[-1]["num_edits"] == now:
+        if self.curve[-1]["num_requests"] == now:
             self._drop_last()  # of a stream that was ended at an evaluated count: the model may be another now
         among = None if now == len(self._requests) else self._probed
         self._evaluate(trainer, module, self.sampler.chosen(now, among), self.measurements)
@@ -196,9 +196,9 @@ class EditEvaluation(L.Callback):
 
     def _log(self, trainer: L.Trainer) -> None:
         entry = dict(self.curve[-1])
-        num_edits = int(entry.pop("num_edits"))
+        num_requests = int(entry.pop("num_requests"))
         for logger in trainer.loggers:
-            logger.log_metrics(entry, step=num_edits)
+            logger.log_metrics(entry, step=num_requests)
 
     # -- state ----------------------------------------------------------------------------------------------------
     def step_state(self) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class EditEvaluation(L.Callback):
     def summary(self) -> dict[str, Any]:
         """Return all scores, their intervals, and the time that they took."""
         evaluator = self.evaluator
-        final = {key: value for key, value in self.curve[-1].items() if key != "num_edits"}
+        final = {key: value for key, value in self.curve[-1].items() if key != "num_requests"}
         return {
             "baseline": evaluator.baseline,
             "final": final,

@@ -71,8 +71,8 @@ class RunLog(L.Callback):
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         evaluations = [c for c in trainer.callbacks if isinstance(c, EditEvaluation)]  # type: ignore[attr-defined]
-        scores = evaluations[0].curve[-1] if evaluations and evaluations[0].curve else {"num_edits": 0}
-        count = scores["num_edits"]
+        scores = evaluations[0].curve[-1] if evaluations and evaluations[0].curve else {"num_requests": 0}
+        count = scores["num_requests"]
         if isinstance(module, EditingModule) and count == module.num_requests and count > self._reported:
             self._reported = count
             line = _steps(self.clock.named("edit"), "edits", self.clock.named("evaluate").time_left or 0.0)

@@ -102,7 +102,7 @@ def test_a_killed_run_leaves_all_it_wrote_and_a_resumed_one_goes_on_there(straig
     assert process.returncode == -signal.SIGKILL
     assert steps(tmp_path)[:4] == [0, 1, 2, 3]
     assert figures(tmp_path)[:4] == figures(straight[0])[:4]
-    assert [json.loads(line)["num_edits"] for line in (tmp_path / "edits.jsonl").open()][:3] == [1, 2, 3]
+    assert [json.loads(line)["num_requests"] for line in (tmp_path / "edits.jsonl").open()][:3] == [1, 2, 3]
     log = (tmp_path / "train.log").read_text()
     assert evaluated(log)[:2] == evaluated(stderr)[:2] == ["1", "3"]
 

@@ -26,7 +26,7 @@ def test_the_method_of_the_guide_runs(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["method"], summary["num_edits"], summary["restraint"]) == ("loudest_neurons", 2, "prune")
+    assert (summary["method"], summary["num_requests"], summary["restraint"]) == ("loudest_neurons", 2, "prune")
     assert summary["control"] is not None
     edits = [json.loads(line) for line in (tmp_path / "run" / "edits.jsonl").read_text().splitlines()]
     assert len(edits) == 2

@@ -291,7 +291,9 @@ def test_the_step_of_a_collapse_is_found_between_two_looks(tiny, tmp_path):
     kept = [1.0, *(1 / (1 + float((weight - module.matrix().original()).norm())) for weight in weights)]
     at = next(step for step, value in enumerate(kept) if value <= 0.05)
     scaled = [min(1.0, 0.5 * value / kept[at]) for value in kept]  # half is lost at this very step
-    curve = [{"num_edits": n, "ability/near/retention": scaled[n]} for n in (0, at - 1 - (at > 3), at + 3, at + 6, 40)]
+    curve = [
+        {"num_requests": n, "ability/near/retention": scaled[n]} for n in (0, at - 1 - (at > 3), at + 3, at + 6, 40)
+    ]
     baseline = {"ability/near/near": 2 * kept[at]}
     evaluation = SimpleNamespace(measurements=[measurement], curve=curve, baseline=baseline)
     assert bisect_collapses(module, Ledger.open(tmp_path), evaluation, None) == {"ability/near/retention": at}

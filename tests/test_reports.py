@@ -18,7 +18,7 @@ from prune_lightning.report.trajectories import ability_trajectories, edit_traje
 
 def run(folder, method, restraint, seed, scores):
     """A run folder of three evaluations; `scores` gives each score's values."""
-    curve = [{"num_edits": t, **{k: v[i] for k, v in scores.items()}} for i, t in enumerate((0, 10, 20))]
+    curve = [{"num_requests": t, **{k: v[i] for k, v in scores.items()}} for i, t in enumerate((0, 10, 20))]
     summary = {"method": method, "restraint": restraint, "seed": seed, "curve": curve}
     path = folder / f"{method}-{restraint}-{seed}"
     path.mkdir()
@@ -54,7 +54,7 @@ def configured(folder, number, choices, seed=0, kept=0.5, **changes):
         "progress": True,
         "method": {"layers": [0], "contexts": {"seed": "${seed}"}, "second_moments": "${model.second_moments}"},
         "model": {"path": "bundled", "second_moments": {"cache": None, "ridge": 1e-3}},
-        "data": {"num_edits": 20, "seed": "${seed}"},
+        "data": {"num_requests": 20, "seed": "${seed}"},
         "restraint": {"base": 1.2} if choices["restraint"] != "none" else None,
         "trainer": {"devices": 1},
     }
@@ -172,19 +172,19 @@ def test_page_escapes_what_comes_from_data(tmp_path):
 
 def test_plots_follow_the_scores():
     curve = [
-        {"num_edits": t, "edit/zsre/efficacy": 0.5, "edit/wild/bare_efficacy_contains": 0.2, "edit/wild/num_odd": 7}
+        {"num_requests": t, "edit/zsre/efficacy": 0.5, "edit/wild/bare_efficacy_contains": 0.2, "edit/wild/num_odd": 7}
         for t in (0, 1, 5)
     ]
     for entry in curve:
-        entry |= {"ability/me_ppl/mean": 20.0 + entry["num_edits"], "ability/new/task": 0.4}
+        entry |= {"ability/me_ppl/mean": 20.0 + entry["num_requests"], "ability/new/task": 0.4}
     curve[-1]["ability/new/task"] = None  # not finite
     titles = [axes.get_title() for axes in plot_editing({"run": curve}).axes]
     assert titles == ["edits, zsRE", "edits, free answers (WILD): contains"]
     abilities = plot_abilities(
-        {"run": curve}, {"run": [{"num_edits": t, "ability/new/task": [0.1, 0.6]} for t in (0, 1)]}
+        {"run": curve}, {"run": [{"num_requests": t, "ability/new/task": [0.1, 0.6]} for t in (0, 1)]}
     )
     assert {axes.get_title() for axes in abilities.axes} == {"perplexity of sentences (ME-PPL): mean", "ability/new"}
-    assert plot_abilities({"run": [{"num_edits": 0, "edit/zsre/efficacy": 0.5}]}) is None
+    assert plot_abilities({"run": [{"num_requests": 0, "edit/zsre/efficacy": 0.5}]}) is None
     assert plot_immediate({"run": curve}, {}) is None
     heat = plot_retention([(0, 1, 0, 0.0), (1, 1, 0, 1.0), (2, 2, 1, 1.0), (2, 1, 0, 0.0)], "said")
     shown = heat.axes[0].images[0].get_array()
@@ -195,7 +195,8 @@ def test_plots_follow_the_scores():
 
 def test_trajectories_by_hand():
     curve = [
-        {"num_edits": t, "a": a, "stream/score/final": f} for t, a, f in ((0, 0.5, None), (1, 0.5, 0.8), (3, 0.0, 0.4))
+        {"num_requests": t, "a": a, "stream/score/final": f}
+        for t, a, f in ((0, 0.5, None), (1, 0.5, 0.8), (3, 0.0, 0.4))
     ]
     assert ability_trajectories(curve, ["a", "b"])["a"]["area"] == pytest.approx((1 + 1) / 3)
     found = edit_trajectories(curve, ["stream/score/final"])["stream/score/final"]

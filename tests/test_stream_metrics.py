@@ -232,7 +232,7 @@ def test_repeated_and_missing_cases_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no row of q 0"):
         rows.add("ability/y", 1, [{"case": 0, "task": "p"}])
     lines = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
-    assert [(line["num_edits"], line["measurement"], line["case"]) for line in lines[:5]] == [
+    assert [(line["num_requests"], line["measurement"], line["case"]) for line in lines[:5]] == [
         *((0, "edit/x", i) for i in range(3)),
         *((2, "edit/x", i) for i in range(2)),
     ]
@@ -298,17 +298,17 @@ def follow(module, tmp_path, **options):
 
 def test_identity_edits_leave_everything_as_it_was(tiny, tmp_path):
     evaluation = follow(Edits(tiny("gpt2", torch.float32)), tmp_path, max_cases=3)
-    assert [entry["num_edits"] for entry in evaluation.curve] == [0, 2, 4, 6, 9]
-    assert [entry["num_edits"] for entry in evaluation.evaluator.intervals] == [0, 2, 4, 6, 9]
+    assert [entry["num_requests"] for entry in evaluation.curve] == [0, 2, 4, 6, 9]
+    assert [entry["num_requests"] for entry in evaluation.evaluator.intervals] == [0, 2, 4, 6, 9]
     for entry in evaluation.curve[1:]:
         for form in ("score", "accuracy"):
             for key in ("bwt", "fwt", "forgetting_max", "num_nonfinite"):
                 assert math.isnan(entry[f"stream/{form}/{key}"]) or entry[f"stream/{form}/{key}"] == 0.0, key
-        assert entry["stream/locality_drift"] == 1.0
+        assert entry["stream/locality_agreement"] == 1.0
         assert entry["edit/half/retention"] == 1.0
     assert evaluation.curve[-1]["stream/score/bwt"] == 0.0
     rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
-    last = [row for row in rows if row["num_edits"] == 9 and row["measurement"] == "edit/half"]
+    last = [row for row in rows if row["num_requests"] == 9 and row["measurement"] == "edit/half"]
     assert 8 in [row["case"] for row in last]
     assert sum(row["weight"] for row in last) == 9
     assert {"edit/half", "stream", "spectrum"} <= set(evaluation.evaluator.seconds)
@@ -316,11 +316,13 @@ def test_identity_edits_leave_everything_as_it_was(tiny, tmp_path):
 
 def test_a_model_that_turns_nan_fails_from_there_on(tiny, tmp_path):
     evaluation = follow(Edits(tiny("gpt2", torch.float32), broken_from=4), tmp_path)
-    by_count = {entry["num_edits"]: entry for entry in evaluation.curve}
-    assert by_count[2]["stream/locality_drift"] == 1.0
+    by_count = {entry["num_requests"]: entry for entry in evaluation.curve}
+    assert by_count[2]["stream/locality_agreement"] == 1.0
     for count in (4, 6, 9):
         entry = by_count[count]
-        assert entry["stream/score/final"] == entry["stream/accuracy/final"] == entry["stream/locality_drift"] == 0.0
+        assert (
+            entry["stream/score/final"] == entry["stream/accuracy/final"] == entry["stream/locality_agreement"] == 0.0
+        )
         assert entry["stream/score/num_nonfinite"] > 0
         assert entry["edit/half/retention"] == 0.0
     metric = AbilityCurve()

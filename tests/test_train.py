@@ -48,12 +48,17 @@ def default_run(tmp_path_factory) -> tuple[Path, str]:
 def test_run_leaves_what_other_programs_rely_on(default_run):
     folder, shown = default_run
     summary = json.loads((folder / "summary.json").read_text())
-    assert {"num_edits", "method", "restraint", "seed", "wall_s", "edit_s", "baseline", "final", "curve"} <= set(
+    assert {"num_requests", "method", "restraint", "seed", "wall_s", "edit_s", "baseline", "final", "curve"} <= set(
         summary
     )
-    assert (summary["num_edits"], summary["method"], summary["restraint"], summary["seed"]) == (3, "rome", "prune", 0)
+    assert (summary["num_requests"], summary["method"], summary["restraint"], summary["seed"]) == (
+        3,
+        "rome",
+        "prune",
+        0,
+    )
     assert summary["restraint_options"]["accumulate"] == "raw"
-    assert [entry["num_edits"] for entry in summary["curve"]] == [0, 1, 2, 3]
+    assert [entry["num_requests"] for entry in summary["curve"]] == [0, 1, 2, 3]
     for scores in (summary["baseline"], summary["final"], *summary["curve"], summary["control"]["final"]):
         assert set(scores) >= SCORES
     assert summary["baseline"]["ability/miniature/retention"] == 1.0
@@ -61,7 +66,7 @@ def test_run_leaves_what_other_programs_rely_on(default_run):
     assert summary["final"]["spectrum/sigma_max_delta"] > 0.0
 
     entries = lines(folder)
-    assert [entry["num_edits"] for entry in entries] == [1, 2, 3]
+    assert [entry["num_requests"] for entry in entries] == [1, 2, 3]
     assert {"request", "before", "after", "update_norm", "seconds"} <= set(entries[0])
     with (folder / "metrics.csv").open() as file:
         logged = list(csv.DictReader(file))
@@ -85,7 +90,7 @@ def test_run_says_how_edits_hold_how_sure_that_is_and_what_it_cost(default_run):
     )
     assert summary["stream"]["abilities"]["ability/miniature/retention"]["area"] == pytest.approx(1.0, abs=0.3)
     assert [row["youngest"] for row in summary["stream"]["forms"]["score"]["by_age"]] == [0, 1, 2]
-    assert [entry["num_edits"] for entry in summary["intervals"]] == [0, 1, 2, 3]
+    assert [entry["num_requests"] for entry in summary["intervals"]] == [0, 1, 2, 3]
     for entry, scores in zip(summary["intervals"], summary["curve"], strict=True):
         assert {"edit/counterfact/locality_score", "ability/miniature/qa", "ability/miniature/retention"} <= set(entry)
         assert all(low - 1e-6 <= scores[key] <= high + 1e-6 for key, (low, high) in list(entry.items())[1:])
@@ -94,9 +99,9 @@ def test_run_says_how_edits_hold_how_sure_that_is_and_what_it_cost(default_run):
     assert summary["evaluate_s"] == pytest.approx(sum(spent.values()))
     assert summary["evaluate_share"] == pytest.approx(sum(spent.values()) / (sum(spent.values()) + summary["edit_s"]))
     rows = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
-    keys = [(row["measurement"], row["num_edits"], row.get("task"), row["case"]) for row in rows]
+    keys = [(row["measurement"], row["num_requests"], row.get("task"), row["case"]) for row in rows]
     assert len(set(keys)) == len(keys)
-    mine = [r["locality_accuracy"] for r in rows if r["measurement"] == "edit/counterfact" and r["num_edits"] == 3]
+    mine = [r["locality_accuracy"] for r in rows if r["measurement"] == "edit/counterfact" and r["num_requests"] == 3]
     assert sum(mine) / len(mine) == pytest.approx(summary["final"]["edit/counterfact/locality_accuracy"])
     assert all("generated" in row for row in rows if row.get("task") == "summarization")
 
@@ -133,7 +138,7 @@ def test_memit_in_batches_with_wandb_offline(tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["restraint"], summary["restraint_options"], summary["control"]) == ("none", None, None)
-    assert [entry["num_edits"] for entry in summary["curve"]] == [0, 2, 4]
+    assert [entry["num_requests"] for entry in summary["curve"]] == [0, 2, 4]
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     images = {path.name.split("_")[0] for path in (tmp_path / "wandb").rglob("*.png")}
     assert images == {"abilities", "editing", "immediate", "retention", "spectra"}
@@ -146,7 +151,7 @@ def test_protocols_that_put_the_model_back(tmp_path, protocol):
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["protocol"] == protocol
-    assert summary["curve"][-1]["num_edits"] == 3
+    assert summary["curve"][-1]["num_requests"] == 3
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not part of the project")
@@ -169,7 +174,7 @@ def test_real_records_on_the_bundled_model(tmp_path, data, file):
     [
         (["method=rme"], "unknown option method=rme: did you mean 'rome'"),
         (["methd=memit"], "unknown key 'methd': did you mean 'method'"),
-        (["data.num_edit=5"], "unknown key 'data.num_edit': did you mean 'num_edits'"),
+        (["data.num_edit=5"], "unknown key 'data.num_edit': did you mean 'num_requests'"),
         (["data=counterfact"], "these settings need a value: data.path"),
         (["data=counterfact", "data.path=configs/trian.yaml"], "did you mean 'train.yaml'"),
         (["restraint.base=0.5"], "a number > 1"),

@@ -124,12 +124,18 @@ def test_scores_of_what_is_said(bundled_shared):
     assert {name for name in row if name in scores} == {name for name in scores if not name.startswith("num_")}
     said = [g for g in row["generations"] if (g["context"], g["kind"]) == ("bare", "efficacy")]
     assert said == [
-        {"context": "bare", "kind": "efficacy", "prompt": JAPAN.prompt, "answers": ["the Tokyo"], "said": " Tokyo."}
+        {
+            "context": "bare",
+            "kind": "efficacy",
+            "prompt": JAPAN.prompt,
+            "answers": ["the Tokyo"],
+            "generated": " Tokyo.",
+        }
     ]
     instruction = INSTRUCTION.format(JAPAN.prompt)
     ids = bundled_shared.tokens.encode(instruction)
     expected = plain_greedy(bundled_shared, ids, 50, (".", "\n"))[1]
-    assert next(g["said"] for g in row["generations"] if g["context"] == "instruction") == expected
+    assert next(g["generated"] for g in row["generations"] if g["context"] == "instruction") == expected
 
 
 def test_locality_needs_the_unedited_model_and_sees_changes(bundled):
@@ -164,7 +170,7 @@ def test_chat_needs_a_template(bundled):
     measurement.take_reference(bundled, {0: JAPAN})
     row = measurement.measure(bundled, {0: JAPAN}).cases[0]
     ids = bundled.tokens.tokenizer(f"User: {JAPAN.prompt}\nReply:", add_special_tokens=False)["input_ids"]
-    assert row["generations"][0]["said"] == plain_greedy(bundled, ids, 50, (".", "\n"))[1]
+    assert row["generations"][0]["generated"] == plain_greedy(bundled, ids, 50, (".", "\n"))[1]
     with pytest.raises(UserError, match="did you mean 'chat'"):
         WildGeneration(("chatt",))
 

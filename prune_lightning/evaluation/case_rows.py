@@ -22,7 +22,7 @@ class CaseRows:
     """Takes the rows of each measurement at each count, one per task and case.
 
     Args:
-        path: JSONL file, written anew: a line is a row with ``num_edits`` and ``measurement`` in front. ``None`` for no
+        path: JSONL file, written anew: a line is a row with ``num_requests`` and ``measurement`` in front. ``None`` for no
             file, as in all processes but the first.
         max_mb: Size of the file in MB from which on no further rows are written; ``None`` for no limit.
         known: Tasks and cases that each measurement had rows of on the unedited model, if they were taken before.
@@ -41,16 +41,16 @@ class CaseRows:
         self._written = 0
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in _lines(path) if 0 < line["num_edits"] <= keep] if keep else []
+            kept = [line for line in _lines(path) if 0 < line["num_requests"] <= keep] if keep else []
             path.write_text("", "utf-8")
             self._append(path, kept)
 
-    def add(self, measurement: str, num_edits: int, rows: Rows, asked: Collection[int] | None = None) -> None:
+    def add(self, measurement: str, num_requests: int, rows: Rows, asked: Collection[int] | None = None) -> None:
         """Take rows.
 
         Args:
             measurement: Name of the measurement.
-            num_edits: Edits written so far.
+            num_requests: Edits written so far.
             rows: Its rows.
             asked: The cases it was asked for; ``None`` where it has items of its own.
 
@@ -61,16 +61,16 @@ class CaseRows:
         found = set(keys)
         if len(found) != len(keys):
             twice = sorted({key for key in keys if keys.count(key) > 1})
-            raise UserError(f"{measurement} after {num_edits} edits has more than one row of {_named(twice)}")
+            raise UserError(f"{measurement} after {num_requests} edits has more than one row of {_named(twice)}")
         before = self.known.setdefault(measurement, found)
         missing = sorted(key for key in before - found if asked is None or key[1] in asked)
         if missing:
-            raise UserError(f"{measurement} after {num_edits} edits has no row of {_named(missing)}, but had before")
+            raise UserError(f"{measurement} after {num_requests} edits has no row of {_named(missing)}, but had before")
         if self.path and rows:
-            self._write(self.path, measurement, num_edits, rows)
+            self._write(self.path, measurement, num_requests, rows)
 
-    def _write(self, path: Path, measurement: str, num_edits: int, rows: Rows) -> None:
-        head = {"num_edits": num_edits, "measurement": measurement}
+    def _write(self, path: Path, measurement: str, num_requests: int, rows: Rows) -> None:
+        head = {"num_requests": num_requests, "measurement": measurement}
         self._append(path, [nan_to_null({**head, **row}) for row in rows])
 
     def _append(self, path: Path, lines: Rows) -> None:

@@ -38,32 +38,32 @@ class CaseSampler:
         self._rank = list(range(len(self.commits)))
         random.Random(seed).shuffle(self._rank)
 
-    def strata(self, num_edits: int, among: Collection[int] | None = None) -> list[list[int]]:
-        """Return the cases written by ``num_edits`` in bins of age 0, 1, 2-3, 4-7, ..., youngest first.
+    def strata(self, num_requests: int, among: Collection[int] | None = None) -> list[list[int]]:
+        """Return the cases written by ``num_requests`` in bins of age 0, 1, 2-3, 4-7, ..., youngest first.
 
         Args:
-            num_edits: Edits written so far.
+            num_requests: Edits written so far.
             among: Leave out all other cases.
         """
-        held = [i for i, c in enumerate(self.commits) if c <= num_edits < self.superseded.get(i, num_edits + 1)]
+        held = [i for i, c in enumerate(self.commits) if c <= num_requests < self.superseded.get(i, num_requests + 1)]
         written = [i for i in held if among is None or i in among]
         bins: dict[int, list[int]] = {}
-        ages = torch.tensor([num_edits - self.commits[i] for i in written])
+        ages = torch.tensor([num_requests - self.commits[i] for i in written])
         for i, number in zip(written, age_bin(ages).tolist(), strict=True):
             bins.setdefault(number, []).append(i)
         return [bins[number] for number in sorted(bins)]
 
-    def chosen(self, num_edits: int, among: Collection[int] | None = None) -> dict[int, float]:
+    def chosen(self, num_requests: int, among: Collection[int] | None = None) -> dict[int, float]:
         """Return the cases to look at, ascending, each with the number of cases that it stands for.
 
         Args:
-            num_edits: Edits written so far.
+            num_requests: Edits written so far.
             among: Leave out all other cases.
         """
-        strata = self.strata(num_edits, among)
+        strata = self.strata(num_requests, among)
         left = sum(map(len, strata)) if self.max_cases is None else self.max_cases
         weights: dict[int, float] = {}
-        last = [bin_ for bin_ in strata if self.commits[bin_[0]] == num_edits]
+        last = [bin_ for bin_ in strata if self.commits[bin_[0]] == num_requests]
         others = sorted((bin_ for bin_ in strata if bin_ not in last), key=len)
         for place, bin_ in enumerate(last + others):  # the small bins first: what they leave goes to the larger ones
             share = len(bin_) if bin_ in last else max(1, left // (len(last) + len(others) - place))

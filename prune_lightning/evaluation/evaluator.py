@@ -37,7 +37,7 @@ class Evaluator:
 
     Attributes:
         baseline: Scores of the unedited model.
-        curve: Scores at each evaluated count, ``num_edits`` among them.
+        curve: Scores at each evaluated count, ``num_requests`` among them.
         intervals: At each evaluated count, 95 % bootstrap intervals over cases of all scores that have rows.
         seconds: Time spent on each measurement.
     """
@@ -117,7 +117,7 @@ class Evaluator:
         model: LanguageModel,
         cases: Cases,
         weights: Mapping[int, float],
-        num_edits: int,
+        num_requests: int,
         due: Sequence[Measurement],
         spectrum: Job,
         rounds: int,
@@ -128,21 +128,21 @@ class Evaluator:
             model: The model.
             cases: The cases to score.
             weights: How many cases each of them stands for.
-            num_edits: Requests handled so far.
+            num_requests: Requests handled so far.
             due: What to take.
             spectrum: Measures the edited matrices.
             rounds: Evaluations that are left, this one included, for the time left.
         """
-        jobs = list(self._jobs(model, cases, weights, num_edits, due, spectrum))
+        jobs = list(self._jobs(model, cases, weights, num_requests, due, spectrum))
         parts: dict[str, list[Measured]] = defaultdict(list)
-        with self.clock.phase("evaluate" if num_edits else "baseline") as phase:
+        with self.clock.phase("evaluate" if num_requests else "baseline") as phase:
             phase.expect(phase.done + len(jobs) * rounds)
             for name, job in phase.track(jobs):
                 with self._timed(name):
                     parts[name].append(job())
             with self._timed("rows and intervals"):
-                scores = self._joined(parts, weights, num_edits, due)
-        self.curve.append({"num_edits": num_edits, **scores})
+                scores = self._joined(parts, weights, num_requests, due)
+        self.curve.append({"num_requests": num_requests, **scores})
         return scores
 
     def _jobs(
@@ -150,14 +150,14 @@ class Evaluator:
         model: LanguageModel,
         cases: Cases,
         weights: Mapping[int, float],
-        num_edits: int,
+        num_requests: int,
         due: Sequence[Measurement],
         spectrum: Job,
     ) -> Iterable[tuple[str, Job]]:
         """Yield everything there is to do, each with the name of its measurement."""
         yield "spectrum", spectrum
-        if self.stream and num_edits:
-            yield self.stream.name, partial(self.stream.look, model, cases, num_edits, weights)
+        if self.stream and num_requests:
+            yield self.stream.name, partial(self.stream.look, model, cases, num_requests, weights)
         for measurement in due:
             if measurement.name in self._immediate:
                 yield measurement.name, partial(self._averaged, measurement)
@@ -173,7 +173,7 @@ class Evaluator:
         self,
         parts: Mapping[str, Sequence[Measured]],
         weights: Mapping[int, float],
-        num_edits: int,
+        num_requests: int,
         due: Sequence[Measurement],
     ) -> Scores:
         """Put the parts of each measurement together, keep the rows, and take the intervals."""
@@ -186,14 +186,14 @@ class Evaluator:
             figures = {key: value for part in found for key, value in part.scores.items()}
             if sampled and name in by_place:
                 rows = [{**row, "weight": weights[row["case"]]} for row in rows]
-            self.rows.add(name, num_edits, rows, asked=weights.keys() if name in by_place | {"stream"} else None)
+            self.rows.add(name, num_requests, rows, asked=weights.keys() if name in by_place | {"stream"} else None)
             per_case = resampled(rows, figures.keys())
             if sampled and name in by_place:
                 figures |= {key: float(values[0]) for key, values in per_case.items()}
             scores |= {f"{name}/{key}": value for key, value in figures.items()}
             means |= {f"{name}/{key}": values for key, values in per_case.items()}
         self._retain(scores, means, due)
-        self.intervals.append({"num_edits": num_edits} | {key: interval(v[1:]) for key, v in means.items()})
+        self.intervals.append({"num_requests": num_requests} | {key: interval(v[1:]) for key, v in means.items()})
         return scores
 
     def _retain(self, scores: Scores, means: dict[str, Floats], due: Sequence[Measurement]) -> None:

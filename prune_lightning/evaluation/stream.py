@@ -141,38 +141,38 @@ class StreamScores:
         self._fresh = []
         return [{"case": i, **_final(row)} for i, row in rows.items()]
 
-    def just_before(self, cases: Sequence[int], num_edits: int, found: Success) -> None:
+    def just_before(self, cases: Sequence[int], num_requests: int, found: Success) -> None:
         """Take the scores of cases that are about to be written; the unedited model's are known."""
-        if num_edits:
-            self._add(num_edits, cases, found)
+        if num_requests:
+            self._add(num_requests, cases, found)
 
-    def just_after(self, cases: Sequence[int], num_edits: int, found: Success) -> None:
+    def just_after(self, cases: Sequence[int], num_requests: int, found: Success) -> None:
         """Take the scores of cases that have just been written."""
-        self._immediate = self._add(num_edits, cases, found)
+        self._immediate = self._add(num_requests, cases, found)
 
-    def look(self, model: LanguageModel, cases: Cases, num_edits: int, weights: Mapping[int, float]) -> Measured:
+    def look(self, model: LanguageModel, cases: Cases, num_requests: int, weights: Mapping[int, float]) -> Measured:
         """Score cases written so far; those that have just been written are not scored again.
 
         Args:
             model: The edited model.
             cases: The cases to score.
-            num_edits: Edits written so far.
+            num_requests: Edits written so far.
             weights: How many cases each of them stands for.
 
         Returns:
-            Figures of the stream so far, and the rows that ``final`` and ``locality_drift`` are means of.
+            Figures of the stream so far, and the rows that ``final`` and ``locality_agreement`` are means of.
         """
         assert self.unrelated is not None
-        older = [i for i in cases if self._commits[i] < num_edits]
-        rows = {i: self._immediate[i] for i in cases if self._commits[i] == num_edits}
+        older = [i for i in cases if self._commits[i] < num_requests]
+        rows = {i: self._immediate[i] for i in cases if self._commits[i] == num_requests}
         if older:
-            rows |= self._add(num_edits, older, success(model, [cases[i] for i in older]))
+            rows |= self._add(num_requests, older, success(model, [cases[i] for i in older]))
         table: list[dict[str, Any]] = [{"case": i, **_final(rows[i])} for i in sorted(rows)]
         table = [row if weights[row["case"]] == 1 else {**row, "weight": weights[row["case"]]} for row in table]
         scores = {f"{form}/{key}": value for form in FORMS for key, value in self.figures(form).items()}
         if same := [float(value) for value in self.unrelated.unchanged(model)]:
-            scores["locality_drift"] = sum(same) / len(same)
-            table += [{"case": j, "task": "unrelated", "locality_drift": value} for j, value in enumerate(same)]
+            scores["locality_agreement"] = sum(same) / len(same)
+            table += [{"case": j, "task": "unrelated", "locality_agreement": value} for j, value in enumerate(same)]
         return Measured(scores, table)
 
     def figures(self, form: str) -> dict[str, float]:
@@ -196,11 +196,11 @@ class StreamScores:
     def restore(self, scores: Sequence[Mapping[str, Any]]) -> None:
         """Add the scores that :meth:`fresh` returned in an earlier run; what was not finite is a failure."""
         for found in scores:
-            self._add(found["num_edits"], found["cases"], Success(found["score"], found["accuracy"]))
+            self._add(found["num_requests"], found["cases"], Success(found["score"], found["accuracy"]))
         self._fresh = []
 
-    def _add(self, num_edits: int, cases: Sequence[int], found: Success) -> dict[int, dict[str, float]]:
-        self._fresh.append({"num_edits": num_edits, "cases": list(cases), **asdict(found)})
+    def _add(self, num_requests: int, cases: Sequence[int], found: Success) -> dict[int, dict[str, float]]:
+        self._fresh.append({"num_requests": num_requests, "cases": list(cases), **asdict(found)})
         rows: dict[int, dict[str, float]] = {i: {} for i in cases}
         given: Mapping[str, Sequence[float | None]] = {"score": found.score, "accuracy": found.accuracy}
         for form, values in given.items():
@@ -210,7 +210,7 @@ class StreamScores:
             if known:
                 index, value_ = torch.tensor(known).unbind(1)
                 commit = torch.tensor([self._commits[i] for i, _ in known])
-                self.matrices[form].update(num_edits, commit, index, value_)
+                self.matrices[form].update(num_requests, commit, index, value_)
         return rows
 
 

@@ -159,7 +159,7 @@ class WildGeneration(SampledMeasurement):
             if (before := self._reference.get((context, question))) is None:
                 raise UserError("edit/wild compares with the unedited model: call take_reference on it first")
             same.append(answer.finite and before.finite and answer.ids == before.ids)
-            row = {"context": context, "kind": "locality", "prompt": question.prompt, "said": answer.text}
+            row = {"context": context, "kind": "locality", "prompt": question.prompt, "generated": answer.text}
             said.append((case, {**row, "said_before": before.text}))
         for context in self.contexts:
             here = [i for i, (c, _, _) in enumerate(asked) if c == context]
@@ -198,7 +198,7 @@ class WildGeneration(SampledMeasurement):
             (
                 case,
                 {"context": context, "kind": kind, "prompt": question.prompt}
-                | {"answers": list(gold), "said": answer.text}
+                | {"answers": list(gold), "generated": answer.text}
                 | ({"reply": reply} if self.judge else {}),
             )
             for (context, kind, case, question, gold), answer, reply in zip(asked, answers, replies, strict=True)

@@ -176,7 +176,7 @@ class EditingModule(L.LightningModule, ABC):
 
     def summary(self) -> dict[str, Any]:
         """Return how far the stream went, and what the method found out while preparing."""
-        return {"num_edits": self.num_requests, "method_facts": self.facts}
+        return {"num_requests": self.num_requests, "method_facts": self.facts}
 
     # -- Lightning ------------------------------------------------------------------------------------------------
     def configure_callbacks(self) -> list[L.Callback]:

@@ -50,18 +50,18 @@ class RetentionMatrix(Metric):
         for name in ("time", "commit", "index", "value"):
             self.add_state(name, [], dist_reduce_fx="cat")  # all of one float type: an empty process pads with it
 
-    def update(self, num_edits: int, commit: Tensor, index: Tensor, value: Tensor) -> None:
-        """Add the scores of some cases after ``num_edits`` edits.
+    def update(self, num_requests: int, commit: Tensor, index: Tensor, value: Tensor) -> None:
+        """Add the scores of some cases after ``num_requests`` edits.
 
         Args:
-            num_edits: :math:`t`.
+            num_requests: :math:`t`.
             commit: Edit count at which each case's batch was written, shape ``(n,)``.
             index: Place of each case in the stream, below 2^24.
             value: In [0, 1]; what is not finite counts as 0, a failure.
         """
         ends = [self.superseded.get(case, math.inf) for case in index.long().tolist()]
-        holds = torch.tensor([num_edits < end for end in ends], dtype=torch.bool)
-        self.time.append(torch.full((int(holds.sum()),), float(num_edits), device=self.device))
+        holds = torch.tensor([num_requests < end for end in ends], dtype=torch.bool)
+        self.time.append(torch.full((int(holds.sum()),), float(num_requests), device=self.device))
         for state, given in ((self.commit, commit), (self.index, index), (self.value, value)):
             state.append(given[holds.to(given.device)].to(self.device, torch.float32))
 
@@ -116,8 +116,8 @@ class AbilityCurve(Metric):
 
     Example:
         >>> metric = AbilityCurve()
-        >>> for num_edits, score in ((0, 0.8), (10, 0.4), (20, float("nan"))):
-        ...     metric.update(num_edits, score)
+        >>> for num_requests, score in ((0, 0.8), (10, 0.4), (20, float("nan"))):
+        ...     metric.update(num_requests, score)
         >>> {name: float(figure) for name, figure in metric.compute().items()}
         {'area': 0.5, 'area_log': 0.6438048284826281, 'edits_to_collapse': 10.0, 'num_nonfinite': 1.0}
     """
@@ -134,9 +134,9 @@ class AbilityCurve(Metric):
         self.add_state("counts", [], dist_reduce_fx="cat")
         self.add_state("scores", [], dist_reduce_fx="cat")
 
-    def update(self, num_edits: int, score: float) -> None:
-        """Add the score after ``num_edits`` edits; the lowest count is the unedited model's."""
-        self.counts.append(torch.tensor([num_edits], device=self.device))
+    def update(self, num_requests: int, score: float) -> None:
+        """Add the score after ``num_requests`` edits; the lowest count is the unedited model's."""
+        self.counts.append(torch.tensor([num_requests], device=self.device))
         self.scores.append(torch.tensor([score], dtype=torch.float64, device=self.device))
 
     def curve(self) -> tuple[Tensor, Tensor]:

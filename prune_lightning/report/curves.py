@@ -47,7 +47,7 @@ def _editing_panels(curves: Mapping[str, Curve]) -> Panels:
 
 
 def _band(axes: Axes, intervals: Curve, key: str, color: str) -> None:
-    taken = [(entry["num_edits"], *entry[key]) for entry in intervals if key in entry]
+    taken = [(entry["num_requests"], *entry[key]) for entry in intervals if key in entry]
     if len(taken) > 1:
         counts, low, high = zip(*taken, strict=True)
         axes.fill_between(counts, low, high, color=color, alpha=0.12, lw=0)
@@ -71,7 +71,7 @@ def _draw(curves: Mapping[str, Curve], intervals: Mapping[str, Curve], panels: P
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5.4 * columns, 4.4 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
-    counts = [entry["num_edits"] for curve in curves.values() for entry in curve]
+    counts = [entry["num_requests"] for curve in curves.values() for entry in curve]
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for axes, (title, keys) in zip(grid, panels.items(), strict=False):
@@ -166,7 +166,7 @@ def plot_immediate(curves: Mapping[str, Curve], stream: Mapping[str, Any], title
             text = "held at that age" if key == "retention" else "of those that held at first"
             name = f"{text}, {_FORMS[form]}"
             right.plot(ages, [row[key] for row in bins], style, color=f"C{number}", ms=4, label=name)
-    edit_axis(left, [entry["num_edits"] for entry in curve if entry["num_edits"]])
+    edit_axis(left, [entry["num_requests"] for entry in curve if entry["num_requests"]])
     edit_axis(right, [round(row["age"]) for form in stream.values() for row in form["by_age"]])
     right.set_xlabel("age: edits written since")
     for axes, name in ((left, "right after the edit, and later"), (right, "retention by age")):

@@ -41,24 +41,24 @@ class Group:
     restraint: str
     runs: tuple[Mapping[str, Any], ...]
 
-    def at(self, key: str, num_edits: int) -> float:
+    def at(self, key: str, num_requests: int) -> float:
         """Return the mean of a score over the runs at an evaluated edit count; NaN where it was not evaluated."""
-        values = self._values(key, num_edits)
+        values = self._values(key, num_requests)
         return float(np.mean(values)) if values else float("nan")
 
-    def range(self, key: str, num_edits: int) -> tuple[float, float]:
+    def range(self, key: str, num_requests: int) -> tuple[float, float]:
         """Return the lowest and the highest of a score over the runs at an evaluated edit count."""
-        values = self._values(key, num_edits)
+        values = self._values(key, num_requests)
         return min(values), max(values)
 
-    def _values(self, key: str, num_edits: int) -> list[float]:
-        found = [e.get(key) for run in self.runs for e in run["curve"] if e["num_edits"] == num_edits]
+    def _values(self, key: str, num_requests: int) -> list[float]:
+        found = [e.get(key) for run in self.runs for e in run["curve"] if e["num_requests"] == num_requests]
         return [np.nan if value is None else float(value) for value in found]
 
     @property
     def counts(self) -> list[int]:
         """The evaluated edit counts."""
-        return [entry["num_edits"] for entry in self.runs[0]["curve"]]
+        return [entry["num_requests"] for entry in self.runs[0]["curve"]]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ NAMES = {
         for form, name in _FORMS.items()
     },
     **{f"stream/{form}/{key}": f"{text}, {name}" for form, name in _FORMS.items() for key, text in _STREAM.items()},
-    "stream/locality_drift": "unrelated answers unchanged",
+    "stream/locality_agreement": "unrelated answers unchanged",
     "edit/counterfact/harmonic_score": "harmonic mean, preferred",
     "edit/zsre/efficacy": "efficacy, tokens",
     "edit/zsre/generalization": "generalization, tokens",

@@ -17,7 +17,7 @@ LOW_EDIT_SCORE = 0.6
 
 def points(curve: Curve, key: str) -> tuple[list[int], list[float]]:
     """Return the edit counts at which a score was taken, and the score; what is not finite is NaN."""
-    taken = [(entry["num_edits"], entry[key]) for entry in curve if key in entry]
+    taken = [(entry["num_requests"], entry[key]) for entry in curve if key in entry]
     return [count for count, _ in taken], [math.nan if value is None else float(value) for _, value in taken]
 
 
@@ -48,7 +48,7 @@ def edit_trajectories(curve: Curve, keys: Sequence[str]) -> dict[str, dict[str, 
     """
     result: dict[str, dict[str, float | None]] = {}
     for key in keys:
-        counts, scores = points([entry for entry in curve if entry["num_edits"]], key)
+        counts, scores = points([entry for entry in curve if entry["num_requests"]], key)
         if counts:
             x, y = torch.tensor(counts), torch.tensor(scores, dtype=torch.float64).nan_to_num(0.0)
             result[key] = {

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class EditWandbLogger(WandbLogger):
-    """Lightning's logger, every metric drawn against ``num_edits``.
+    """Lightning's logger, every metric drawn against ``num_requests``.
 
     Args:
         kwargs: See ``WandbLogger``; ``offline=True`` needs no account.
@@ -27,7 +27,7 @@ class EditWandbLogger(WandbLogger):
         if step is None:
             self.experiment.log(dict(metrics))
             return
-        self.experiment.define_metric("num_edits")
+        self.experiment.define_metric("num_requests")
         for name in metrics:
-            self.experiment.define_metric(name, step_metric="num_edits")
-        self.experiment.log({**metrics, "num_edits": step})
+            self.experiment.define_metric(name, step_metric="num_requests")
+        self.experiment.log({**metrics, "num_requests": step})

@@ -50,7 +50,9 @@ def bisect_collapses(
         count = known.get("edits_to_collapse", math.nan)
         if not measurement.tasks or not count < math.inf:
             continue
-        earlier = max(entry["num_edits"] for entry in evaluation.curve if entry["num_edits"] < count and key in entry)
+        earlier = max(
+            entry["num_requests"] for entry in evaluation.curve if entry["num_requests"] < count and key in entry
+        )
         ends = [line["num_requests"] for line in ledger.lines]
         low, high = sum(end <= earlier for end in ends), sum(end <= count for end in ends)
 

@@ -29,7 +29,7 @@ def report(
     out: Console,
 ) -> None:
     """Print the table, draw the plots, write the page, and hand table and plots to loggers that take them."""
-    edits = f"{summary['num_edits']} edits"
+    edits = f"{summary['num_requests']} edits"
     restrained = "no restraint" if summary["restraint"] == "none" else summary["restraint"]
     title = f"{summary['method']}, {restrained}: {edits} (data: {summary['data']}, model: {summary['model']})"
     columns = {"before": summary["baseline"], f"after {edits}": summary["final"]}
@@ -51,7 +51,7 @@ def report(
     )
     write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), [remark])
     for logger in loggers:
-        _log(logger, config, columns, figures, summary["num_edits"])
+        _log(logger, config, columns, figures, summary["num_requests"])
     out.print(result_table(title, columns))
 
 
@@ -68,13 +68,13 @@ def _stream_figures(evaluation: EditEvaluation, summary: RunSummary, title: str)
 
 
 def _log(
-    logger: Logger, config: DictConfig, columns: dict[str, Any], figures: dict[str, Figure], num_edits: int
+    logger: Logger, config: DictConfig, columns: dict[str, Any], figures: dict[str, Figure], num_requests: int
 ) -> None:
     logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     for name, figure in figures.items():
-        show_figure(logger, name, figure, step=num_edits)
+        show_figure(logger, name, figure, step=num_requests)
     if hasattr(logger, "log_table"):
         names = sorted(set().union(*columns.values()))
         data = [[name, *(scores.get(name) for scores in columns.values())] for name in names]
-        logger.log_table(key="result", columns=["metric", *columns], data=data, step=num_edits)
+        logger.log_table(key="result", columns=["metric", *columns], data=data, step=num_requests)
     logger.finalize("success")

@@ -73,14 +73,14 @@ def check_stream(ledger: Ledger, stream: EditStream) -> None:
             raise UserError(f"the data are not the run's: edit {place + 1} was {earlier['prompt']!r}")
 
 
-def earlier_metrics(path: Path, num_edits: int) -> list[tuple[int, dict[str, float]]]:
+def earlier_metrics(path: Path, num_requests: int) -> list[tuple[int, dict[str, float]]]:
     """Return what a run has logged into its CSV file up to an edit count, the baseline left out."""
     if not path.is_file():
         return []
     found = []
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            if (row.get("step") or "").isdigit() and 0 < int(row["step"]) <= num_edits:
+            if (row.get("step") or "").isdigit() and 0 < int(row["step"]) <= num_requests:
                 values = {key: value for key, value in row.items() if value and key and key not in ("step", "epoch")}
                 found.append((int(row["step"]), {key: float(value) for key, value in values.items()}))
     return found
