@@ -28,6 +28,8 @@ from prune_lightning.types import EditBatch, EditRequest
 from ._editing import editing_module
 from ._order import Place, check_order
 
+_SPECTRUM = {"sigma_max_delta": "largest σ of the change", "condition_number": "condition number"}
+
 
 class EditEvaluation(L.Callback):
     """Decides when an edited model is evaluated, and over which cases; an :class:`~.evaluator.Evaluator` does it.
@@ -232,6 +234,7 @@ class EditEvaluation(L.Callback):
             "intervals": evaluator.intervals,
             "stream": _trajectories(evaluator),
             "case_rows_left_out": evaluator.rows.left_out,
+            "labels": {**evaluator.labels(), "spectrum": {"title": "spectrum", "scores": _SPECTRUM}},
             "evaluate_s": sum(evaluator.seconds.values()),
             "evaluate_s_by": dict(evaluator.seconds),
         }

@@ -9,11 +9,20 @@ import pytest
 import yaml
 
 from prune_lightning.errors import UserError
+from prune_lightning.evaluation.me_ppl import SentencePerplexities
+from prune_lightning.evaluation.miniature import MiniatureAbilities
+from prune_lightning.evaluation.stream import StreamScores
+from prune_lightning.evaluation.wild import WildGeneration
+from prune_lightning.evaluation.zsre import ZsREScores
 from prune_lightning.report import compare
 from prune_lightning.report.curves import plot_abilities, plot_editing, plot_immediate, plot_retention
+from prune_lightning.report.labels import Labels
 from prune_lightning.report.page import write_page
 from prune_lightning.report.table import rows
 from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories, log_growth
+
+PARTS = (ZsREScores, WildGeneration, SentencePerplexities, MiniatureAbilities, StreamScores)
+LABELS = Labels({part.name: {"title": part.title, "scores": part.labels} for part in PARTS})
 
 
 def run(folder, method, restraint, seed, scores):
@@ -155,9 +164,9 @@ def test_table_shows_every_score_and_friendly_names_where_known():
             "stream/score/half_life_censored": 1.0,
         },
     }
-    assert rows(columns) == {
+    assert rows(columns, LABELS) == {
         "edit/new": [["odd_score", "0.100", "–"]],
-        "stream": [["half-life, edits, preferred", "–", "> 7.000"]],
+        "stream": [["half-life, edits, success", "–", "> 7.000"]],
         "abilities in miniature": [["open-domain questions", "0.900", "–"]],
     }
 
@@ -178,10 +187,10 @@ def test_plots_follow_the_scores():
     for entry in curve:
         entry |= {"ability/me_ppl/mean": 20.0 + entry["num_requests"], "ability/new/task": 0.4}
     curve[-1]["ability/new/task"] = None  # not finite
-    titles = [axes.get_title() for axes in plot_editing({"run": curve}).axes]
+    titles = [axes.get_title() for axes in plot_editing({"run": curve}, labels=LABELS).axes]
     assert titles == ["edits, zsRE", "edits, free answers (WILD): contains"]
     abilities = plot_abilities(
-        {"run": curve}, {"run": [{"num_requests": t, "ability/new/task": [0.1, 0.6]} for t in (0, 1)]}
+        {"run": curve}, {"run": [{"num_requests": t, "ability/new/task": [0.1, 0.6]} for t in (0, 1)]}, LABELS
     )
     assert {axes.get_title() for axes in abilities.axes} == {"perplexity of sentences (ME-PPL): mean", "ability/new"}
     assert plot_abilities({"run": [{"num_requests": 0, "edit/zsre/efficacy": 0.5}]}) is None

@@ -22,8 +22,8 @@ class CaseRows:
     """Takes the rows of each measurement at each count, one per task and case.
 
     Args:
-        path: JSONL file, written anew: a line is a row with ``num_requests`` and ``measurement`` in front. ``None`` for no
-            file, as in all processes but the first.
+        path: JSONL file, written anew: a line is a row with ``num_requests`` and ``measurement`` in front. ``None``
+            for no file, as in all processes but the first.
         max_mb: Size of the file in MB from which on no further rows are written; ``None`` for no limit.
         known: Tasks and cases that each measurement had rows of on the unedited model, if they were taken before.
         keep: A run that is resumed: rows in the file of 1 to ``keep`` edits stay.

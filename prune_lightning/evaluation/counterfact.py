@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torchmetrics import Metric
@@ -19,6 +20,16 @@ class CounterFactScores(EditingMeasurement):
     """SCORE, MAGNITUDE and ACCURACY of efficacy, generalization and locality (Meng et al., 2022), and S."""
 
     name = "edit/counterfact"
+    title = "edits, CounterFact"
+    labels: ClassVar[Mapping[str, str]] = {
+        "efficacy_score": "efficacy, success",
+        "efficacy_accuracy": "efficacy, exact match",
+        "generalization_score": "generalization, success",
+        "generalization_accuracy": "generalization, exact match",
+        "locality_score": "locality, success",
+        "locality_accuracy": "locality, exact match",
+        "harmonic_score": "harmonic mean, success",
+    }
 
     def metric(self) -> CounterFactScore:
         """Return a fresh metric."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torchmetrics import Metric
 
@@ -36,6 +36,13 @@ class EasyEditScores(SampledMeasurement):
     """
 
     name = "edit/easyedit"
+    title = "edits, EasyEdit"
+    labels: ClassVar[Mapping[str, str]] = {
+        "rewrite_acc": "rewrite, accuracy of tokens",
+        "rephrase_acc": "rephrase, accuracy of tokens",
+        "portability_acc": "portability, accuracy of tokens",
+        "locality_acc": "locality, accuracy of tokens",
+    }
 
     def __init__(self, max_cases: int | None = None, enabled: bool = True, counts: Sequence[int] | None = None) -> None:
         super().__init__(max_cases, enabled, counts)

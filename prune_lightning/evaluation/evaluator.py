@@ -59,6 +59,11 @@ class Evaluator:
         self._resampled_baseline: dict[str, Floats] = {}
         self._immediate: dict[str, tuple[Metric, list[dict[str, Any]]]] = {}
 
+    def labels(self) -> dict[str, dict[str, Any]]:
+        """Return, by measurement, its title and the labels of its scores, for tables and plots."""
+        parts: list[StreamScores | Measurement] = [*([self.stream] if self.stream else []), *self.measurements]
+        return {part.name: {"title": part.title or part.name, "scores": dict(part.labels)} for part in parts}
+
     # -- the unedited model ---------------------------------------------------------------------------------------
     def take_baseline(self, model: LanguageModel, cases: Cases, spectrum: Job) -> Scores:
         """Measure the unedited model.

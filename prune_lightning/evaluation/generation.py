@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torchmetrics import Metric
 
@@ -37,6 +37,11 @@ class GenerationQuality(SampledMeasurement):
     """
 
     name = "edit/generation"
+    title = "edits, generated texts"
+    labels: ClassVar[Mapping[str, str]] = {
+        "fluency": "fluency",
+        "consistency": "consistency",
+    }
 
     def __init__(
         self,

@@ -55,6 +55,7 @@ class HarnessTasks(Measurement):
     """
 
     name = "ability/lm_eval"
+    title = "abilities, lm-evaluation-harness"
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ class LegacyAbilities(Measurement):
     """
 
     name = "ability/legacy"
+    title = "abilities, the papers' tasks"
 
     def __init__(
         self,

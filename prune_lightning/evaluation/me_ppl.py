@@ -37,6 +37,7 @@ class SentencePerplexities(Measurement):
     """
 
     name = "ability/me_ppl"
+    title = "perplexity of sentences (ME-PPL)"
 
     def __init__(
         self,

@@ -42,10 +42,14 @@ class Measurement(ABC):
 
     Attributes:
         name: What stands before each of its scores, the protocol in it: ``edit/counterfact``, ``ability/miniature``.
+        title: Name of the measurement for tables and plots; ``name`` if empty.
+        labels: Names of its scores for tables and plots, in the order in which they are shown. Others go by their key.
         tasks: Scores, higher being better, whose mean ratio to the baseline is reported as ``retention``.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""
+    labels: ClassVar[Mapping[str, str]] = {}
     tasks: Sequence[str] = ()
 
     def __init__(self, enabled: bool = True, counts: Sequence[int] | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from prune_lightning.bundled.abilities import abilities, plain_text
 from prune_lightning.bundled.world import load_world
@@ -28,6 +28,15 @@ class MiniatureAbilities(Measurement):
     """
 
     name = "ability/miniature"
+    title = "abilities in miniature"
+    labels: ClassVar[Mapping[str, str]] = {
+        "reasoning": "reasoning",
+        "nli": "inference",
+        "qa": "open-domain questions",
+        "summarization": "summarisation",
+        "retention": "retention",
+        "perplexity": "perplexity",
+    }
 
     def __init__(self, max_items: int | None = None, enabled: bool = True, counts: Sequence[int] | None = None) -> None:
         super().__init__(enabled, counts)

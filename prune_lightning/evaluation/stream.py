@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,17 @@ from prune_lightning.types import EditRequest, Probe
 
 FORMS = ("score", "accuracy")
 _PROBES_PER_PASS = 32
+_FORM_NAMES = {"score": "success", "accuracy": "exact match"}
+_LABELS = {
+    "acquisition": "right after the edit",
+    "final": "now",
+    "forgetting": "forgotten",
+    "forgetting_max": "forgotten at most",
+    "bwt": "backward transfer",
+    "fwt": "forward transfer",
+    "half_life": "half-life, edits",
+    "num_nonfinite": "not finite",
+}
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,11 @@ class StreamScores:
     """
 
     name = "stream"
+    title = "stream"
+    labels: ClassVar[Mapping[str, str]] = {
+        **{f"{form}/{key}": f"{text}, {name}" for form, name in _FORM_NAMES.items() for key, text in _LABELS.items()},
+        "locality_agreement": "unrelated answers unchanged",
+    }
 
     def __init__(self, superseded: Mapping[int, int] | None = None) -> None:
         self.matrices = {form: RetentionMatrix(superseded, sync_on_compute=False) for form in FORMS}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torchmetrics import Metric
 
@@ -20,6 +21,13 @@ class ZsREScores(EditingMeasurement):
     """
 
     name = "edit/zsre"
+    title = "edits, zsRE"
+    labels: ClassVar[Mapping[str, str]] = {
+        "efficacy": "efficacy, accuracy of tokens",
+        "generalization": "generalization, accuracy of tokens",
+        "specificity": "specificity, accuracy of tokens",
+        "harmonic": "harmonic mean",
+    }
 
     def metric(self) -> TokenMatch:
         """Return a fresh metric."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,7 +19,8 @@ from matplotlib.figure import Figure
 from prune_lightning.errors import UserError
 from prune_lightning.metrics.trajectory import kaplan_meier_median
 from prune_lightning.report.groups import Group, read_groups
-from prune_lightning.report.table import figure, label
+from prune_lightning.report.labels import Labels
+from prune_lightning.report.table import figure
 from prune_lightning.report.trajectories import ability_trajectories
 
 HALF = 0.5
@@ -67,6 +69,15 @@ def _about_edits(score: str) -> bool:
     return "efficacy" in score or score.startswith("rewrite")
 
 
+def labels_of(groups: Sequence[Group]) -> Labels:
+    """Return the names of all scores of all runs, as their summaries give them."""
+    found: dict[str, Any] = {}
+    for group in groups:
+        for run in group.runs:
+            found |= run.get("labels", {})
+    return Labels(found)
+
+
 def half_lost(group: Group, kept: str) -> int | None:
     """Return the first evaluated edit count at which half of the abilities are lost; ``None`` if they never are."""
     return next((count for count in group.counts if group.at(kept, count) <= HALF), None)
@@ -111,8 +122,8 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
     """
     methods = list(dict.fromkeys(group.method for group in groups))
     restraints = list(dict.fromkeys(group.restraint for group in groups))
-    names = {WRITTEN: "efficacy (new answer preferred)"}
-    rows = {"abilities kept": keys.kept, names.get(keys.written, label(keys.written)): keys.written}
+    labels = labels_of(groups)
+    rows = {"retention": keys.kept, labels.label(keys.written): keys.written}
     columns = min(len(methods), _SIDE_BY_SIDE)
     bands = -(-len(methods) // columns)
     width, height = (4.2, 3.2) if bands == 1 else (2.8, 2.2)
@@ -162,7 +173,9 @@ def plot_collapse(groups: Sequence[Group], keys: Keys) -> Figure:
     axes.set_yticks(range(len(groups)), [f"{group.method}, {group.restraint}" for group in groups])
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(xlabel=f"edits to collapse: {label(keys.kept)} at or below {HALF} at two checkpoints in a row")
+    axes.set(
+        xlabel=f"edits to collapse: {labels_of(groups).label(keys.kept)} at or below {HALF} at two checkpoints in a row"
+    )
     return drawing
 
 

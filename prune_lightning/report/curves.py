@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prune_lightning.report.table import group_of, label
+from prune_lightning.report.labels import Labels
 from prune_lightning.report.trajectories import Curve, points
 
 _COLUMNS = 3
-_FORMS = {"score": "preferred to the other answer", "accuracy": "said outright", "magnitude": "probability ahead"}
+_FORMS = {"score": "success", "accuracy": "exact match", "magnitude": "probability ahead"}
 Panels = dict[str, list[str]]
 
 
@@ -28,20 +28,20 @@ def _shares(curves: Mapping[str, Curve], key: str) -> bool:
     return bool(np.nanmax(np.abs(values), initial=0.0) <= 1.0 + 1e-9)
 
 
-def _ability_panels(curves: Mapping[str, Curve]) -> Panels:
+def _ability_panels(curves: Mapping[str, Curve], labels: Labels) -> Panels:
     panels: Panels = {}
     for key in _keys(curves, "ability/"):
-        title = group_of(key) if _shares(curves, key) else f"{group_of(key)}: {label(key)}"
+        title = labels.title(key) if _shares(curves, key) else f"{labels.title(key)}: {labels.label(key)}"
         panels.setdefault(title, []).append(key)
     return panels
 
 
-def _editing_panels(curves: Mapping[str, Curve]) -> Panels:
+def _editing_panels(curves: Mapping[str, Curve], labels: Labels) -> Panels:
     """Return a panel for each measurement and form: the last word of a score's name, if there are several words."""
     panels: Panels = {}
     for key in _keys(curves, "edit/"):
         form = key.rpartition("/")[2].rpartition("_")
-        title = f"{group_of(key)}: {_FORMS.get(form[2], form[2])}" if form[0] else group_of(key)
+        title = f"{labels.title(key)}: {_FORMS.get(form[2], form[2])}" if form[0] else labels.title(key)
         panels.setdefault(title, []).append(key)
     return panels
 
@@ -66,7 +66,7 @@ def edit_axis(axes: Axes, counts: Sequence[int]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw(curves: Mapping[str, Curve], intervals: Mapping[str, Curve], panels: Panels) -> Figure:
+def _draw(curves: Mapping[str, Curve], intervals: Mapping[str, Curve], panels: Panels, labels: Labels) -> Figure:
     columns = min(len(panels), _COLUMNS)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5.4 * columns, 4.4 * lines), layout="constrained")
@@ -80,7 +80,7 @@ def _draw(curves: Mapping[str, Curve], intervals: Mapping[str, Curve], panels: P
             color = "black" if kept else f"C{number % 10}"
             for (name, curve), style in zip(curves.items(), ("o-", "x--"), strict=False):
                 x, y = points(curve, key)
-                text = f"{label(key)}, {name}" if len(curves) > 1 else label(key)
+                text = f"{labels.label(key)}, {name}" if len(curves) > 1 else labels.label(key)
                 axes.plot(x, y, style, color=color, lw=2.2 if kept else 1.3, ms=4, label=text)
                 _band(axes, intervals.get(name, ()), key, color)
         edit_axis(axes, counts)
@@ -92,24 +92,31 @@ def _draw(curves: Mapping[str, Curve], intervals: Mapping[str, Curve], panels: P
     return figure
 
 
-def plot_abilities(curves: Mapping[str, Curve], intervals: Mapping[str, Curve] | None = None) -> Figure | None:
+def plot_abilities(
+    curves: Mapping[str, Curve], intervals: Mapping[str, Curve] | None = None, labels: Labels | None = None
+) -> Figure | None:
     """Draw the abilities, solid for the first curve and dashed for the second, with bands where there are intervals.
 
     Args:
         curves: Scores at each evaluated count, by name.
         intervals: Low and high of scores at each evaluated count, by the same names.
+        labels: Names of scores; their keys if not given.
 
     Returns:
         The figure, or ``None`` if no ability was measured.
     """
-    panels = _ability_panels(curves)
-    return _draw(curves, intervals or {}, panels) if panels else None
+    names = labels or Labels()
+    panels = _ability_panels(curves, names)
+    return _draw(curves, intervals or {}, panels, names) if panels else None
 
 
-def plot_editing(curves: Mapping[str, Curve], intervals: Mapping[str, Curve] | None = None) -> Figure | None:
+def plot_editing(
+    curves: Mapping[str, Curve], intervals: Mapping[str, Curve] | None = None, labels: Labels | None = None
+) -> Figure | None:
     """Draw the editing scores over the edits so far; arguments as in :func:`plot_abilities`."""
-    panels = _editing_panels(curves)
-    return _draw(curves, intervals or {}, panels) if panels else None
+    names = labels or Labels()
+    panels = _editing_panels(curves, names)
+    return _draw(curves, intervals or {}, panels, names) if panels else None
 
 
 def plot_retention(entries: Sequence[tuple[int, int, int, float]], title: str) -> Figure:
@@ -140,13 +147,16 @@ def plot_retention(entries: Sequence[tuple[int, int, int, float]], title: str) -
     return figure
 
 
-def plot_immediate(curves: Mapping[str, Curve], stream: Mapping[str, Any], title: str = "") -> Figure | None:
+def plot_immediate(
+    curves: Mapping[str, Curve], stream: Mapping[str, Any], title: str = "", labels: Labels | None = None
+) -> Figure | None:
     """Draw how edits hold right after they are written against how all of them hold later, and retention by age.
 
     Args:
         curves: One curve, by name.
         stream: By form, ``by_age`` of its retention.
         title: What was edited.
+        labels: Names of scores; their keys if not given.
 
     Returns:
         The figure, or ``None`` where no metrics over the stream were taken.
@@ -155,11 +165,18 @@ def plot_immediate(curves: Mapping[str, Curve], stream: Mapping[str, Any], title
         return None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    curve = next(iter(curves.values()))
+    curve, names = next(iter(curves.values())), labels or Labels()
     for number, form in enumerate(stream):
         for key, style in (("acquisition", "--"), ("final", "o-")):
             counts, values = points(curve, f"stream/{form}/{key}")
-            left.plot(counts, values, style, color=f"C{number}", ms=4, label=label(f"stream/{form}/{key}"))
+            left.plot(
+                counts,
+                values,
+                style,
+                color=f"C{number}",
+                ms=4,
+                label=names.label(f"stream/{form}/{key}"),
+            )
         bins = stream[form]["by_age"]
         ages = [row["age"] for row in bins]
         for key, style in (("retention", "o-"), ("conditional", "x:")):

@@ -13,6 +13,7 @@ from rich.console import Console
 from prune_lightning.callbacks import EditEvaluation
 from prune_lightning.evaluation.stream import FORMS, entries
 from prune_lightning.report.curves import plot_abilities, plot_editing, plot_immediate, plot_retention
+from prune_lightning.report.labels import Labels
 from prune_lightning.report.page import write_page
 from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
 from prune_lightning.report.summary import RunSummary
@@ -37,10 +38,11 @@ def report(
     if control := summary["control"]:
         columns["without restraint"] = control["final"]
         curves["without restraint"], intervals["without restraint"] = control["curve"], control["intervals"]
+    labels = Labels(summary["labels"])
     drawn = {
-        "abilities": plot_abilities(curves, intervals),
-        "editing": plot_editing(curves, intervals),
-        **_stream_figures(evaluation, summary, title),
+        "abilities": plot_abilities(curves, intervals, labels),
+        "editing": plot_editing(curves, intervals, labels),
+        **_stream_figures(evaluation, summary, title, labels),
     }
     figures = {name: figure for name, figure in drawn.items() if figure} | {"spectra": plot_spectra(looked_at)}
     plots = save_plots(folder / "plots", figures)
@@ -49,18 +51,20 @@ def report(
         f"{summary['edit_s']:.0f} s of edits, {summary['evaluate_s']:.0f} s of evaluation "
         f"({100 * share:.0f} % of both). Bands are 95 % bootstrap intervals over cases."
     )
-    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), [remark])
+    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), [remark], labels)
     for logger in loggers:
         _log(logger, config, columns, figures, summary["num_requests"])
-    out.print(result_table(title, columns))
+    out.print(result_table(title, columns, labels))
 
 
-def _stream_figures(evaluation: EditEvaluation, summary: RunSummary, title: str) -> dict[str, Figure | None]:
+def _stream_figures(
+    evaluation: EditEvaluation, summary: RunSummary, title: str, labels: Labels
+) -> dict[str, Figure | None]:
     """Return the pictures of how edits hold along the stream."""
     stream = evaluation.evaluator.stream
     if not stream:
         return {}
-    figures = {"immediate": plot_immediate({title: summary["curve"]}, summary["stream"]["forms"], title)}
+    figures = {"immediate": plot_immediate({title: summary["curve"]}, summary["stream"]["forms"], title, labels)}
     for form, what in zip(FORMS, ("new answer preferred to the old one", "exact match of the new answer"), strict=True):
         if stream.matrices[form].update_called:
             figures[f"retention_{form}"] = plot_retention(entries(stream.matrices[form]), what)
