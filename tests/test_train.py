@@ -196,7 +196,7 @@ def test_subject_outside_its_prompt_is_named_by_line(tmp_path):
 
 
 def test_unknown_family_names_the_yaml_to_write(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "codegen"}))
     done = train(f"hydra.run.dir={tmp_path / 'run'}", f"model.path={tmp_path}", "progress=false")
     assert done.returncode == 2, done.stderr
-    assert "configs/model/family/opt.yaml" in done.stderr
+    assert "configs/model/family/codegen.yaml" in done.stderr

@@ -112,11 +112,13 @@ def load_language_model(
     weights_dtype = dtype_named(dtype)
     name, local = located(path)
     if local:
-        check_folder(Path(name))
+        check_folder(Path(name), weights=False)
     files: dict[str, Any] = {"revision": revision, "local_files_only": local or _offline()}
     with _one_line(path):
         config = AutoConfig.from_pretrained(name, **files)
     known = ModelFamily.of(config) if family is None else ModelFamily.from_entries(family)
+    if local:
+        check_folder(Path(name))
     with _one_line(path, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, **files)
     with _one_line(path):
