@@ -138,7 +138,7 @@ def test_a_model_that_the_fast_path_does_not_fit_takes_the_plain_one_and_says_so
     question = questions_of(model)[0]
     logits = neuron_attribution.CachedForward.logits_at
     monkeypatch.setattr(neuron_attribution.CachedForward, "logits_at", lambda *given: 1.01 * logits(*given))
-    with pytest.warns(UserWarning, match="the whole model runs for every layer"):
+    with pytest.warns(UserWarning, match="the whole model runs at every step"):
         found = integrated_gradients(model, [1], [question], FEW)[1]
     assert close(found[0], plain_attribution(model, 1, question, FEW))
 

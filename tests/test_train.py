@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,7 +202,9 @@ def test_subject_outside_its_prompt_is_named_by_line(tmp_path):
 
 
 def test_unknown_family_names_the_yaml_to_write(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "codegen"}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "prune_lightning" / "bundled" / "model" / name, tmp_path)
     done = train(f"hydra.run.dir={tmp_path / 'run'}", f"model.path={tmp_path}", "progress=false")
     assert done.returncode == 2, done.stderr
-    assert "configs/model/family/opt.yaml" in done.stderr
+    assert "configs/model/family/codegen.yaml" in done.stderr

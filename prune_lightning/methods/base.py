@@ -23,8 +23,9 @@ from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.methods.no_op_optimizer import NoOpOptimizer
 from prune_lightning.methods.run_parts import AttachedRestraint
 from prune_lightning.methods.trainer_checks import check_trainer
+from prune_lightning.models.adapters import refuse_adapters
 from prune_lightning.models.family import stores_transposed
-from prune_lightning.models.language_model import LanguageModel, refuse_adapters
+from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.phases import PhaseClock
 from prune_lightning.types import EditBatch, EditReport, EditRequest, EditStep, MatrixUpdate
 

@@ -17,9 +17,10 @@ from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.costs import training_cost
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import AboveBlock
+from prune_lightning.models.adapters import refuse_adapters
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.fast_path import agrees
-from prune_lightning.models.language_model import LanguageModel, refuse_adapters
+from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 ADAPTER = "edit"

@@ -13,29 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_lightning.errors import UserError, near
+from prune_lightning.models.adapters import refuse_adapters
 from prune_lightning.models.family import ModelFamily, number_of_experts, stores_transposed
 from prune_lightning.models.fast_path import FastPath, agrees
 from prune_lightning.models.hooks import capture, edit_input, edit_output, few_rows
 from prune_lightning.models.token_tree import grow, tree_inputs
 from prune_lightning.models.tokenization import Tokens
-
-
-def refuse_adapters(model: nn.Module) -> None:
-    """Raise an error if a model carries adapters of ``peft``.
-
-    They are the user's: an edit neither changes nor removes them, and a matrix below one is not what the model computes
-    with.
-
-    Raises:
-        UserError: It does; the message says how to merge them.
-    """
-    for path, module in model.named_modules():
-        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
-            where = f"at {path!r}" if path else "around the whole model"
-            raise UserError(
-                f"the model carries a PEFT adapter ({type(module).__name__} {where}); merge it first "
-                "(`model = peft_model.merge_and_unload()`) and edit the merged model"
-            )
 
 
 class Multiply(nn.Module):

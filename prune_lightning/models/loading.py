@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from prune_lightning.errors import UserError, near
 from prune_lightning.models.family import ModelFamily
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.model_folder import check_folder, no_such_folder
+from prune_lightning.models.model_folder import check_config, check_tokenizer, check_weights, no_such_folder
 from prune_lightning.models.quantisation import prepare_dequantisation
 from prune_lightning.models.tokenization import Tokens
 
@@ -68,11 +68,9 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """
     name, local = located(path)
     if local:
-        check_folder(Path(name), weights=False)
+        check_config(Path(name))
     with _one_line(path):
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            name, revision=revision, local_files_only=local or _offline()
-        )
+        config: PretrainedConfig = AutoConfig.from_pretrained(**_files(path, revision))
     return config
 
 
@@ -83,13 +81,8 @@ def load_tokens(path: str, revision: str | None = None) -> Tokens:
         UserError: No such folder or model, or it cannot be reached.
     """
     config = load_config(path, revision)
-    name, local = located(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local)
-    except (OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model.path: the tokenizer of {path!r} could not be loaded: {reason}") from error
-    return Tokens(tokenizer, getattr(config, "max_position_embeddings", None))
+    tokenizer = _load_tokenizer(path, config, _files(path, revision))
+    return Tokens(tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None))
 
 
 def load_language_model(
@@ -110,26 +103,43 @@ def load_language_model(
             YAML, a tokenizer of another model, or weights that cannot be dequantised.
     """
     weights_dtype = dtype_named(dtype)
+    config = load_config(path, revision)
+    known = ModelFamily.of(config) if family is None else ModelFamily.from_entries(family)
     name, local = located(path)
     if local:
-        check_folder(Path(name))
-    files: dict[str, Any] = {"revision": revision, "local_files_only": local or _offline()}
+        check_weights(Path(name))
+    files = _files(path, revision)
+    tokenizer = _load_tokenizer(path, config, files)
     with _one_line(path):
-        config = AutoConfig.from_pretrained(name, **files)
-    known = ModelFamily.of(config) if family is None else ModelFamily.from_entries(family)
-    with _one_line(path, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **files)
-    with _one_line(path):
-        _check_tokenizer(path, tokenizer, int(config.get_text_config().vocab_size))
-        model = _load_weights(path, name, config, weights_dtype, files)
+        model = _load_weights(path, config, weights_dtype, files)
     return LanguageModel(model, tokenizer, known)
 
 
-def _load_weights(path: str, name: str, config: PretrainedConfig, dtype: torch.dtype, files: dict[str, Any]) -> Any:
+def _files(path: str, revision: str | None) -> dict[str, Any]:
+    """Return the arguments of every ``from_pretrained`` that say where the files come from."""
+    name, local = located(path)
+    return {
+        "pretrained_model_name_or_path": name,
+        "revision": revision,
+        "local_files_only": local or _offline(),
+    }
+
+
+def _load_tokenizer(path: str, config: PretrainedConfig, files: dict[str, Any]) -> Any:
+    name, local = located(path)
+    if local:
+        check_tokenizer(Path(name))
+    with _one_line(path, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(**files)
+        _check_tokenizer(path, tokenizer, int(config.get_text_config().vocab_size))
+    return tokenizer
+
+
+def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, files: dict[str, Any]) -> Any:
     """Load the weights in ``dtype``; none may be left as they are initialised."""
     dequantise = prepare_dequantisation(config)
     auto: Any = AutoModelForCausalLM
-    model, info = auto.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **files)
+    model, info = auto.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **files)
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"model.path: {path!r} lacks {len(missing)} weights that its config.json asks for, {missing[0]} for one; "

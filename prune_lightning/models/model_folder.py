@@ -30,12 +30,8 @@ def no_such_folder(path: str, folder: Path) -> UserError:
     return UserError(f"model.path: no folder {path!r}{hint}")
 
 
-def check_folder(folder: Path, weights: bool = True) -> None:
-    """Look at what a model's folder holds, without loading it.
-
-    Args:
-        folder: The folder.
-        weights: Look at weights and tokenizer as well, not at the configuration alone.
+def check_config(folder: Path) -> None:
+    """Look at a model's configuration, and at all files for pointers in their place, without loading anything.
 
     Raises:
         UserError: Something is missing or broken.
@@ -45,22 +41,6 @@ def check_folder(folder: Path, weights: bool = True) -> None:
             raise UserError(
                 f"model.path: {path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {folder}"
             )
-    _check_config(folder)
-    if weights:
-        _check_weights(folder)
-        if not any(found for pattern in _TOKENIZERS for found in folder.glob(pattern)):
-            raise UserError(
-                f"model.path: {folder} holds no tokenizer; copy the files of the model's tokenizer there "
-                "(tokenizer.json and tokenizer_config.json)"
-            )
-
-
-def _begins(path: Path, start: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(start)) == start
-
-
-def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
@@ -85,6 +65,20 @@ def _check_config(folder: Path) -> None:
         )
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raise an error if a model's folder holds no tokenizer; libraries would make an empty one up."""
+    if not any(found for pattern in _TOKENIZERS for found in folder.glob(pattern)):
+        raise UserError(
+            f"model.path: {folder} holds no tokenizer; copy the files of the model's tokenizer there "
+            "(tokenizer.json and tokenizer_config.json)"
+        )
+
+
+def _begins(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -95,7 +89,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
+    """Look at the files of weights in a model's folder, without loading them.
+
+    Raises:
+        UserError: They are missing, incomplete or damaged.
+    """
     found = {path.name for pattern in _WEIGHTS for path in folder.glob(pattern) if path.stem != "training_args"}
     for index in sorted(folder.glob("*.index.json")):
         shards = _read_json(index).get("weight_map", {})
