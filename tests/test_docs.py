@@ -8,7 +8,9 @@ import re
 import lightning
 import pytest
 import torch
+import yaml
 from conftest import ROOT
+from peft import LoraConfig, get_peft_model
 
 from prune_lightning import distributed
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
@@ -23,18 +25,20 @@ BLOCKS = [
     for name, text in TEXTS.items()
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 ]
-# What a block takes for granted.
-GIVEN = {
-    "docs/evaluation.md": {
-        "nll_new": torch.tensor([0.5, 2.0]),
-        "nll_old": torch.tensor([1.0, 1.0]),
-        "all_tokens_hit": torch.tensor([True, False]),
-        "case_ids": torch.tensor([0, 1]),
-    }
-}
 NEEDS_A_RUN = {"docs/ledger.md"}  # only its imports are executed
 # Where a name of the guide may be defined.
 OWNERS = (LocateThenEdit, LanguageModel, Tokens, EditRequest, LowRankUpdate, distributed)
+
+
+def given(page):
+    """Return what the blocks of a page take for granted."""
+    if page == "docs/evaluation.md":
+        scores = {"nll_new": [0.5, 2.0], "nll_old": [1.0, 1.0], "all_tokens_hit": [True, False], "case_ids": [0, 1]}
+        return {name: torch.tensor(values) for name, values in scores.items()}
+    if page == "docs/models.md":
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+        return {"peft_model": get_peft_model(model, LoraConfig(target_modules=["0"]))}
+    return {}
 
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS)
@@ -44,12 +48,14 @@ def test_python_runs(page, block, tmp_path, monkeypatch):
     if page in NEEDS_A_RUN:
         tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         assert tree.body
-    names = dict(GIVEN.get(page, {}))
+    names = given(page)
     exec(compile(tree, page, "exec"), names)
     if page == "docs/evaluation.md":
         last = tree.body[-1]
         assert isinstance(last, ast.Expr)
         assert float(eval(compile(ast.Expression(last.value), page, "eval"), names)) == 0.5
+    if page == "docs/models.md":
+        assert type(names["model"][0]) is torch.nn.Linear
     if "trainer" in names:
         (restraint,) = [c for c in names["trainer"].callbacks if type(c).__name__ == "PRUNE"]
         assert isinstance(names["trainer"], lightning.Trainer)
@@ -77,5 +83,6 @@ def test_hooks_and_functions_of_the_guide_exist():
     assert {"compute_update", "observe", "forget", "map_over_ranks", "provisional"} <= told | {"provisional"}
     fields = {*EditRequest.__dataclass_fields__, *LowRankUpdate.__dataclass_fields__}
     attributes = {"tokens"}  # set in `__init__`
+    layers = yaml.safe_load((ROOT / "configs" / "model" / "gpt2.yaml").read_text(encoding="utf-8"))["edit"]["layers"]
     for name in told:
-        assert name in fields | attributes or any(hasattr(owner, name) for owner in OWNERS), name
+        assert name in fields | attributes | set(layers) or any(hasattr(owner, name) for owner in OWNERS), name

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, quiet_trainer
-from prune_lightning.evaluation.evaluator.stream import StreamScores, success
 from scipy import stats
 from stream_entries import ENTRIES, filled
 
@@ -22,6 +21,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.evaluation.case_rows import CaseRows, resampled
 from prune_lightning.evaluation.case_sampler import CaseSampler
 from prune_lightning.evaluation.measurement import EditingMeasurement, Measured
+from prune_lightning.evaluation.stream import StreamScores, success
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.metrics import AbilityCurve, RetentionMatrix
 from prune_lightning.metrics.bootstrap import interval, resampled_means
