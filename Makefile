@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env run test mutants lint compare editors forgetting pretrain clean
+.PHONY: env run test test-environments mutants lint compare editors forgetting pretrain clean
 
 env: .venv/.done
 
@@ -27,6 +27,10 @@ lint: .venv/.tools
 # Two workers of one thread each: faster than one of two, and no more on larger machines, for the sake of memory.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The numeric and the ledger tests in every numeric environment of today's processors, a line each.
+test-environments: .venv/.tools
+	tests/environments.sh
 
 # Known faults, put into a copy of the project one at a time: the tests have to notice each of them.
 mutants: .venv/.tools

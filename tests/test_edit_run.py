@@ -212,3 +212,27 @@ def test_a_batch_without_requests_ends_the_epoch(tiny):
     loader = torch.utils.data.DataLoader([EditBatch(())], batch_size=None)
     quiet_trainer().fit(module, loader)
     assert (module.num_requests, module.run.phase) == (0, Phase.NEW)
+
+
+def test_requests_that_are_looked_at_together_depend_on_their_place_in_the_stream_alone(tiny):
+    """Wherever a process starts, the window of a request is the same: what is computed for it rounds the same way."""
+    stream = Requests(range(40))
+    stream.setup()
+    windows = {}
+
+    class Note(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            (request,) = batch.requests
+            window = [one.case_id for one in pl_module.stream_window(request, 16)]
+            assert windows.setdefault(request.case_id, window) == window
+
+    for done in ((), [1] * 7, [1] * 30):
+        module, rest = CaseEdits(tiny("llama"), [1]), Requests(range(40), done=done)
+        module.run.move_to(len(done), len(done))
+        quiet_trainer(Note()).fit(module, datamodule=rest)
+    assert [windows[place] for place in (0, 15, 16, 39)] == [
+        list(range(16)),
+        list(range(16)),
+        list(range(16, 32)),
+        list(range(32, 40)),
+    ]
