@@ -1,8 +1,8 @@
 """What keeping a ledger costs at the shapes of GPT-2 XL and Llama-3-8B.
 
 `python benchmarks/ledger.py [--model gpt2-xl] [--edits 100] [--json FILE]` writes rank-one edits of every matrix that
-MEMIT edits, restrained by PRUNE, into a ledger on the disk, and prints bytes and seconds: per step, per snapshot, and
-for 10,000 edits. A last line gives the share of an edit's time, against the seconds that an edit takes.
+MEMIT edits into a ledger on the disk, with as many directions withheld at the end as PRUNE would withhold, and prints
+bytes and seconds: per step, per snapshot, and for 10,000 edits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from prune_lightning.callbacks import PRUNE
 from prune_lightning.ledger import Ledger, StepRecord
 from prune_lightning.ledger.sketch import StateSketch
 from prune_lightning.methods.edited_matrix import EditedMatrix
@@ -51,7 +50,6 @@ def run(model: str, edits: int, folder: Path) -> dict[str, float]:
     matrices = build(model)
     ledger, sketch = Ledger.create(folder / "ledger", {}), StateSketch(matrices)
     sketch.take()  # draws the signs
-    restraint = PRUNE(base=1.2)
     generator = torch.Generator().manual_seed(1)
     seconds = {"append": 0.0, "sketch": 0.0}
     for step in range(1, edits + 1):
@@ -60,7 +58,8 @@ def run(model: str, edits: int, folder: Path) -> dict[str, float]:
             left, right = (torch.randn(n, 1, generator=generator) for n in matrix.original().shape)
             matrix.add(LowRankUpdate(left / left.norm(), 20 * right / right.norm()))
             if step == edits:
-                restraint.restrain(matrix)
+                parts = (torch.randn(n, edits, generator=generator).double() for n in matrix.original().shape)
+                matrix.withhold(LowRankUpdate(*parts))
         start = time.perf_counter()
         taken = sketch.take()
         middle = time.perf_counter()

@@ -295,7 +295,8 @@ def test_the_step_of_a_collapse_is_found_between_two_looks(tiny, tmp_path):
         {"num_requests": n, "ability/near/retention": scaled[n]} for n in (0, at - 1 - (at > 3), at + 3, at + 6, 40)
     ]
     baseline = {"ability/near/near": 2 * kept[at]}
-    evaluation = SimpleNamespace(measurements=[measurement], curve=curve, baseline=baseline)
+    evaluator = SimpleNamespace(baseline=baseline)
+    evaluation = SimpleNamespace(measurements=[measurement], curve=curve, evaluator=evaluator)
     assert bisect_collapses(module, Ledger.open(tmp_path), evaluation, None) == {"ability/near/retention": at}
     assert torch.equal(module.matrix().weight(), weights[-1])
 

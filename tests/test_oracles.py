@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, write
 from safetensors.torch import load_file
 
 from prune_lightning.methods.alphaedit import AlphaEdit
@@ -117,7 +117,7 @@ def test_batch_methods_match_reference(oracle, method):
         chunk = requests[4 * batch : 4 * batch + 4]
         values = module.optimise(chunk, ShiftSite(module.layers[-1], "block"))
         assert relative(values.target, tensors[f"{method}.batch{batch}.z"]) < tolerance
-        module.write(chunk, module.compute_update(chunk)[0])
+        write(module, chunk, module.compute_update(chunk)[0])
         for layer, (name, matrix) in zip(module.layers, module.edited_matrices().items(), strict=True):
             theirs = tensors[f"{method}.batch{batch}.weight.{layer}"]
             assert relative(matrix.parameter, theirs, originals[name]) < tolerance

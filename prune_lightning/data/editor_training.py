@@ -68,7 +68,7 @@ class MetaExamples(Dataset[MetaExample]):
         in_order: bool = False,
     ) -> None:
         self.requests, self.texts, self.edits, self.in_order = requests, texts, edits, in_order
-        self.sampler, self.num_texts, self.seed = probes, num_texts, seed
+        self.probes, self.num_texts, self.seed = probes, num_texts, seed
 
     def __len__(self) -> int:
         return len(self.requests) // self.edits
@@ -80,7 +80,7 @@ class MetaExamples(Dataset[MetaExample]):
             chosen = self.requests[index * self.edits : (index + 1) * self.edits]
         else:
             chosen = rng.sample(self.requests, self.edits)
-        probes = rng.sample([probe for request in chosen for probe in request.locality], self.sampler)
+        probes = rng.sample([probe for request in chosen for probe in request.locality], self.probes)
         return MetaExample(
             edits=tuple(request.pair() for request in chosen),
             rephrased=tuple(rng.choice(request.paraphrase_pairs()) for request in chosen),
@@ -125,7 +125,7 @@ class EditorTrainingData(L.LightningDataModule):
             raise UserError("plain texts are asked for (`texts`), but there is no `corpus`")
         self.streams = {"train": train, "validation": validation}
         self.steps, self.batch_size, self.edits_per_update = steps, batch_size, edits_per_update
-        self.corpus, self.sampler, self.num_texts, self.text_words, self.seed = corpus, probes, texts, text_words, seed
+        self.corpus, self.probes, self.num_texts, self.text_words, self.seed = corpus, probes, texts, text_words, seed
         self._texts: list[str] | None = None
 
     def fit(self, tokens: Tokens) -> None:
@@ -144,10 +144,10 @@ class EditorTrainingData(L.LightningDataModule):
         for name, stream in self.streams.items():
             stream.setup()
             for request in stream.requests:
-                if not request.paraphrases or len(request.locality) < self.sampler:
+                if not request.paraphrases or len(request.locality) < self.probes:
                     raise UserError(
                         f"case {request.case_id} of the {name} edits has {len(request.paraphrases)} paraphrases and "
-                        f"{len(request.locality)} locality probes; one and {self.sampler} are needed"
+                        f"{len(request.locality)} locality probes; one and {self.probes} are needed"
                     )
             if len(stream.requests) < self.edits_per_update:
                 raise UserError(f"fewer {name} edits than edits_per_update={self.edits_per_update}")
@@ -163,7 +163,7 @@ class EditorTrainingData(L.LightningDataModule):
             self.streams[name].requests,
             self._texts,
             self.edits_per_update,
-            self.sampler,
+            self.probes,
             self.num_texts,
             self.seed,
             in_order=name == "validation",
