@@ -68,7 +68,7 @@ class Look(L.Callback):
         nll, count = token_nll(model, TEXT)
         scores = self.abilities.measure(model).scores
         before = self.curve[0] if self.curve else scores
-        scores["abilities kept"] = retention(scores, {task: before[task] for task in self.abilities.tasks})
+        scores["retention"] = retention(scores, {task: before[task] for task in self.abilities.tasks})
         scores["loss on the text"] = float(nll.sum() / count.sum())
         self.curve.append({"step": trainer.global_step, **scores})
 
@@ -94,7 +94,7 @@ def train(steps: int, learning_rate: float, items: int, *callbacks: L.Callback) 
 def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Draw what was measured against the steps."""
     figure = Figure(figsize=(13, 4), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 3), ("loss on the text", "abilities kept", "perplexity"), strict=True):
+    for axes, key in zip(figure.subplots(1, 3), ("loss on the text", "retention", "perplexity"), strict=True):
         for (label, curve), style in zip(curves.items(), ("C3--", "C0-"), strict=True):
             axes.plot([entry["step"] for entry in curve], [entry[key] for entry in curve], style, label=label)
         axes.set(xlabel="steps", title="held-out perplexity" if key == "perplexity" else key)

@@ -36,7 +36,7 @@ def test_lightning_example_keeps_more_with_prune_and_draws(tmp_path, monkeypatch
     module = example("lightning_finetune")
     monkeypatch.setattr(sys, "argv", ["x", "--steps", "20", "--items", "20", "--plot", str(tmp_path / "plot.png")])
     module.main()
-    row = next(line for line in capsys.readouterr().out.splitlines() if "abilities kept" in line)
+    row = next(line for line in capsys.readouterr().out.splitlines() if "retention" in line)
     _, before, alone, restrained = (cell.strip() for cell in row.strip("│ ").split("│"))
     assert (float(before), float(restrained) > float(alone) + 0.2) == (1.0, True)
     assert (tmp_path / "plot.png").stat().st_size > 10_000

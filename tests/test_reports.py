@@ -166,8 +166,8 @@ def test_table_shows_every_score_and_friendly_names_where_known():
     }
     assert rows(columns, LABELS) == {
         "edit/new": [["odd_score", "0.100", "–"]],
-        "stream": [["half-life, edits, success", "–", "> 7.000"]],
-        "abilities in miniature": [["open-domain questions", "0.900", "–"]],
+        "stream": [["half-life in edits, success", "–", "> 7.000"]],
+        "abilities, bundled tasks": [["open-domain question answering", "0.900", "–"]],
     }
 
 
@@ -188,14 +188,14 @@ def test_plots_follow_the_scores():
         entry |= {"ability/me_ppl/mean": 20.0 + entry["num_requests"], "ability/new/task": 0.4}
     curve[-1]["ability/new/task"] = None  # not finite
     titles = [axes.get_title() for axes in plot_editing({"run": curve}, labels=LABELS).axes]
-    assert titles == ["edits, zsRE", "edits, free answers (WILD): contains"]
+    assert titles == ["edits, zsRE", "edits, generated answers (WILD): contains"]
     abilities = plot_abilities(
         {"run": curve}, {"run": [{"num_requests": t, "ability/new/task": [0.1, 0.6]} for t in (0, 1)]}, LABELS
     )
     assert {axes.get_title() for axes in abilities.axes} == {"perplexity of sentences (ME-PPL): mean", "ability/new"}
     assert plot_abilities({"run": [{"num_requests": 0, "edit/zsre/efficacy": 0.5}]}) is None
     assert plot_immediate({"run": curve}, {}) is None
-    heat = plot_retention([(0, 1, 0, 0.0), (1, 1, 0, 1.0), (2, 2, 1, 1.0), (2, 1, 0, 0.0)], "said")
+    heat = plot_retention([(0, 1, 0, 0.0), (1, 1, 0, 1.0), (2, 2, 1, 1.0), (2, 1, 0, 0.0)], "exact match")
     shown = heat.axes[0].images[0].get_array()
     assert shown[0].tolist() == [1.0, 0.0]
     assert shown[1, 0] == 1.0

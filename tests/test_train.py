@@ -77,7 +77,7 @@ def test_run_leaves_what_other_programs_rely_on(default_run):
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(plots)
     assert "http" not in page.split("Configuration")[0]
-    assert "abilities kept" in shown
+    assert "│ retention " in shown
     assert "The run lies in" in shown
 
 

@@ -38,10 +38,10 @@ class EasyEditScores(SampledMeasurement):
     name = "edit/easyedit"
     title = "edits, EasyEdit"
     labels: ClassVar[Mapping[str, str]] = {
-        "rewrite_acc": "rewrite, accuracy of tokens",
-        "rephrase_acc": "rephrase, accuracy of tokens",
-        "portability_acc": "portability, accuracy of tokens",
-        "locality_acc": "locality, accuracy of tokens",
+        "rewrite_acc": "rewrite, token accuracy",
+        "rephrase_acc": "rephrase, token accuracy",
+        "portability_acc": "portability, token accuracy",
+        "locality_acc": "locality, token accuracy",
     }
 
     def __init__(self, max_cases: int | None = None, enabled: bool = True, counts: Sequence[int] | None = None) -> None:

@@ -28,11 +28,11 @@ class MiniatureAbilities(Measurement):
     """
 
     name = "ability/miniature"
-    title = "abilities in miniature"
+    title = "abilities, bundled tasks"
     labels: ClassVar[Mapping[str, str]] = {
         "reasoning": "reasoning",
-        "nli": "inference",
-        "qa": "open-domain questions",
+        "nli": "natural-language inference",
+        "qa": "open-domain question answering",
         "summarization": "summarisation",
         "retention": "retention",
         "perplexity": "perplexity",

@@ -22,13 +22,13 @@ _PROBES_PER_PASS = 32
 _FORM_NAMES = {"score": "success", "accuracy": "exact match"}
 _LABELS = {
     "acquisition": "right after the edit",
-    "final": "now",
-    "forgetting": "forgotten",
-    "forgetting_max": "forgotten at most",
+    "final": "all edits so far",
+    "forgetting": "forgetting",
+    "forgetting_max": "forgetting since the best",
     "bwt": "backward transfer",
     "fwt": "forward transfer",
-    "half_life": "half-life, edits",
-    "num_nonfinite": "not finite",
+    "half_life": "half-life in edits",
+    "num_nonfinite": "non-finite scores",
 }
 
 
@@ -127,7 +127,7 @@ class StreamScores:
     title = "stream"
     labels: ClassVar[Mapping[str, str]] = {
         **{f"{form}/{key}": f"{text}, {name}" for form, name in _FORM_NAMES.items() for key, text in _LABELS.items()},
-        "locality_agreement": "unrelated answers unchanged",
+        "locality_agreement": "locality, agreement with the unedited model",
     }
 
     def __init__(self, superseded: Mapping[int, int] | None = None) -> None:

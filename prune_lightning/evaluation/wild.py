@@ -86,26 +86,26 @@ class WildGeneration(SampledMeasurement):
     """
 
     name = "edit/wild"
-    title = "edits, free answers (WILD)"
+    title = "edits, generated answers (WILD)"
     labels: ClassVar[Mapping[str, str]] = {
         "bare_efficacy_exact_match": "bare: efficacy, exact match",
         "bare_efficacy_judge": "bare: efficacy, judged",
         "bare_generalization_exact_match": "bare: generalization, exact match",
         "bare_generalization_judge": "bare: generalization, judged",
         "bare_portability_exact_match": "bare: portability, exact match",
-        "bare_locality": "bare: locality, unchanged",
+        "bare_locality": "bare: locality, unchanged answers",
         "instruction_efficacy_exact_match": "instruction: efficacy, exact match",
         "instruction_efficacy_judge": "instruction: efficacy, judged",
         "instruction_generalization_exact_match": "instruction: generalization, exact match",
         "instruction_generalization_judge": "instruction: generalization, judged",
         "instruction_portability_exact_match": "instruction: portability, exact match",
-        "instruction_locality": "instruction: locality, unchanged",
+        "instruction_locality": "instruction: locality, unchanged answers",
         "chat_efficacy_exact_match": "chat: efficacy, exact match",
         "chat_efficacy_judge": "chat: efficacy, judged",
         "chat_generalization_exact_match": "chat: generalization, exact match",
         "chat_generalization_judge": "chat: generalization, judged",
         "chat_portability_exact_match": "chat: portability, exact match",
-        "chat_locality": "chat: locality, unchanged",
+        "chat_locality": "chat: locality, unchanged answers",
     }
 
     def __init__(

@@ -23,9 +23,9 @@ class ZsREScores(EditingMeasurement):
     name = "edit/zsre"
     title = "edits, zsRE"
     labels: ClassVar[Mapping[str, str]] = {
-        "efficacy": "efficacy, accuracy of tokens",
-        "generalization": "generalization, accuracy of tokens",
-        "specificity": "specificity, accuracy of tokens",
+        "efficacy": "efficacy, token accuracy",
+        "generalization": "generalization, token accuracy",
+        "specificity": "specificity, token accuracy",
         "harmonic": "harmonic mean",
     }
 

@@ -1,4 +1,4 @@
-"""Set run folders side by side: `python -m prune_lightning.report.compare RUN... --out FOLDER`.
+"""Compare run folders: `python -m prune_lightning.report.compare RUN... --out FOLDER`.
 
 Runs whose configurations differ in the seed alone are averaged; see :mod:`prune_lightning.report.groups`.
 """
@@ -35,8 +35,8 @@ class Keys:
     """The two scores that runs are compared by.
 
     Args:
-        kept: What is left of the abilities, relative to the unedited model.
-        written: How edits so far hold.
+        kept: Retention: the abilities relative to the unedited model.
+        written: Success of the edits so far.
     """
 
     kept: str
@@ -46,7 +46,7 @@ class Keys:
     def common(cls, groups: Sequence[Group]) -> Keys:
         """Return scores that all runs have: the bundled miniature's and CounterFact's if possible.
 
-        Where the runs have none in common, the preferred ones are returned and will be empty.
+        Where the runs have none in common, these two are returned, and the table has no values for them.
         """
         finals = [run["curve"][-1] for group in groups for run in group.runs]
         shared = [key for key in finals[0] if all(key in final for final in finals)]
@@ -59,8 +59,8 @@ class Keys:
         )
 
     def remark(self) -> str:
-        """Return what to say below the table; nothing for the scores that are compared by default."""
-        chosen = {"abilities kept": (self.kept, KEPT), "efficacy at N": (self.written, WRITTEN)}
+        """Return the line below the table that names the scores compared; empty for the default ones."""
+        chosen = {"retention": (self.kept, KEPT), "efficacy at N": (self.written, WRITTEN)}
         lines = [f"{name} is `{key}`" for name, (key, default) in chosen.items() if key != default]
         return "\n\n" + ", ".join(lines) + "." if lines else ""
 
@@ -92,19 +92,22 @@ def collapses(group: Group, kept: str) -> tuple[list[float], list[bool]]:
 
 
 _COLUMNS = {
-    "efficacy, preferred": "edit/counterfact/efficacy_score",
-    "efficacy, said": "edit/counterfact/efficacy_accuracy",
-    "generalization, preferred": "edit/counterfact/generalization_score",
-    "locality, said": "edit/counterfact/locality_accuracy",
+    "efficacy, success": "edit/counterfact/efficacy_score",
+    "efficacy, exact match": "edit/counterfact/efficacy_accuracy",
+    "generalization, success": "edit/counterfact/generalization_score",
+    "locality, exact match": "edit/counterfact/locality_accuracy",
 }
 
 
 def markdown_table(groups: Sequence[Group], keys: Keys) -> str:
-    """Return a row per group, at the edit count where its method has lost half without a restraint, and at the end."""
+    """Return a row per group: scores at N and at the end.
+
+    N is the first evaluated edit count at which the method without a restraint has lost half of its abilities.
+    """
     halves = {group.method: half_lost(group, keys.kept) for group in groups if group.restraint == "none"}
     last = min(group.counts[-1] for group in groups)
-    columns = {f"abilities kept, {last} edits": keys.kept, **_COLUMNS}
-    heads = ["method", "restraint", "N", "kept at N", "efficacy at N", *columns]
+    columns = {f"retention, {last} edits": keys.kept, **_COLUMNS}
+    heads = ["method", "restraint", "N", "retention at N", "efficacy at N", *columns]
     lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
     for group in groups:
         half = halves.get(group.method)
@@ -116,7 +119,7 @@ def markdown_table(groups: Sequence[Group], keys: Keys) -> str:
 
 
 def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
-    """Draw what is kept and what is written against the number of edits; bands over seeds.
+    """Draw retention and efficacy against the number of edits; bands over seeds.
 
     One column per method, five at most side by side.
     """
@@ -159,7 +162,10 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
 
 
 def plot_collapse(groups: Sequence[Group], keys: Keys) -> Figure:
-    """Draw the edits to collapse: the median over seeds, hatched up to the last count where half never collapse."""
+    """Draw the edits to collapse: the median over seeds.
+
+    The bar is hatched, and ends at the last count, where at most half of the runs collapse.
+    """
     drawing = Figure(figsize=(7.5, 1.2 + 0.38 * len(groups)), layout="constrained")
     axes = drawing.subplots()
     for place, group in enumerate(groups):
@@ -173,15 +179,14 @@ def plot_collapse(groups: Sequence[Group], keys: Keys) -> Figure:
     axes.set_yticks(range(len(groups)), [f"{group.method}, {group.restraint}" for group in groups])
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(
-        xlabel=f"edits to collapse: {labels_of(groups).label(keys.kept)} at or below {HALF} at two checkpoints in a row"
-    )
+    score = labels_of(groups).label(keys.kept)
+    axes.set(xlabel=f"edits to collapse: {score} at or below {HALF} at two evaluated counts in a row")
     return drawing
 
 
 def plot_forgetting(groups: Sequence[Group], keys: Keys) -> Figure:
-    """Draw how edits hold right after they are written, and how all edits so far hold, against their number."""
-    forms = {"accuracy": "new answer said outright", "score": "new answer preferred to the old one"}
+    """Draw the immediate success of each edit and the success of all edits so far, against the number of edits."""
+    forms = {"accuracy": "exact match of the new answer", "score": "success: new answer likelier than the old one"}
     drawing = Figure(figsize=(11, 4.4), layout="constrained")
     all_axes = drawing.subplots(1, 2, sharey=True)
     for axes, (form, title) in zip(all_axes, forms.items(), strict=True):
@@ -195,7 +200,7 @@ def plot_forgetting(groups: Sequence[Group], keys: Keys) -> Figure:
         axes.set(ylim=(-0.03, 1.03), xlabel="edits", title=title)
         axes.grid(alpha=0.3)
     all_axes[0].plot([], [], "--", color="grey", label="right after each edit")
-    all_axes[0].plot([], [], "o-", color="grey", ms=4, label="all edits so far, now")
+    all_axes[0].plot([], [], "o-", color="grey", ms=4, label="all edits so far")
     handles, names = all_axes[0].get_legend_handles_labels()
     drawing.legend(handles, names, loc="outside lower center", ncols=len(handles), frameon=False)
     return drawing
@@ -205,16 +210,16 @@ FIGURES = {"compare": plot_compare, "collapse": plot_collapse, "forgetting": plo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, and write it and its figure, or other figures."""
+    """Print the table and write the figures that were asked for."""
     parser = argparse.ArgumentParser(prog="python -m prune_lightning.report.compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--out", type=Path, default=Path("."), help="where compare.md and the figures go")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for compare.md and the figures")
     parser.add_argument(
         "--figures",
         nargs="+",
         choices=list(FIGURES),
         default=["compare"],
-        help="compare: table, and curves by method; collapse: edits to collapse; forgetting: immediate and later",
+        help="compare: table and curves by method; collapse: edits to collapse; forgetting: success over time",
     )
     options = parser.parse_args(arguments)
     try:

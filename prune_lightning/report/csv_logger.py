@@ -23,13 +23,13 @@ Row = dict[str, str]
 class StepTable:
     """A CSV file with one row per step, in the order of the steps, complete on disk after every call.
 
-    What is logged for the same step shares a row. A new column is added on the right. Neither takes back what the file
-    holds already: a row is appended or grows in a single write, and anything else is written aside and then renamed.
-    An empty cell was not measured, ``nan`` was measured and is not a number.
+    Values logged for the same step share a row. A new column is added on the right. The file never loses data: a row is
+    appended or extended in a single write, and any other change is written to a temporary file, which is then renamed.
+    An empty cell means not measured. ``nan`` means measured, but not a number.
 
     Args:
         path: The file.
-        keep: Rows up to this step stay from an earlier file; ``None`` for a new file.
+        keep: Keep the rows of an existing file up to this step; ``None`` starts a new file.
     """
 
     def __init__(self, path: Path, keep: int | None = None) -> None:
@@ -45,13 +45,13 @@ class StepTable:
         return -1 if self._last is None else int(self._last["step"])
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add figures to the row of a step.
+        """Add values to the row of a step.
 
-        A figure that the row holds already, with another value, begins a second row of the step: nothing is lost.
+        A second, different value of the same name starts a second row for the step, so that no value is lost.
 
         Args:
             step: The step.
-            values: Figures by name.
+            values: Values by name.
         """
         row = {key: str(v.item() if isinstance(v, Tensor) else v) for key, v in values.items()} | {"step": str(step)}
         known = row.keys() <= set(self.columns)
@@ -106,12 +106,12 @@ def _agree(one: Row, other: Row) -> bool:
 class StepCSVLogger(Logger):
     """Logs to `metrics.csv`, one row per step, each written as soon as it is logged; see :class:`StepTable`.
 
-    Lightning's ``CSVLogger`` keeps rows in memory, writes a row per call, and deletes the file of the run that is
+    Lightning's ``CSVLogger`` keeps rows in memory, writes a row per call, and deletes the file of a run that is
     resumed.
 
     Args:
         folder: Where `metrics.csv` and `hparams.yaml` are written.
-        keep: Rows up to this step stay from an earlier file; ``None`` for a new file.
+        keep: Keep the rows of an existing file up to this step; ``None`` starts a new file.
     """
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
@@ -122,13 +122,13 @@ class StepCSVLogger(Logger):
     @property
     @override
     def name(self) -> str:
-        """No name: the folder says it all."""
+        """Empty: the folder identifies the run."""
         return ""
 
     @property
     @override
     def version(self) -> str:
-        """No version either."""
+        """Empty, like the name."""
         return ""
 
     @property
@@ -140,7 +140,7 @@ class StepCSVLogger(Logger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Write figures into the row of a step; the one after the last row by default."""
+        """Write values into the row of a step; by default the step after the last row."""
         self._table = self._table or StepTable(self._folder / "metrics.csv", self._keep)
         self._table.add(self._table.last_step + 1 if step is None else step, metrics)
 

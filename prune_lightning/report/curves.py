@@ -1,4 +1,4 @@
-"""Scores against the number of edits, whatever measurements a run has."""
+"""Plots of scores against the number of edits, for any measurements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prune_lightning.report.labels import Labels
 from prune_lightning.report.trajectories import Curve, points
 
 _COLUMNS = 3
-_FORMS = {"score": "success", "accuracy": "exact match", "magnitude": "probability ahead"}
+_FORMS = {"score": "success", "accuracy": "exact match", "magnitude": "probability difference"}
 Panels = dict[str, list[str]]
 
 
@@ -54,7 +54,7 @@ def _band(axes: Axes, intervals: Curve, key: str, color: str) -> None:
 
 
 def edit_axis(axes: Axes, counts: Sequence[int]) -> None:
-    """Put edit counts on the x-axis, so close to a logarithm that the first edits can be told apart."""
+    """Put edit counts on a nearly logarithmic x-axis, on which the first edits can be told apart."""
     axes.set_xscale("symlog", linthresh=1)
     shown: list[int] = []
     for count in sorted(set(counts), reverse=True):  # the last one is always shown
@@ -123,7 +123,7 @@ def plot_retention(entries: Sequence[tuple[int, int, int, float]], title: str) -
     """Draw the retention matrix: each edit (upwards, in the order of the stream) at each evaluated count.
 
     Args:
-        entries: Count, commit, case and value of each entry; those of before the commit are left out.
+        entries: Count, commit, case and value of each entry; entries from before the commit are left out.
         title: What the value is.
     """
     after = [entry for entry in entries if entry[0] >= entry[1]]
@@ -142,15 +142,15 @@ def plot_retention(entries: Sequence[tuple[int, int, int, float]], title: str) -
     )  # fmt: skip
     axes.axvline(0.5, color="black", lw=1)
     axes.set_xticks(range(1 + len(later)), ["right after", *map(str, later)], rotation=60)
-    axes.set(xlabel="edits written", ylabel="edit, in the order of the stream", title=title)
-    figure.colorbar(image, label="holds (1) or not (0); grey: not looked at")
+    axes.set(xlabel="edits so far", ylabel="edit, in the order of the stream", title=title)
+    figure.colorbar(image, label="1: edit holds, 0: edit is lost, grey: not scored")
     return figure
 
 
 def plot_immediate(
     curves: Mapping[str, Curve], stream: Mapping[str, Any], title: str = "", labels: Labels | None = None
 ) -> Figure | None:
-    """Draw how edits hold right after they are written against how all of them hold later, and retention by age.
+    """Draw the immediate success of edits, the later success of all of them, and retention by age.
 
     Args:
         curves: One curve, by name.
@@ -180,13 +180,13 @@ def plot_immediate(
         bins = stream[form]["by_age"]
         ages = [row["age"] for row in bins]
         for key, style in (("retention", "o-"), ("conditional", "x:")):
-            text = "held at that age" if key == "retention" else "of those that held at first"
+            text = "retention" if key == "retention" else "retention of edits that held at first"
             name = f"{text}, {_FORMS[form]}"
             right.plot(ages, [row[key] for row in bins], style, color=f"C{number}", ms=4, label=name)
     edit_axis(left, [entry["num_requests"] for entry in curve if entry["num_requests"]])
     edit_axis(right, [round(row["age"]) for form in stream.values() for row in form["by_age"]])
-    right.set_xlabel("age: edits written since")
-    for axes, name in ((left, "right after the edit, and later"), (right, "retention by age")):
+    right.set_xlabel("age: number of later edits")
+    for axes, name in ((left, "success right after the edit, and of all edits so far"), (right, "retention by age")):
         axes.set(ylim=(-0.03, 1.03), title=name)
         axes.legend(fontsize=7, framealpha=0.6)
     figure.suptitle(title, fontsize=10)

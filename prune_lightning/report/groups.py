@@ -15,14 +15,14 @@ import yaml
 
 from prune_lightning.errors import UserError
 
-# Settings that change no score: where things lie, what is shown, how much is done at once.
+# Settings that change no score: file locations, display, batch sizes of computations.
 _WITHOUT_EFFECT = {
     *("seed", "task", "control", "ledger", "resume", "bisect_collapse", "progress", "export", "logger"),
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
     *("callbacks.spectrum", "evaluation.max_case_mb"),
 }
 _WITHOUT_EFFECT_ANYWHERE = {"cache", "shipped", "save_every", "token_budget"}
-_CHOICES = ("model", "data")  # entries of a summary that name many settings at once
+_CHOICES = ("model", "data")  # summary entries that each stand for many settings
 
 _Key: TypeAlias = tuple[tuple[str, str], ...]
 
@@ -32,8 +32,8 @@ class Group:
     """Runs that differ in their seed only.
 
     Args:
-        method: Editing method, with the settings that tell it from other groups of its name.
-        restraint: Restraint, with its settings where restraints of one name differ.
+        method: Editing method, with the settings that distinguish it from other groups of the same method.
+        restraint: Restraint, with its settings where groups of the same restraint differ.
         runs: Their summaries.
     """
 
@@ -75,11 +75,11 @@ class _Run:
 def read_groups(folders: Sequence[Path]) -> list[Group]:
     """Read run folders and group the runs whose configurations differ in the seed alone.
 
-    Two configurations are the same if ``.hydra/config.yaml`` is, but for the seed and settings that change no score
-    (where things lie, what is shown, how much is done at once). Groups of one method or restraint that differ are
-    labelled with the settings that tell them apart, e.g. ``prune (base=10)``; model and data are named wherever the
-    runs differ in them. If a run has no configuration, all are
-    compared by what their summaries say of model, data and restraint.
+    Two configurations are the same if their ``.hydra/config.yaml`` are equal, except for the seed and for settings that
+    change no score (file locations, display, batch sizes of computations). Groups of the same method or restraint are
+    labelled with the settings that distinguish them, e.g. ``prune (base=10)``. The label names model and data where the
+    runs differ in them. If a run has no configuration file, all runs are compared by the model, data and restraint in
+    their summaries.
 
     Raises:
         UserError: A folder holds no summary, or two runs have the same configuration and the same seed.
@@ -104,12 +104,12 @@ def _read(folders: Sequence[Path]) -> list[_Run]:
     for folder in folders:
         path, config = folder / "summary.json", folder / ".hydra" / "config.yaml"
         if not path.is_file():
-            raise UserError(f"{str(folder)!r} is not the folder of a finished run: there is no summary.json in it")
+            raise UserError(f"{str(folder)!r} is not the folder of a finished run: it has no summary.json")
         summaries.append(json.loads(path.read_text("utf-8")))
         # Not resolved: a seed that follows the run's, as `${seed}`, is the same text in all runs.
         configs.append(yaml.safe_load(config.read_text("utf-8")) if config.is_file() else None)
     if missing := [str(folder) for folder, config in zip(folders, configs, strict=True) if config is None]:
-        sys.stderr.write(f"no .hydra/config.yaml in {missing[0]}: runs are compared by their summaries alone\n")
+        sys.stderr.write(f"no .hydra/config.yaml in {missing[0]}: runs are compared by their summaries only\n")
         options = {"model": "model", "data": "data", "protocol": "protocol", "restraint": "restraint_options"}
         configs = [{key: summary.get(entry) for key, entry in options.items()} for summary in summaries]
     settings = [_settings(config) for config in configs]
@@ -135,13 +135,13 @@ def _check_seeds(members: Sequence[_Run]) -> None:
         if seed in seen:
             raise UserError(
                 f"{str(seen[seed])!r} and {str(run.folder)!r} have the same configuration and the same seed ({seed}); "
-                "give only one of them"
+                "pass only one of them"
             )
         seen[seed] = run.folder
 
 
 def _labels(runs: Sequence[_Run], what: str, settings: Callable[[_Run], Mapping[str, str]]) -> list[str]:
-    """Return a label per run: its method or restraint, and the settings that tell it from others of the name."""
+    """Return a label per run: its method or restraint, and the settings that distinguish it from its namesakes."""
     by_name: dict[str, dict[_Key, _Run]] = defaultdict(dict)
     for run in runs:
         by_name[run.summary[what]].setdefault(_key(settings(run)), run)
@@ -165,7 +165,7 @@ def _key(settings: Mapping[str, str]) -> _Key:
 
 
 def _telling(different: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
-    """Return ``keys`` and the first further ones that it takes to tell all entries apart."""
+    """Return ``keys`` and as many further keys as it takes to distinguish all entries."""
 
     def apart(by: Sequence[str]) -> int:
         return len({tuple(each.get(key) for key in by) for each in different})

@@ -1,4 +1,4 @@
-"""Names of scores for people, as each measurement gives them."""
+"""Display names of scores, as each measurement defines them."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Labels:
         return self._titles.get(name, name)
 
     def label(self, key: str) -> str:
-        """Return a score's label, or what follows the measurement's name in its key."""
+        """Return the label of a score, or else its key without the measurement's name."""
         return self._labels.get(key, key.removeprefix(self.measurement(key) + "/"))
 
     def place(self, key: str) -> int:
-        """Return where a score is shown within its measurement; those without a label come last."""
+        """Return the position of a score within its measurement; scores without a label come last."""
         return self._places.get(key, len(self._places))

@@ -30,7 +30,7 @@ def write_page(
         columns: Scores by column title.
         plots: PNG files, embedded.
         config: The composed configuration as YAML.
-        remarks: Sentences below the table.
+        remarks: Sentences shown below the table.
         labels: Names of scores; their keys if not given.
     """
     environment = Environment(loader=PackageLoader("prune_lightning", "report"), autoescape=True)

@@ -1,4 +1,4 @@
-"""Spectra, and what becomes of any picture: a file, or an entry of a logger."""
+"""Plots of spectra, and saving figures to files or loggers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Spectra:
     Args:
         name: Name of the weight.
         original: Of the original weight.
-        edited: Of the original weight and its whole change.
-        restrained: Of the weight as it is: without what a restraint withholds.
+        edited: Of the original weight plus the whole change.
+        restrained: Of the current weight, without the part that a restraint withholds.
         change: Of the whole change.
-        restrained_change: Of the change that the weight carries.
+        restrained_change: Of the part of the change that is in the weight.
     """
 
     name: str
@@ -65,11 +65,11 @@ def plot_spectra(spectra: Sequence[Spectra]) -> Figure:
 
 
 def show_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
-    """Hand a figure to a logger that takes pictures: Weights & Biases and the like, or TensorBoard.
+    """Log a figure to a logger that accepts images, such as Weights & Biases or TensorBoard.
 
     Args:
-        logger: A Lightning logger; one that takes no pictures is left alone.
-        name: Name of the picture.
+        logger: A Lightning logger; one that accepts no images is skipped.
+        name: Name of the image.
         figure: The figure.
         step: The logger's x-axis.
     """
@@ -85,8 +85,8 @@ def save_plots(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
     """Write figures as PNG.
 
     Args:
-        folder: Made if it is not there.
-        figures: By file name without its ending.
+        folder: Created if it does not exist.
+        figures: By file name without the extension.
 
     Returns:
         The files.

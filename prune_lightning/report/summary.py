@@ -1,4 +1,4 @@
-"""The summary of a run: what it was, and what every part of it has to report."""
+"""The summary of a run: its settings, and the results that its parts report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class Summarised(Protocol):
-    """A part of a run (a callback, the stream, the method) that reports something at its end."""
+    """A part of a run (a callback, the stream, the method) that reports results at the end of the run."""
 
     def summary(self) -> Mapping[str, Any]:
         """Return entries of the summary by name, JSON-able."""
@@ -16,20 +16,20 @@ class Summarised(Protocol):
 
 
 class RunSummary:
-    """Collects what the parts of a run report; it knows none of them.
+    """Collects what the parts of a run report.
 
     Args:
-        about: What the run was: method, restraint, model, data, and so on.
+        about: Settings of the run: method, restraint, model, data, and so on.
     """
 
     def __init__(self, about: Mapping[str, Any]) -> None:
         self.entries: dict[str, Any] = dict(about)
 
     def collect(self, parts: Iterable[Any]) -> RunSummary:
-        """Add what each part reports, if it does.
+        """Add the entries of every part that implements :class:`Summarised`.
 
         Raises:
-            ValueError: Two parts report under one name.
+            ValueError: Two parts report an entry of the same name.
         """
         for part in parts:
             if isinstance(part, Summarised):
@@ -40,15 +40,15 @@ class RunSummary:
         """Add entries.
 
         Raises:
-            ValueError: One is there already.
+            ValueError: The summary already has an entry of that name.
         """
         if twice := sorted(self.entries.keys() & entries.keys()):
-            raise ValueError(f"{who} reports {', '.join(twice)} in the summary, which is there already")
+            raise ValueError(f"{who} reports {', '.join(twice)}, which the summary already has")
         self.entries |= entries
 
     def __getitem__(self, name: str) -> Any:
         return self.entries[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return an entry, or ``default`` if nobody has reported it."""
+        """Return an entry, or ``default`` if no part has reported it."""
         return self.entries.get(name, default)

@@ -27,7 +27,7 @@ def _cell(scores: Mapping[str, Any], key: str) -> str:
 def rows(columns: Mapping[str, Mapping[str, Any]], labels: Labels | None = None) -> dict[str, list[list[str]]]:
     """Return, by group, a row per score: its name, then its value in each column.
 
-    A figure of which it is only known that it is larger has ``>`` before it.
+    A censored value, which is only a lower bound, has ``>`` before it.
 
     Args:
         columns: Scores by column title.

@@ -1,4 +1,4 @@
-"""What the scores of a run do along its stream."""
+"""Summaries of how scores develop along a stream of edits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ability_trajectories(curve: Curve, keys: Sequence[str]) -> dict[str, dict[st
 
     Args:
         curve: Scores at each evaluated count.
-        keys: Scores, higher being better; those that were 0 before the first edit are left out.
+        keys: Scores for which higher is better; those that were 0 before the first edit are left out.
     """
     result = {}
     for key in keys:
@@ -63,8 +63,8 @@ def log_growth(curve: Sequence[Mapping[str, float]], suffix: str = "/norm_ratio"
     r"""Return the least-squares slope of :math:`\\ln\\|W_t\\|_F` against the edits, for each matrix.
 
     Args:
-        curve: Looks of a spectrum monitor.
-        suffix: Ending of the figure that holds the norm relative to the original's.
+        curve: Measurements of a spectrum monitor.
+        suffix: Suffix of the keys that hold the norm relative to the original's.
     """
     names = [key for key in (curve[0] if len(curve) > 1 else {}) if key.endswith(suffix) and "/delta" not in key]
     steps = torch.tensor([look["step"] for look in curve], dtype=torch.float64)

@@ -21,7 +21,7 @@ class EditWandbLogger(WandbLogger):
         """Log metrics that belong to an edit count.
 
         Args:
-            metrics: Figures by name, or media.
+            metrics: Values by name, or media.
             step: Number of edits.
         """
         if step is None:

@@ -65,7 +65,9 @@ def _stream_figures(
     if not stream:
         return {}
     figures = {"immediate": plot_immediate({title: summary["curve"]}, summary["stream"]["forms"], title, labels)}
-    for form, what in zip(FORMS, ("new answer preferred to the old one", "exact match of the new answer"), strict=True):
+    for form, what in zip(
+        FORMS, ("success: new answer likelier than the old one", "exact match of the new answer"), strict=True
+    ):
         if stream.matrices[form].update_called:
             figures[f"retention_{form}"] = plot_retention(entries(stream.matrices[form]), what)
     return figures
