@@ -1,4 +1,4 @@
-"""The documentation's Python runs, and the files and names that it speaks of exist."""
+"""The Python of the documentation runs, and the files and names that it mentions exist."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def test_files_exist(page):
 
 def test_hooks_and_functions_of_the_guide_exist():
     text = re.sub(r"```.*?```", "", TEXTS["docs/adding_a_method.md"], flags=re.DOTALL)
-    owes = text[text.index("## What the class owes") : text.index("## Into the project")]
-    told = set(re.findall(r"`(?:self\.|model\.)*([a-z_]+)(?:\([^`]*\))?`", owes))
-    assert {"compute_update", "observe", "forget", "map_over_ranks", "provisional"} <= told | {"provisional"}
+    required = text[text.index("## Requirements") : text.index("## Contributing a method")]
+    named = set(re.findall(r"`(?:self\.|model\.)*([a-z_]+)(?:\([^`]*\))?`", required))
+    assert {"compute_update", "observe", "forget", "map_over_ranks", "provisional"} <= named | {"provisional"}
     fields = {*EditRequest.__dataclass_fields__, *LowRankUpdate.__dataclass_fields__}
     attributes = {"tokens"}  # set in `__init__`
     layers = yaml.safe_load((ROOT / "configs" / "model" / "gpt2.yaml").read_text(encoding="utf-8"))["edit"]["layers"]
-    for name in told:
+    for name in named:
         assert name in fields | attributes | set(layers) or any(hasattr(owner, name) for owner in OWNERS), name
