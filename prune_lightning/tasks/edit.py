@@ -70,6 +70,7 @@ def run(config: DictConfig) -> None:
             control = _control(config, job, run_log) if job.restraint and config.control else None
     if not trainer.is_global_zero:
         return
+    summary.add({"evaluate_share": _share(summary)})
     summary.add({"exports": exports, "control": control and RunSummary({}).collect([control]).entries})
     summary["stream"]["collapses"] = collapses
     with clock.phase("report"):
@@ -181,6 +182,12 @@ def _about(config: DictConfig, job: Job) -> dict[str, Any]:
         "data": choice("data"),
         "seed": config.seed,
     }
+
+
+def _share(summary: RunSummary) -> float:
+    """Return the share of evaluation in edits and evaluation together."""
+    spent = summary["evaluate_s"] + summary["edit_log_s"]
+    return float(spent / ((spent + summary["edit_s"]) or 1.0))
 
 
 def _collapses(config: DictConfig, job: Job, trainer: L.Trainer) -> dict[str, int]:

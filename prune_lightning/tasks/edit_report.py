@@ -46,10 +46,9 @@ def report(
     }
     figures = {name: figure for name, figure in drawn.items() if figure} | {"spectra": plot_spectra(looked_at)}
     plots = save_plots(folder / "plots", figures)
-    share = summary["evaluate_s"] / ((summary["evaluate_s"] + summary["edit_s"]) or 1.0)
     remark = (
         f"{summary['edit_s']:.0f} s of edits, {summary['evaluate_s']:.0f} s of evaluation "
-        f"({100 * share:.0f} % of both). Bands are 95 % bootstrap intervals over cases."
+        f"({100 * summary['evaluate_share']:.0f} % of both). Bands are 95 % bootstrap intervals over cases."
     )
     write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), [remark], labels)
     for logger in loggers:
