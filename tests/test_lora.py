@@ -128,7 +128,8 @@ def test_fast_path_equals_the_plain_one(family, kind, layers, tiny, recwarn):
     ours, theirs = fast.compute_update(REQUESTS), plain.compute_update(REQUESTS)
     assert not [w for w in recwarn if "fast path" in str(w.message)]
     assert set(ours[0]) == set(fast.edited_modules()) == set(theirs[0])
-    exact = 1e-8 if family in ("gpt2", "gptj", "gpt_neox") else 1e-3  # norms in fp32, and Adam divides by small numbers
+    # Elsewhere norms or attention run in fp32 whatever the dtype, and Adam divides by small numbers.
+    exact = 1e-8 if family in ("gpt2", "gpt_neox") else 1e-3
     for name in ours[0]:
         if kind is LoRA or ours[0][name].left.shape[1]:  # AdaLoRA may prune a module to nothing
             assert relative(ours[0][name].dense(), theirs[0][name].dense()) < exact
