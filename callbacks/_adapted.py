@@ -44,18 +44,20 @@ class AdaptedMatrix:
     def __init__(self, name: str, layer: LoraLayer) -> None:
         active = [adapter for adapter in layer.lora_A if adapter in layer.active_adapters]
         plain = isinstance(layer, LoraLinear) and not layer.lora_variant and not layer.merged
-        base = layer.get_base_layer().weight
-        if not (plain and len(layer.lora_A) == len(active) == 1 and not base.requires_grad and base.ndim == 2):
+        base = getattr(layer.get_base_layer(), "weight", None)
+        frozen = isinstance(base, nn.Parameter) and not base.requires_grad
+        if not (plain and frozen and len(layer.lora_A) == len(active) == 1):
             raise UserError(
-                f"{name}: of adapters, a restraint serves one plain LoRA on a frozen Linear or Conv1D layer, not merged "
-                "and without a variant such as DoRA. Leave this layer out of `parameters`"
+                f"{name}: of adapters, a restraint serves one plain LoRA on a frozen Linear or Conv1D layer, not "
+                "merged and without a variant such as DoRA. Leave this layer out of `parameters`"
             )
-        self.name, self._layer, self._adapter = name, layer, active[0]
+        self.name, self._adapter = name, active[0]
+        self._layer: Any = layer
 
     @property
     def _factors(self) -> tuple[nn.Parameter, nn.Parameter, float]:
-        layer: Any = self._layer
-        return layer.lora_B[self._adapter].weight, layer.lora_A[self._adapter].weight, layer.scaling[self._adapter]
+        layer, adapter = self._layer, self._adapter
+        return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight, layer.scaling[adapter]
 
     def original(self) -> Tensor:
         """Return the weight of the base layer, ``out_features x in_features``."""
@@ -137,13 +139,11 @@ def adapted_layers(module: nn.Module) -> dict[str, tuple[str, LoraLayer]]:
     Returns:
         By the names of a base weight and of each of its factors: the name of the base weight, and the layer.
     """
-    found = {}
+    found: dict[str, tuple[str, LoraLayer]] = {}
     for name, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):
             prefix = f"{name}." if name else ""
             base = f"{prefix}base_layer.weight"
             parts = ("base_layer.", "lora_A.", "lora_B.", "lora_embedding_A.", "lora_embedding_B.")
-            found |= {
-                prefix + part: (base, layer) for part, _ in layer.named_parameters() if part.startswith(parts)
-            }
+            found |= {prefix + part: (base, layer) for part, _ in layer.named_parameters() if part.startswith(parts)}
     return found

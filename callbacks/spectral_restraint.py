@@ -159,9 +159,9 @@ class SpectralRestraint(Restraint):
         else:
             bound, advice = "sigma_max / ln(base)", "use a base of e or more"
         rank_zero_warn(
-            f"{matrix.name}: {found.num_above} singular values of the change are above sigma_max = {reference:.3g} of "
-            f"the original, but the law with base {law.base:g} changes none of them. It changes nothing below "
-            f"{bound} = {law.unchanged_below(reference):.3g}; {advice}"
+            f"{matrix.name}: the restraint has no effect on this change. The law with base {law.base:g} leaves all "
+            f"singular values as they are, {found.num_above} of them above sigma_max = {reference:.3g} of the original. "
+            f"It changes nothing below {bound} = {law.unchanged_below(reference):.3g}; {advice}"
         )
 
     @override

@@ -9,7 +9,6 @@ import warnings
 import lightning as L
 import pytest
 import torch
-from conftest import quiet_trainer
 from peft import LoraConfig, get_peft_model
 from prune_lightning.callbacks.hugging_face import RestraintCallback
 from test_other_loops import train
@@ -23,7 +22,7 @@ from prune_lightning.callbacks import PRUNE, RECT, SpectralRestraint, SpectrumMo
 from prune_lightning.errors import UserError
 from prune_lightning.spectral import HardClip, Logarithm, ScaleFreeLogarithm, sigma_max
 
-LR = 0.02
+LR = 0.004  # strong enough to leave the reference behind, too weak to diverge
 
 
 def weights(module):
@@ -113,7 +112,7 @@ def test_the_monitor_keeps_its_originals():
     original = module.first.weight.detach().clone()
     for _ in range(2):
         fit(module, regression_batches(2), monitor)
-    expected = float((module.first.weight - original).norm() / original.norm())
+    expected = float((module.first.weight.detach() - original).norm() / original.norm())
     assert monitor.curve[-1]["spectrum/first.weight/delta_norm_ratio"] == pytest.approx(expected, rel=1e-9)
 
 
@@ -147,7 +146,7 @@ def test_a_law_that_cannot_bite_says_so_once_and_num_changed_tells():
     with torch.no_grad():
         layer.weight.add_(change)
     # 1 / ln 1.2 = 5.48.
-    with pytest.warns(UserWarning, match=r"weight: 3 singular values.*below 1 / ln\(base\) = 5\.48.*prune_scale_free"):
+    with pytest.warns(UserWarning, match=r"weight: .* 3 of them above.*below 1 / ln\(base\) = 5\.48.*prune_scale_free"):
         callback.after_step(1)
     assert (callback.metrics["restraint/num_above"], callback.metrics["restraint/num_changed"]) == (3, 0)
     assert torch.equal(layer.weight, torch.eye(4) + change)
@@ -189,14 +188,16 @@ def test_a_scale_free_law_with_a_small_base_says_so_too():
     callback.attach(layer)
     with torch.no_grad():
         layer.weight.add_(change)
-    with pytest.warns(UserWarning, match=r"2 singular values.*sigma_max / ln\(base\) = 1\.44; use a base of e or more"):
+    with pytest.warns(UserWarning, match=r"2 of them above.*sigma_max / ln\(base\) = 1\.44; use a base of e or more"):
         callback.after_step(1)
 
 
 def test_steps_without_attach_are_refused():
     for callback in (PRUNE(), RECT()):
         for call in (lambda c: c.after_step(1), lambda c: c.restrain_all()):
-            with pytest.raises(UserError, match=rf"{type(callback).__name__} holds no matrices: call `attach\(module\)`"):
+            with pytest.raises(
+                UserError, match=rf"{type(callback).__name__} holds no matrices: call `attach\(module\)`"
+            ):
                 call(callback)
 
 
@@ -222,7 +223,9 @@ def test_a_pattern_of_frozen_weights_only_is_refused_by_name():
 def test_the_hugging_face_trainer_is_told_of_its_adapter(tiny, tmp_path):
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     for callback in (PRUNE(), RECT()):
-        with pytest.raises(UserError, match=r"RestraintCallback\(\w+\(\.\.\.\)\)\], from prune_lightning\.callbacks\.hug"):
+        with pytest.raises(
+            UserError, match=r"RestraintCallback\(\w+\(\.\.\.\)\)\], from prune_lightning\.callbacks\.hug"
+        ):
             Trainer(tiny("gpt2").model, arguments, callbacks=[callback])
 
 
@@ -310,7 +313,9 @@ def test_adapters_of_other_kinds_are_refused_by_name():
         module = Adapted(**options)
         if not options:
             module.net.add_adapter("other", LoraConfig(target_modules=["first"], r=2))
-        with pytest.raises(UserError, match=r"first\.base_layer\.weight: of adapters, a restraint serves one plain LoRA"):
+        with pytest.raises(
+            UserError, match=r"first\.base_layer\.weight: of adapters, a restraint serves one plain LoRA"
+        ):
             PRUNE().attach(module)
     with pytest.raises(UserError, match=r"under LoRA.*accumulate=restrained"):
         PRUNE(accumulate="raw").attach(Adapted())
@@ -408,8 +413,3 @@ def test_two_restraints_keep_their_order(tiny, tmp_path):
         trainer.train()
         assert trainer.callback_handler.callbacks[:2] == pair
         assert all(callback.restraint.matrices for callback in pair)
-
-
-def test_quiet_trainer_takes_no_hugging_face_callback():
-    with pytest.raises(UserError, match=r"Lightning.*takes the restraint itself"):
-        quiet_trainer(RestraintCallback(PRUNE())).fit(Regression(), DataLoader(regression_batches(1), batch_size=None))

@@ -44,9 +44,10 @@ class Guarded:
             raise UserError(f"the restraint's `base` is expected to be a number > 1, but got {self.base!r}")
 
     def unchanged_below(self, reference: float) -> float:
-        r"""Return a bound below which the guarded law changes no singular value, however far it is above the reference.
+        r"""Return a bound, at least the reference, below which the guarded law changes no singular value.
 
-        Up to where its slope is 1, the law without the guard is above :math:`\sigma` and the guard takes :math:`\sigma`.
+        Up to where its slope is 1, the law without the guard is above :math:`\sigma`, so the guard takes
+        :math:`\sigma`.
         """
         return max(reference, self._unit(reference) / math.log(self.base)) if self.guard else reference
 
