@@ -160,7 +160,7 @@ class SpectralRestraint(Restraint):
             bound, advice = "sigma_max / ln(base)", "use a base of e or more"
         rank_zero_warn(
             f"{matrix.name}: the restraint has no effect on this change. The law with base {law.base:g} leaves all "
-            f"singular values as they are, {found.num_above} of them above sigma_max = {reference:.3g} of the original. "
+            f"singular values as they are, {found.num_above} of them above the original's sigma_max = {reference:.3g}. "
             f"It changes nothing below {bound} = {law.unchanged_below(reference):.3g}; {advice}"
         )
 
