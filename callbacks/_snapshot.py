@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 from prune_lightning.errors import UserError, near
 from prune_lightning.types import LowRankUpdate
+
+from ._adapted import AdaptedMatrix, adapted_layers, sharded_like, whole
 
 
 class SnapshotMatrix:
@@ -35,20 +37,20 @@ class SnapshotMatrix:
 
     def original(self) -> Tensor:
         """Return the original matrix."""
-        return _whole(self._original)
+        return whole(self._original)
 
     def weight(self) -> Tensor:
         """Return the live weight."""
-        return _whole(self.parameter.detach())
+        return whole(self.parameter.detach())
 
     def delta(self) -> Tensor:
         """Return the change that the live weight carries, fp32 at least."""
-        return _whole(self.parameter.detach().to(self._precise) - self._original.to(self._precise))
+        return whole(self.parameter.detach().to(self._precise) - self._original.to(self._precise))
 
     @property
     def change(self) -> Tensor:
         """The sum of all steps of the optimizer, fp32 at least."""
-        return self.delta() if self._withheld is None else self.delta() + _whole(self._withheld)
+        return self.delta() if self._withheld is None else self.delta() + whole(self._withheld)
 
     def follow_steps(self) -> None:
         """Remember the weight from now on, so that :meth:`step` can tell what it moved by."""
@@ -57,7 +59,7 @@ class SnapshotMatrix:
     def step(self) -> Tensor:
         """Return what the weight moved by since a restraint wrote it last."""
         assert self._previous is not None, "follow_steps() comes first"
-        return _whole(self.parameter.detach().to(self._precise) - self._previous.to(self._precise))
+        return whole(self.parameter.detach().to(self._precise) - self._previous.to(self._precise))
 
     @torch.no_grad()
     def withhold(self, correction: LowRankUpdate | None) -> None:
@@ -65,11 +67,11 @@ class SnapshotMatrix:
         if correction is None and self._withheld is None:
             return
         weight = self.weight().to(self._precise, copy=True)
-        before = 0.0 if self._withheld is None else _whole(self._withheld)
+        before = 0.0 if self._withheld is None else whole(self._withheld)
         # Written as a difference, so that entries which no correction touches keep their bits.
         self._write(weight + before - (0.0 if correction is None else correction.dense().to(weight)))
         rest = weight - self.weight().to(self._precise) + before
-        self._withheld = None if correction is None else self._like(rest)
+        self._withheld = None if correction is None else sharded_like(rest, self.parameter.detach())
 
     @contextmanager
     def withholding(self, correction: LowRankUpdate | None) -> Iterator[None]:
@@ -99,13 +101,9 @@ class SnapshotMatrix:
         self._write(self.weight().to(self._precise) - dense.to(self._precise))
 
     def _write(self, weight: Tensor) -> None:
-        self.parameter.copy_(self._like(weight))
+        self.parameter.copy_(sharded_like(weight, self.parameter.detach()))
         if self._previous is not None:
             self._previous.copy_(self.parameter.detach())
-
-    def _like(self, whole: Tensor) -> Tensor:
-        live = self.parameter.detach()
-        return distribute_tensor(whole, live.device_mesh, live.placements) if isinstance(live, DTensor) else whole
 
     def rounding_loss(self) -> float:
         """Return zero: an optimizer works on the weight as it is stored, nothing is kept beside it."""
@@ -114,48 +112,89 @@ class SnapshotMatrix:
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a restart needs, whole matrices on the CPU."""
         kept = {"original": self._original, "withheld": self._withheld, "previous": self._previous}
-        return {name: _whole(tensor).cpu() for name, tensor in kept.items() if tensor is not None}
+        return {name: whole(tensor).cpu() for name, tensor in kept.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the original and what was withheld in an earlier run."""
-        here = {name: self._like(tensor.to(self.parameter.device)) for name, tensor in state.items()}
+        """Restore the original and what was withheld; a state without a previous weight leaves that as it is."""
+        live = self.parameter.detach()
+        here = {name: sharded_like(tensor.to(live.device), live) for name, tensor in state.items()}
         self._original = here["original"]
-        self._withheld, self._previous = here.get("withheld"), here.get("previous")
+        self._withheld, self._previous = here.get("withheld"), here.get("previous", self._previous)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+class Originals:
+    """The originals of parameters that were held before, for as long as these parameters exist."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[weakref.ref[nn.Parameter], dict[str, Tensor]]] = []
+
+    def keep(self, matrices: Iterable[object]) -> None:
+        """Remember the originals of matrices that are about to be given up, and what is withheld of them."""
+        held = {id(m.parameter): m for m in matrices if isinstance(m, SnapshotMatrix)}
+        self._known = [entry for entry in self._known if (p := entry[0]()) is not None and id(p) not in held]
+        for matrix in held.values():
+            # The previous weight goes: what happens between two trainings is no step.
+            state = {name: tensor for name, tensor in matrix.state_dict().items() if name != "previous"}
+            self._known.append((weakref.ref(matrix.parameter), state))
+
+    def of(self, parameter: nn.Parameter) -> dict[str, Tensor] | None:
+        """Return what is known of a parameter, by its identity."""
+        return next((state for known, state in self._known if known() is parameter), None)
+
+
+def as_patterns(parameters: str | Sequence[str] | None) -> list[str] | None:
+    """Return patterns as a list; a single string is one pattern."""
+    return [parameters] if isinstance(parameters, str) else None if parameters is None else list(parameters)
 
 
 def matching_matrices(
     module: nn.Module, patterns: Sequence[str] | None, held: Mapping[str, SnapshotMatrix] | None = None
-) -> dict[str, SnapshotMatrix]:
+) -> dict[str, SnapshotMatrix | AdaptedMatrix]:
     """Return the matrices of a module that a restraint is to watch, tied ones once, under their first name.
+
+    The base weight of a LoRA layer and its factors all stand for the merged weight, which goes by the name of the base
+    weight.
 
     Args:
         module: Any module.
         patterns: ``fnmatch`` patterns of parameter names, embeddings included; ``None`` for the trained weights of all
-            Linear and Conv1D layers.
+            Linear, Conv1D and LoRA layers.
         held: Matrices of this module that somebody holds already; they are shared.
 
     Raises:
-        UserError: A pattern matches no two-dimensional parameter, or nothing is trained.
+        UserError: A pattern matches no two-dimensional parameter, or only frozen ones, or nothing is trained.
     """
     named = {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.ndim == 2}
+    adapted = {name: found for name, found in adapted_layers(module).items() if name in named}
     if patterns is None:
         layers = {n: m for n, m in module.named_modules(remove_duplicate=False) if isinstance(m, (nn.Linear, Conv1D))}
         chosen = [f"{n}.weight".lstrip(".") for n, m in layers.items() if m.weight.requires_grad]
         chosen = [name for name in chosen if name in named]
     else:
-        chosen = []
-        for pattern in patterns:
-            found = [name for name in named if fnmatchcase(name, pattern)]
-            if not found:
-                raise UserError(f"restraint.parameters: no matrix matches {pattern!r}: {near(pattern, named)}")
-            chosen += found
+        chosen = [name for pattern in patterns for name in _matches(pattern, named, adapted)]
     if not chosen:
         raise UserError("the restraint finds no trained Linear or Conv1D weight; name some with `parameters`")
     first = {id(parameter): name for name, parameter in reversed(named.items())}
-    names = dict.fromkeys(first[id(named[n])] for n in chosen)
-    shared = {n: m for n, m in (held or {}).items() if n in names and m.parameter is named[n]}
-    return {name: shared.get(name) or SnapshotMatrix(name, named[name]) for name in names}
+    result: dict[str, SnapshotMatrix | AdaptedMatrix] = {}
+    for name in chosen:
+        if name in adapted:
+            base, layer = adapted[name]
+            result[base] = result.get(base) or AdaptedMatrix(base, layer)
+        else:
+            name = first[id(named[name])]
+            known = result.get(name) or (held or {}).get(name)
+            shared = isinstance(known, SnapshotMatrix) and known.parameter is named[name]
+            result[name] = known if known and shared else SnapshotMatrix(name, named[name])
+    return result
+
+
+def _matches(pattern: str, named: Mapping[str, nn.Parameter], adapted: Mapping[str, object]) -> list[str]:
+    found = [name for name in named if fnmatchcase(name, pattern)]
+    if not found:
+        raise UserError(f"restraint.parameters: no matrix matches {pattern!r}: {near(pattern, named)}")
+    if not any(named[name].requires_grad or name in adapted for name in found):
+        raise UserError(
+            f"restraint.parameters: {pattern!r} matches frozen weights only, such as {found[0]}, which training does "
+            "not change; name weights that are trained, or let them require a gradient before training starts"
+        )
+    return found

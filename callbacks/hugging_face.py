@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import os
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from typing_extensions import override
 
 from prune_lightning.errors import UserError
@@ -25,6 +28,8 @@ _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by `accel
 
 class RestraintCallback(TrainerCallback):
     """Runs a restraint in a ``transformers.Trainer``, after each optimizer step; its state is in the checkpoints.
+
+    Its figures, ``restraint/*``, are in ``trainer.state.log_history`` and in what every reporter is given.
 
     Args:
         restraint: The restraint, e.g. ``PRUNE(base=1.2)``.
@@ -59,8 +64,15 @@ class RestraintCallback(TrainerCallback):
                     f"{path} is missing: the checkpoint was written without this restraint, or lies elsewhere "
                     "(RestraintCallback(..., resume_from=FOLDER))"
                 )
-            self._load(path, kwargs["model"])
-        self.restraint.attach(kwargs["model"], state.global_step)
+            weights = self._load(path)
+            self.restraint.attach(kwargs["model"], state.global_step)
+            for name, matrix in self.restraint.matrices.items():
+                if weights.get(name) != fingerprint(matrix.weight()):
+                    self.restraint.reset()
+                    raise UserError(f"{path} belongs to another checkpoint: {name} differs")
+        else:
+            self.restraint.attach(kwargs["model"])
+        self._log_first(inspect.currentframe())
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -69,8 +81,12 @@ class RestraintCallback(TrainerCallback):
 
     @override
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the restraint's figures to what is logged."""
-        kwargs["logs"].update(self.restraint.metrics)
+        """Add the restraint's figures to what is logged, and to the record that the Trainer has made of it already."""
+        if self.restraint.matrices:
+            metrics = self.restraint.metrics
+            kwargs["logs"].update(metrics)
+            if state.log_history:
+                state.log_history[-1].update(metrics)
 
     @override
     def on_train_end(
@@ -89,17 +105,29 @@ class RestraintCallback(TrainerCallback):
         kept["weights"] = {name: fingerprint(matrix.weight()) for name, matrix in self.restraint.matrices.items()}
         save_file(tensors, _checkpoint(args, state) / _FILE, metadata={"rest": json.dumps(kept)})
 
-    def _load(self, path: Path, model: nn.Module) -> None:
+    def _log_first(self, frame: FrameType | None) -> None:
+        """Move in front of the reporters: they are called in order, and the Trainer puts its own before the user's.
+
+        The Trainer gives a callback no way to the list that it is in; it is with the handler that has called.
+        """
+        handler = frame.f_back.f_locals.get("self") if frame and frame.f_back else None
+        if not isinstance(handler, CallbackHandler):
+            return
+        leading = list(itertools.takewhile(lambda other: isinstance(other, RestraintCallback), handler.callbacks))
+        if self not in leading:  # restraints keep their order among themselves
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(len(leading), self)
+
+    def _load(self, path: Path) -> dict[str, str]:
         matrices: dict[str, dict[str, torch.Tensor]] = {}
         with safe_open(path, framework="pt") as file:
             for full in file.keys():  # noqa: SIM118 - the file is no mapping
                 name, key = full.rsplit("//", 1)
                 matrices.setdefault(name, {})[key] = file.get_tensor(full)
             rest = json.loads(file.metadata()["rest"])
-        for name, print_of_it in rest.pop("weights").items():
-            if fingerprint(model.get_parameter(name)) != print_of_it:
-                raise UserError(f"{path} belongs to another checkpoint: {name} differs")
+        weights: dict[str, str] = rest.pop("weights")
         self.restraint.load_state_dict({"matrices": matrices, **rest})
+        return weights
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -33,7 +33,7 @@ class PRUNE(SpectralRestraint):
         self,
         base: float = 1.2,
         guard: bool = True,
-        parameters: Sequence[str] | None = None,
+        parameters: str | Sequence[str] | None = None,
         schedule: str = "each",
         every_n: int = 1,
         accumulate: str | None = None,

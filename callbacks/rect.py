@@ -13,6 +13,7 @@ from prune_lightning.costs import Changes, RestraintCost, plain_restraint
 from prune_lightning.errors import UserError
 from prune_lightning.spectral import RestrainedMatrix
 
+from ._adapted import AdaptedMatrix
 from ._snapshot import SnapshotMatrix
 from .restraint import Restraint
 
@@ -34,7 +35,7 @@ class RECT(Restraint):
         UserError: A share outside (0, 1].
     """
 
-    def __init__(self, keep: float = 0.2, parameters: Sequence[str] | None = None) -> None:
+    def __init__(self, keep: float = 0.2, parameters: str | Sequence[str] | None = None) -> None:
         super().__init__(parameters)
         if not 0 < keep <= 1:
             raise UserError(f"restraint.keep is expected to be in (0, 1], but got {keep}")
@@ -51,6 +52,8 @@ class RECT(Restraint):
         for matrix in self.matrices.values():
             if isinstance(matrix, SnapshotMatrix):
                 matrix.follow_steps()
+            elif isinstance(matrix, AdaptedMatrix):
+                matrix.step()  # which says what to do
 
     @override
     def restrain(self, matrix: RestrainedMatrix) -> None:

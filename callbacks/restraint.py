@@ -29,7 +29,7 @@ from prune_lightning.types import LowRankUpdate
 
 from ._logging import log_metrics
 from ._order import Place, check_order
-from ._snapshot import SnapshotMatrix, matching_matrices
+from ._snapshot import Originals, SnapshotMatrix, as_patterns, matching_matrices
 from ._timing import part_of_phase
 
 
@@ -42,9 +42,14 @@ class Restraint(L.Callback, ABC):
     Works on a single device, under DDP, and under FSDP2 (``ModelParallelStrategy``), where one matrix at a time is
     gathered. For loops that are not Lightning's: :meth:`attach` before training, :meth:`after_step` after each step.
 
+    The original of a weight is what it was when the restraint first took hold of it. It is kept until :meth:`reset`: a
+    second training of the same weights, in the same Trainer or another, is restrained relative to the same original.
+    Another module has its own originals; an editing module keeps them itself.
+
     Args:
-        parameters: Patterns (``fnmatch``) of parameter names, for modules that are not editing modules; ``None`` for
-            the weights of all their Linear and Conv1D layers that are trained.
+        parameters: Patterns (``fnmatch``) of parameter names, or one, for modules that are not editing modules;
+            ``None`` for the weights of all their Linear, Conv1D and LoRA layers that are trained. Of a LoRA layer the
+            matrix is the merged weight, its original the base layer's weight.
         schedule: ``each`` step, ``every_n`` steps, or at the ``end``.
         every_n: Steps between two restraints under ``every_n``.
 
@@ -58,14 +63,15 @@ class Restraint(L.Callback, ABC):
 
     place: ClassVar[Place] = Place.RESTRAINT
 
-    def __init__(self, parameters: Sequence[str] | None = None, schedule: str = "each", every_n: int = 1) -> None:
+    def __init__(self, parameters: str | Sequence[str] | None = None, schedule: str = "each", every_n: int = 1) -> None:
         one_of("restraint.schedule", schedule, ("each", "every_n", "end"))
         if every_n < 1:
             raise UserError(f"restraint.every_n is expected to be at least 1, but got {every_n}")
-        self.parameters, self.schedule, self.every_n = parameters, schedule, every_n
+        self.parameters, self.schedule, self.every_n = as_patterns(parameters), schedule, every_n
         self.matrices: dict[str, RestrainedMatrix] = {}
+        self._originals = Originals()
         self._restored: dict[str, dict[str, Tensor]] = {}
-        self._steps = 0
+        self._steps: int | None = None
         self.pending = False
 
     # -- what a restraint writes ----------------------------------------------------------------------------------
@@ -94,7 +100,8 @@ class Restraint(L.Callback, ABC):
     def attach(self, module: nn.Module, steps: int = 0, others: Sequence[Restraint] = ()) -> None:
         """Take hold of the matrices of a module and of their originals.
 
-        Call it when the model is on its device, sharded if it is to be, and before the first step.
+        Call it when the model is on its device, sharded if it is to be, and before the first step. A weight that this
+        restraint has held before keeps its original.
 
         Args:
             module: The module, or an editing module.
@@ -104,6 +111,8 @@ class Restraint(L.Callback, ABC):
         Raises:
             UserError: No matrix is found, or training resumes and the checkpoint does not hold the originals.
         """
+        self._originals.keep(self.matrices.values())
+        self.matrices = {}
         if isinstance(module, HasEditedMatrices):
             self.matrices = dict(module.edited_matrices())
             module.register_restraint(self)
@@ -111,15 +120,24 @@ class Restraint(L.Callback, ABC):
             held = {n: m for other in others for n, m in other.matrices.items() if isinstance(m, SnapshotMatrix)}
             matrices = matching_matrices(module, self.parameters, held)
             for name, matrix in matrices.items():
-                if name in self._restored:
-                    matrix.load_state_dict(self._restored[name])
+                if not isinstance(matrix, SnapshotMatrix):
+                    continue
+                known = self._restored.get(name) or self._originals.of(matrix.parameter)
+                if known is not None:
+                    matrix.load_state_dict(known)
                 elif steps and held.get(name) is not matrix:
                     raise UserError(
                         f"the checkpoint does not hold the original of {name}: it was written without this restraint, "
-                        "or with other arguments; what was trained cannot be told from what was there"
+                        "or with other arguments. Resume with the restraint it was written with, or start a new "
+                        "training from these weights as the originals"
                     )
             self.matrices, self._restored = {**matrices}, {}
         self._steps, self.pending = steps, False
+
+    def reset(self) -> None:
+        """Forget all originals: the next :meth:`attach` takes the weights as they are then."""
+        self.matrices, self._restored, self._originals = {}, {}, Originals()
+        self._steps, self.pending = None, False
 
     def after_step(self, steps: int, last: bool = False, moved: bool = True) -> bool:
         """Restrain if the schedule says so; return whether it did.
@@ -128,7 +146,11 @@ class Restraint(L.Callback, ABC):
             steps: Steps since training started; the same number again means that nothing has happened.
             last: This is the last step.
             moved: The step has moved the weights; an edit that was refused has not.
+
+        Raises:
+            UserError: :meth:`attach` has not been called.
         """
+        self._check_attached()
         if steps != self._steps:
             self._steps, self.pending = steps, self.pending or moved
         due = last or self.schedule == "each" or (self.schedule == "every_n" and steps % self.every_n == 0)
@@ -140,11 +162,19 @@ class Restraint(L.Callback, ABC):
     @torch.no_grad()
     def restrain_all(self) -> None:
         """Restrain every matrix now."""
+        self._check_attached()
         for matrix in self.matrices.values():
             if isinstance(matrix, SnapshotMatrix):
                 matrix.check()
             self.restrain(matrix)
         self.pending = False
+
+    def _check_attached(self) -> None:
+        if self._steps is None:
+            raise UserError(
+                f"{type(self).__name__} holds no matrices: call `attach(module)` before the first step, when the model "
+                "is on its device"
+            )
 
     @contextmanager
     def restrained_snapshot(self) -> Iterator[None]:
@@ -175,6 +205,14 @@ class Restraint(L.Callback, ABC):
         """Restore what the latest of some steps has left."""
         if states:
             self.pending = states[-1]["pending"]
+
+    # -- Hugging Face ---------------------------------------------------------------------------------------------
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a ``transformers.Trainer``, which calls this first."""
+        raise UserError(
+            f"{type(self).__name__} is a callback for Lightning. For the Hugging Face Trainer wrap it: "
+            f"callbacks=[RestraintCallback({type(self).__name__}(...))], from prune_lightning.callbacks.hugging_face"
+        )
 
     # -- Lightning ------------------------------------------------------------------------------------------------
     @override

@@ -15,7 +15,9 @@ from prune_lightning.costs import FP64, Changes, RestraintCost, Work
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.spectral import (
+    Guarded,
     HasEditedMatrices,
+    Logarithm,
     NonFiniteChange,
     RestrainedMatrix,
     RestraintLaw,
@@ -25,6 +27,7 @@ from prune_lightning.spectral import (
 )
 from prune_lightning.types import LowRankUpdate
 
+from ._adapted import AdaptedMatrix
 from .restraint import Restraint
 
 
@@ -57,7 +60,7 @@ class SpectralRestraint(Restraint):
     def __init__(
         self,
         law: RestraintLaw,
-        parameters: Sequence[str] | None = None,
+        parameters: str | Sequence[str] | None = None,
         schedule: str = "each",
         every_n: int = 1,
         accumulate: str | None = None,
@@ -71,6 +74,7 @@ class SpectralRestraint(Restraint):
         self._raw = True
         self._latest: dict[str, SpectralCorrection] = {}
         self._references: dict[str, float] = {}
+        self._warned = False
         self._known_references: dict[str, float] = {}  # by the fingerprint of the original matrix
 
     @override
@@ -81,6 +85,9 @@ class SpectralRestraint(Restraint):
         for matrix in self.matrices.values():
             self.reference(matrix)
         self._raw = (self.accumulate or ("raw" if isinstance(module, HasEditedMatrices) else "restrained")) == "raw"
+        for matrix in self.matrices.values() if self._raw else ():
+            if isinstance(matrix, AdaptedMatrix):
+                matrix.withhold(None)  # which says what to do
 
     @override
     def cost(self, changes: Changes) -> RestraintCost:
@@ -134,10 +141,28 @@ class SpectralRestraint(Restraint):
             self._latest.pop(matrix.name, None)
             return
         self._latest[matrix.name] = found
+        if found.num_above and not found.num_changed:
+            self._warn_of_no_effect(matrix, found)
         if self._raw:
             matrix.withhold(found.correction)
         elif found.correction is not None:
             matrix.subtract(found.correction)
+
+    def _warn_of_no_effect(self, matrix: RestrainedMatrix, found: SpectralCorrection) -> None:
+        """Say once that a law changes nothing near this reference, where that follows from its base."""
+        law, reference = self.law, self.reference(matrix)
+        if self._warned or not isinstance(law, Guarded) or law.unchanged_below(reference) <= reference:
+            return
+        self._warned = True
+        if isinstance(law, Logarithm):
+            bound, advice = "1 / ln(base)", "use the scale-free law (restraint=prune_scale_free) or a larger base"
+        else:
+            bound, advice = "sigma_max / ln(base)", "use a base of e or more"
+        rank_zero_warn(
+            f"{matrix.name}: the restraint has no effect on this change. The law with base {law.base:g} leaves all "
+            f"singular values as they are, {found.num_above} of them above the original's sigma_max = {reference:.3g}. "
+            f"It changes nothing below {bound} = {law.unchanged_below(reference):.3g}; {advice}"
+        )
 
     @override
     def correction(self, matrix: RestrainedMatrix) -> LowRankUpdate | None:
@@ -147,7 +172,7 @@ class SpectralRestraint(Restraint):
 
     @override
     def figures(self) -> dict[str, float]:
-        """Return how much was above the reference, and how many matrices went which path.
+        """Return how much was above the reference and how much the law changed, and how many matrices went which path.
 
         ``sigma_bound`` is the largest singular value, or an upper bound of it where a norm was enough to know.
         """
@@ -155,6 +180,7 @@ class SpectralRestraint(Restraint):
         paths = Counter(found.path for found in latest)
         return {
             "num_above": sum(found.num_above for found in latest),
+            "num_changed": sum(found.num_changed for found in latest),
             "sigma_bound": max((found.sigma_before for found in latest), default=0.0),
             "rounding_loss": max((matrix.rounding_loss() for matrix in self.matrices.values()), default=0.0),
             **{f"path_{name}": paths[name] for name in ("certificate", "lanczos", "gram", "svd")},

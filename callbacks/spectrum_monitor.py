@@ -15,6 +15,7 @@ from prune_lightning.report.plots import Spectra, plot_spectra, show_figure
 from prune_lightning.report.trajectories import log_growth
 from prune_lightning.spectral import (
     AccumulatedChange,
+    FactoredMatrix,
     HasEditedMatrices,
     RestrainedMatrix,
     effective_rank,
@@ -23,7 +24,7 @@ from prune_lightning.spectral import (
 )
 
 from ._logging import axis, log_metrics
-from ._snapshot import matching_matrices
+from ._snapshot import Originals, SnapshotMatrix, as_patterns, matching_matrices
 from ._timing import part_of_phase
 from .restraint import Restraint
 
@@ -51,19 +52,21 @@ class SpectrumMonitor(L.Callback):
         curve: The figures of each look, with its ``step``: number of edits or of optimizer steps.
     """
 
-    def __init__(self, every_n: int = 10, parameters: Sequence[str] | None = None, draw: bool = True) -> None:
+    def __init__(self, every_n: int = 10, parameters: str | Sequence[str] | None = None, draw: bool = True) -> None:
         if every_n < 1:
             raise UserError(f"SpectrumMonitor.every_n is expected to be at least 1, but got {every_n}")
-        self.every_n, self.parameters, self.draw = every_n, parameters, draw
+        self.every_n, self.parameters, self.draw = every_n, as_patterns(parameters), draw
         self.matrices: dict[str, RestrainedMatrix] = {}
         self.curve: list[dict[str, float]] = []
         self._original: dict[str, Tensor] = {}
+        self._originals = Originals()
         self._steps = -1
         self._kept = 0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget another module's matrices."""
+        """Begin a new curve, and find the matrices anew; a weight that was watched before keeps its original."""
+        self._originals.keep(self.matrices.values())
         self.matrices, self.curve, self._original, self._steps, self._kept = {}, [], {}, -1, 0
 
     @override
@@ -96,7 +99,18 @@ class SpectrumMonitor(L.Callback):
             return dict(module.edited_matrices())
         restraints = [c for c in trainer.callbacks if isinstance(c, Restraint)]  # type: ignore[attr-defined]
         held = {name: matrix for restraint in restraints for name, matrix in restraint.matrices.items()}
-        return held if held and self.parameters is None else {**matching_matrices(module, self.parameters)}
+        if held and self.parameters is None:
+            return held
+        shared = {name: matrix for name, matrix in held.items() if isinstance(matrix, SnapshotMatrix)}
+        matrices = matching_matrices(module, self.parameters, shared)
+        for name, matrix in matrices.items():
+            if isinstance(matrix, SnapshotMatrix) and shared.get(name) is not matrix:
+                matrix.load_state_dict(self._originals.of(matrix.parameter) or matrix.state_dict())
+        return {**matrices}
+
+    def reset(self) -> None:
+        """Forget all originals; see :meth:`.Restraint.reset`."""
+        self.matrices, self._originals = {}, Originals()
 
     @override
     @part_of_phase("spectrum")
@@ -158,7 +172,11 @@ def spectra(matrices: Iterable[RestrainedMatrix]) -> list[Spectra]:
     """Return the singular values of matrices and of their changes, with and without what a restraint withholds."""
     result = []
     for matrix in matrices:
-        change = matrix.change.master if isinstance(matrix.change, AccumulatedChange) else matrix.change
+        change = matrix.change
+        if isinstance(change, AccumulatedChange):
+            change = change.master
+        elif isinstance(change, FactoredMatrix):
+            change = change.dense()
         looked_at = {
             "original": matrix.original(),
             "edited": matrix.original().to(change) + change,

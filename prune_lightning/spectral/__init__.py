@@ -10,7 +10,15 @@ from prune_lightning.spectral.diagnostics import (
     stable_rank,
 )
 from prune_lightning.spectral.factored import FactoredMatrix
-from prune_lightning.spectral.laws import HardClip, Identity, Linear, Logarithm, RestraintLaw, ScaleFreeLogarithm
+from prune_lightning.spectral.laws import (
+    Guarded,
+    HardClip,
+    Identity,
+    Linear,
+    Logarithm,
+    RestraintLaw,
+    ScaleFreeLogarithm,
+)
 from prune_lightning.spectral.matrices import HasEditedMatrices, RestrainedMatrix
 from prune_lightning.spectral.restrain import SpectralCorrection, restrain_, restrained, spectral_correction
 from prune_lightning.spectral.triplets import NonFiniteChange, Triplets, triplets_above
@@ -18,6 +26,7 @@ from prune_lightning.spectral.triplets import NonFiniteChange, Triplets, triplet
 __all__ = [
     "AccumulatedChange",
     "FactoredMatrix",
+    "Guarded",
     "HardClip",
     "HasEditedMatrices",
     "Identity",

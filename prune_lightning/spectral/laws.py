@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from prune_lightning.errors import UserError
 
@@ -24,7 +25,7 @@ class RestraintLaw(Protocol):
 
 
 @dataclass(frozen=True)
-class _Guarded:
+class Guarded:
     """A law with a base and the guard.
 
     Args:
@@ -42,11 +43,22 @@ class _Guarded:
         if not (isinstance(self.base, (int, float)) and math.isfinite(self.base) and self.base > 1):
             raise UserError(f"the restraint's `base` is expected to be a number > 1, but got {self.base!r}")
 
+    def unchanged_below(self, reference: float) -> float:
+        r"""Return a bound, at least the reference, below which the guarded law changes no singular value.
+
+        Up to where its slope is 1, the law without the guard is above :math:`\sigma`, so the guard takes
+        :math:`\sigma`.
+        """
+        return max(reference, self._unit(reference) / math.log(self.base)) if self.guard else reference
+
+    def _unit(self, reference: float) -> float:
+        return 1.0
+
     def _guarded(self, restrained: Tensor, sigma: Tensor) -> Tensor:
         return torch.minimum(restrained, sigma) if self.guard else restrained
 
 
-class Logarithm(_Guarded):
+class Logarithm(Guarded):
     r"""PRUNE's law as published (Ma et al., ICLR 2025):
 
     .. math:: F(\sigma) = \log_a \sigma - \log_a \bar s + \bar s \quad\text{for } \sigma > \bar s .
@@ -64,7 +76,7 @@ class Logarithm(_Guarded):
         return self._guarded(logarithm, sigma)
 
 
-class ScaleFreeLogarithm(_Guarded):
+class ScaleFreeLogarithm(Guarded):
     r"""The logarithm in units of the reference:
 
     .. math:: F(\sigma) = \bar s\,(1 + \log_a(\sigma/\bar s)) \quad\text{for } \sigma > \bar s .
@@ -80,6 +92,10 @@ class ScaleFreeLogarithm(_Guarded):
         """Return the restrained singular values, same shape."""
         logarithm = reference * (1 + (sigma / reference).log() / math.log(self.base))
         return self._guarded(logarithm, sigma)
+
+    @override
+    def _unit(self, reference: float) -> float:
+        return reference
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from prune_lightning.spectral.accumulated import AccumulatedChange
+from prune_lightning.spectral.factored import FactoredMatrix
 from prune_lightning.types import LowRankUpdate
 
 
@@ -21,7 +22,7 @@ class RestrainedMatrix(Protocol):
         ...
 
     @property
-    def change(self) -> Tensor | AccumulatedChange:
+    def change(self) -> Tensor | AccumulatedChange | FactoredMatrix:
         r""":math:`\Delta`, the sum of all steps; what was subtracted is gone, what is withheld is not."""
         ...
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from prune_lightning.errors import UserError
 from prune_lightning.spectral.accumulated import AccumulatedChange
 from prune_lightning.spectral.diagnostics import sigma_max
+from prune_lightning.spectral.factored import FactoredMatrix
 from prune_lightning.spectral.laws import RestraintLaw
 from prune_lightning.spectral.triplets import fp64, triplets_above
 from prune_lightning.types import LowRankUpdate
@@ -32,8 +33,15 @@ class SpectralCorrection:
     sigma_before: float
     path: str
 
+    @property
+    def num_changed(self) -> int:
+        """Number of singular values that the law changed, at most ``num_above``."""
+        return 0 if self.correction is None else self.correction.left.shape[1]
 
-def spectral_correction(change: Tensor | AccumulatedChange, law: RestraintLaw, reference: float) -> SpectralCorrection:
+
+def spectral_correction(
+    change: Tensor | AccumulatedChange | FactoredMatrix, law: RestraintLaw, reference: float
+) -> SpectralCorrection:
     r"""Return what a law takes away from a change.
 
     Only the triplets :math:`J` above the reference change, so
@@ -49,8 +57,7 @@ def spectral_correction(change: Tensor | AccumulatedChange, law: RestraintLaw, r
         NonFiniteChange: The change holds NaN or infinity.
         UserError: The reference is not positive, or the law returns something else than one finite value for each.
     """
-    above = change.triplets_above if isinstance(change, AccumulatedChange) else lambda t: triplets_above(change, t)
-    triplets = above(reference)
+    triplets = triplets_above(change, reference) if isinstance(change, Tensor) else change.triplets_above(reference)
     correction = None
     if len(triplets.sigma):
         becomes = law(triplets.sigma, reference)
