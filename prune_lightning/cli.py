@@ -1,4 +1,7 @@
-"""The command line: compose the configuration, run its task, turn the user's errors into one clear line."""
+"""The command line: compose the configuration, run its task, turn the user's errors into one clear line.
+
+Nothing here imports torch or Lightning, which takes seconds; the task does. So `--help` and a typo answer at once.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from prune_lightning.distributed import raised_on_all_ranks
+from prune_lightning import usage
 from prune_lightning.errors import UserError, near
-from prune_lightning.tasks.resuming import full_arguments
-from prune_lightning.tasks.setup import first_process
+from prune_lightning.tasks.arguments import check_settings, full_arguments
 
 
 def config_folder() -> str:
@@ -33,17 +35,32 @@ def config_folder() -> str:
 def _run(config: DictConfig) -> None:
     """Run the configured task; a reason is left in the run folder if the user has to mend something."""
     try:
-        if missing := sorted(OmegaConf.missing_keys(config)):
-            raise UserError("these settings need a value: " + ", ".join(f"{key}=..." for key in missing))
+        check_settings(config)
+    except UserError as error:
+        _leave(str(error))
+    try:
         _task(config.task)(config)
     except Exception as error:
         reason = _user_error(error)
         if reason is None:
             raise
-        if any(map(raised_on_all_ranks, _chain(error))) and not first_process():
+        if _said_by_first_process(error):
             sys.exit(2)
-        Path(HydraConfig.get().runtime.output_dir, "error.txt").write_text(reason + "\n", "utf-8")
-        _give_up(reason)
+        _leave(reason)
+
+
+def _said_by_first_process(error: Exception) -> bool:
+    """Whether this is not the first process, and the first process reports the same error."""
+    from prune_lightning.distributed import raised_on_all_ranks
+    from prune_lightning.tasks.setup import first_process
+
+    return any(map(raised_on_all_ranks, _chain(error))) and not first_process()
+
+
+def _leave(reason: str) -> NoReturn:
+    """Write the reason into the run folder, and give up."""
+    Path(HydraConfig.get().runtime.output_dir, "error.txt").write_text(reason + "\n", "utf-8")
+    _give_up(reason)
 
 
 def _task(name: Any) -> Callable[[DictConfig], None]:
@@ -60,6 +77,9 @@ def _task(name: Any) -> Callable[[DictConfig], None]:
 
 def main() -> None:
     """Run the command line; exit with 2, without a traceback, on an error that is the user's to mend."""
+    if text := usage.answer(sys.argv[1:], Path(config_folder())):
+        sys.stdout.write(text)
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, so that they can be told apart here
     try:
         sys.argv[1:] = full_arguments(sys.argv[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -44,3 +45,17 @@ def near(name: str, options: Iterable[str], count: int = 3) -> str:
     if found:
         return "did you mean " + " or ".join(f"'{match}'" for match in found) + "?"
     return "choose from " + ", ".join(f"'{choice}'" for choice in choices[:20])
+
+
+def near_path(path: Path, folders: bool = False) -> str:
+    """Return a clause that names what lies beside a missing file and has a similar name.
+
+    Args:
+        path: The missing file or folder.
+        folders: Whether only folders count.
+    """
+    if not path.parent.is_dir():
+        return f"there is no folder {str(path.parent)!r} either"
+    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or not folders]
+    close = difflib.get_close_matches(path.name, siblings)
+    return near(path.name, close) if close else f"nothing in {str(path.parent)!r} has a name like it"

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prune_lightning.errors import UserError, near
+from prune_lightning.errors import UserError, near_path
 
 Row = tuple[int, dict[str, Any] | str]
 """A line, and the record that begins there; a text in place of the record says what is wrong with it."""
@@ -74,9 +74,7 @@ def _decoded(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     if raw is None:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = f"; {near(path.name, siblings)}" if siblings else f"; there is no folder {str(path.parent)!r} either"
-        raise UserError(f"no file {str(path)!r}{hint}")
+        raise UserError(f"no file {str(path)!r}; {near_path(path)}")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{str(path)!r} is not UTF-8 text but UTF-16: save it as UTF-8")
     return raw.decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n").replace("\r", "\n")

@@ -14,8 +14,9 @@ from prune_lightning.export.sources import ExportSource
 def write_card(folder: Path, format_name: str, source: ExportSource, about: dict[str, Any]) -> None:
     """Write ``README.md``.
 
-    Whatever comes from records or configuration enters as JSON with ``<``, ``>``, ``&`` and ``'`` escaped, one line
-    each and inside a code block: it can end neither the block nor the front matter, and no page runs it.
+    Whatever comes from records or configuration enters as JSON with ``<``, ``>``, ``&`` and ``'`` escaped, inside a
+    code block: it can end neither the block nor the front matter, and no page runs it. Each of the two blocks is one
+    JSON document: an object of facts, and an array with an edit per line.
 
     Args:
         folder: Where to write.

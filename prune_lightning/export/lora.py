@@ -15,7 +15,9 @@ from prune_lightning.export.sources import ExportSource
 
 
 def write(source: ExportSource, folder: Path) -> dict[str, Any]:
-    """Write the adapter; each matrix has the rank of its change, and those that did not change are left out.
+    """Write the adapter and the tokenizer.
+
+    Each matrix has the rank of its change, and those that did not change are left out.
 
     Raises:
         UserError: Nothing has changed, or the change is of so high a rank that the adapter would be larger than the
@@ -58,6 +60,7 @@ def write(source: ExportSource, folder: Path) -> dict[str, Any]:
     )
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    source.language_model.tokens.tokenizer.save_pretrained(folder)
     return {"ranks": {f"{name}.weight": rank for name, rank in ranks.items()}}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
-from prune_lightning.errors import UserError, near
+from prune_lightning.errors import UserError, near, near_path
 
 _LFS = b"version https://git-lfs"
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -21,13 +20,7 @@ def no_such_folder(path: str, folder: Path) -> UserError:
     """Return the error for a path that is no folder: a file, a misspelt name or a name of nothing."""
     if folder.is_file():
         return UserError(f"model.path: {path!r} is a file; give the folder that holds config.json and the weights")
-    parent = folder.parent
-    if not parent.is_dir():
-        return UserError(f"model.path: no folder {path!r}; there is no folder {str(parent)!r} either")
-    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    close = difflib.get_close_matches(folder.name, siblings)
-    hint = f"; {near(folder.name, close)}" if close else f"; nothing in {str(parent)!r} has a name like it"
-    return UserError(f"model.path: no folder {path!r}{hint}")
+    return UserError(f"model.path: no folder {path!r}; {near_path(folder, folders=True)}")
 
 
 def check_config(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from prune_lightning.report.page import write_page
 from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
 from prune_lightning.report.summary import RunSummary
 from prune_lightning.report.table import result_table
+from prune_lightning.tasks.setup import close_loggers
 
 
 def report(
@@ -52,7 +54,9 @@ def report(
     )
     write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), [remark], labels)
     for logger in loggers:
-        _log(logger, config, columns, figures, summary["num_requests"])
+        _log_curve(logger, control["curve"] if control else [])
+        _log(logger, columns, figures, summary["num_requests"])
+    close_loggers(loggers)
     out.print(result_table(title, columns, labels))
 
 
@@ -72,10 +76,14 @@ def _stream_figures(
     return figures
 
 
-def _log(
-    logger: Logger, config: DictConfig, columns: dict[str, Any], figures: dict[str, Figure], num_requests: int
-) -> None:
-    logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+def _log_curve(logger: Logger, curve: Sequence[Mapping[str, float]]) -> None:
+    """Log the control run as curves of its own, `control/NAME`, on the axis of the run."""
+    for entry in curve:
+        scores = {f"control/{name}": score for name, score in entry.items() if name != "num_requests"}
+        logger.log_metrics(scores, step=int(entry["num_requests"]))
+
+
+def _log(logger: Logger, columns: dict[str, Any], figures: dict[str, Figure], num_requests: int) -> None:
     for name, figure in figures.items():
         show_figure(logger, name, figure, step=num_requests)
     if hasattr(logger, "log_table"):

@@ -18,7 +18,7 @@ from prune_lightning.bundled.world import EDIT_PHRASING, HELD_OUT, load_world
 from prune_lightning.evaluation.miniature import MiniatureAbilities
 from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.tasks.setup import build_loggers, build_trainer, quieten, run_folder
+from prune_lightning.tasks.setup import build_loggers, build_trainer, close_loggers, quieten, run_folder
 
 
 def run(config: DictConfig) -> None:
@@ -35,7 +35,9 @@ def run(config: DictConfig) -> None:
         windows = {key: stage[key] for key in ("shares", "steps", "length", "batch_size")}
         data: PretrainingData = instantiate(config.pretraining.data, **windows, seed=seed)
         module.steps, module.learning_rate = stage.steps, stage.learning_rate
-        build_trainer(config, [], build_loggers(config, folder / f"stage_{number}")).fit(module, datamodule=data)
+        loggers = build_loggers(config, folder / f"stage_{number}")
+        build_trainer(config, [], loggers).fit(module, datamodule=data)
+        close_loggers(loggers)
     seconds = time.perf_counter() - started
     language_model = LanguageModel(module.model, data.tokenizer)
     scores = recall(language_model) | dict(MiniatureAbilities().measure(language_model).scores)

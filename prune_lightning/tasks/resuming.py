@@ -1,4 +1,4 @@
-"""Resuming an interrupted run: its own command line, its ledger, its metrics."""
+"""Resuming an interrupted run: its ledger, its metrics."""
 
 from __future__ import annotations
 
@@ -7,36 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
-from omegaconf import OmegaConf
 
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger
-
-_RESUME = "resume="
-
-
-def full_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the command line of a run to resume: the one it was begun with, and what is overridden now.
-
-    Args:
-        arguments: The command line; without ``resume=RUN`` in it, it is returned as it is.
-
-    Raises:
-        UserError: RUN is no folder of a run.
-    """
-    wanted = [word.removeprefix(_RESUME) for word in arguments if word.startswith(_RESUME)]
-    if not wanted or wanted[-1] in ("", "null"):
-        return list(arguments)
-    run = Path(wanted[-1]).expanduser().resolve()
-    known = run / ".hydra" / "overrides.yaml"
-    if not known.is_file():
-        raise UserError(f"resume: {str(run)!r} is not the folder of a run: there is no .hydra/overrides.yaml in it")
-    earlier = [str(word) for word in OmegaConf.to_object(OmegaConf.load(known))]  # type: ignore[union-attr]
-    now = [word for word in arguments if not word.startswith((_RESUME, "hydra.run.dir="))]
-    return (
-        [word for word in earlier if not word.startswith(_RESUME)] + now + [f"{_RESUME}{run}", f"hydra.run.dir={run}"]
-    )
 
 
 def ledger_to_resume(run: str | None, folder: Path) -> Ledger | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
@@ -22,10 +22,11 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.trainer_checks import check_trainer, weights_dtype
 from prune_lightning.phases import PhaseClock, process_age
 from prune_lightning.report.csv_logger import StepCSVLogger
+from prune_lightning.tasks.tracking import RUN_ID, hyperparameters, wandb_arguments
 from prune_lightning.types import EditRequest
 
 _OF_EDITING = ("summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "quarantine.jsonl", "plots", "report.html")
-RESULTS = (*_OF_EDITING, "export", "ledger", "check.json", "plan.json", "error.txt")
+RESULTS = (*_OF_EDITING, "export", "ledger", "check.json", "plan.json", "error.txt", RUN_ID)
 
 # Remarks of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
 _BESIDE_THE_POINT = (
@@ -51,7 +52,7 @@ def run_folder(resumed: bool = False) -> Path:
         return folder
     earlier = [folder / name for name in RESULTS if (folder / name).exists()]
     if earlier and first_process():
-        aside = folder / f"earlier_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        aside = folder / f"earlier_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
         aside.mkdir(parents=True)
         for path in earlier:
             path.rename(aside / path.name)
@@ -105,8 +106,20 @@ def build_loggers(config: DictConfig, folder: Path, keep: int | None = None) -> 
     """
     loggers: list[Logger] = [StepCSVLogger(folder, keep)]
     if config.logger:
-        loggers.append(instantiate(config.logger))
+        own: dict[str, Any] = {}
+        if issubclass(get_class(config.logger._target_), WandbLogger):
+            own = wandb_arguments(config, folder, resumed=keep is not None, write=first_process())
+        loggers.append(instantiate(config.logger, **own))
+    for logger in loggers:
+        logger.log_hyperparams(hyperparameters(config))
     return loggers
+
+
+def close_loggers(loggers: Sequence[Logger]) -> None:
+    """End the runs of loggers that have one, when nothing more will be logged."""
+    for logger in loggers:
+        if hasattr(logger, "close"):
+            logger.close()
 
 
 def build_trainer(

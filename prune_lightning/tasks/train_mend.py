@@ -20,7 +20,7 @@ from prune_lightning.methods.mend import MEND
 from prune_lightning.methods.mend_store import save_network
 from prune_lightning.methods.mend_training import MENDTraining
 from prune_lightning.tasks.presets import load_model, model_label, settled
-from prune_lightning.tasks.setup import build_loggers, build_trainer, quieten, run_folder
+from prune_lightning.tasks.setup import build_loggers, build_trainer, close_loggers, quieten, run_folder
 
 
 def run(config: DictConfig) -> None:
@@ -45,6 +45,7 @@ def run(config: DictConfig) -> None:
     trainer.fit(module, datamodule=data, ckpt_path=_checkpoint(settings.resume))
     module.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"], strict=False)
     (scores,) = trainer.validate(module, datamodule=data, verbose=False)
+    close_loggers(trainer.loggers)
     facts: dict[str, Any] = {
         "model": model_label(config),
         "seed": config.seed,

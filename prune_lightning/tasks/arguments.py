@@ -1,0 +1,62 @@
+"""The command line's arguments and the settings that every task shares, checked before anything slow is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from prune_lightning.errors import UserError, shown
+
+_FLAGS = ("control", "ledger", "bisect_collapse", "progress")
+_LARGEST_SEED = 2**32 - 1  # of NumPy
+_RESUME = "resume="
+
+
+def full_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the command line of a run to resume: the one it was begun with, and what is overridden now.
+
+    Args:
+        arguments: The command line; without ``resume=RUN`` in it, it is returned as it is.
+
+    Raises:
+        UserError: RUN is no folder of a run.
+    """
+    wanted = [word.removeprefix(_RESUME) for word in arguments if word.startswith(_RESUME)]
+    if not wanted or wanted[-1] in ("", "null"):
+        return list(arguments)
+    run = Path(wanted[-1]).expanduser().resolve()
+    known = run / ".hydra" / "overrides.yaml"
+    if not known.is_file():
+        raise UserError(f"resume: {str(run)!r} is not the folder of a run: there is no .hydra/overrides.yaml in it")
+    earlier = [str(word) for word in OmegaConf.to_object(OmegaConf.load(known))]  # type: ignore[union-attr]
+    now = [word for word in arguments if not word.startswith((_RESUME, "hydra.run.dir="))]
+    return (
+        [word for word in earlier if not word.startswith(_RESUME)] + now + [f"{_RESUME}{run}", f"hydra.run.dir={run}"]
+    )
+
+
+def check_settings(config: DictConfig) -> None:
+    """Check that no setting lacks a value, and that the top-level ones have values of the right type.
+
+    Args:
+        config: The job's configuration.
+
+    Raises:
+        UserError: One line that names the setting and what it can be.
+    """
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise UserError("these settings need a value: " + ", ".join(f"{key}=..." for key in missing))
+    for name in _FLAGS:
+        if name in config and not isinstance(config[name], bool):
+            raise UserError(f"{name}={shown(config[name])} must be true or false")
+    if not _whole(config.seed, 0, _LARGEST_SEED):
+        raise UserError(f"seed={shown(config.seed)} must be a whole number from 0 to {_LARGEST_SEED}")
+    every = config.get("snapshot_every")
+    if every is not None and not _whole(every, 1):
+        raise UserError(f"snapshot_every={shown(every)} must be null or a whole number of at least 1")
+
+
+def _whole(value: object, least: int, largest: float = float("inf")) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= largest
