@@ -1,4 +1,4 @@
-"""Matrices of a module that is trained by an optimizer: their change is what the weights moved by."""
+"""Matrices of a module that is trained by an optimizer. Their change is the weight minus a copy of the original."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from prune_lightning.types import LowRankUpdate
 class SnapshotMatrix:
     r"""A trained weight with a copy of its original: :math:`\Delta = W - W_0 +` what is withheld.
 
-    A sharded weight (``DTensor``) and its copies stay sharded; the whole matrix is gathered for the moment in which it
-    is looked at, and every rank computes the same from it.
+    A sharded weight (``DTensor``) and its copies stay sharded. The whole matrix is gathered only while it is read, and
+    every rank computes the same result from it.
 
     Args:
         name: Name of the parameter.
@@ -51,17 +51,17 @@ class SnapshotMatrix:
         return self.delta() if self._withheld is None else self.delta() + _whole(self._withheld)
 
     def follow_steps(self) -> None:
-        """Remember the weight from now on, so that :meth:`step` can tell what it moved by."""
+        """Keep a copy of the weight from now on, so that :meth:`step` can return its change."""
         self._previous = self._previous if self._previous is not None else self.parameter.detach().clone()
 
     def step(self) -> Tensor:
-        """Return what the weight moved by since a restraint wrote it last."""
+        """Return the change of the weight since a restraint last wrote it."""
         assert self._previous is not None, "follow_steps() comes first"
         return _whole(self.parameter.detach().to(self._precise) - self._previous.to(self._precise))
 
     @torch.no_grad()
     def withhold(self, correction: LowRankUpdate | None) -> None:
-        """Write the weight without ``correction``, which counts as withheld, not as undone."""
+        """Write the weight without ``correction``, which is recorded as withheld and stays part of :attr:`change`."""
         if correction is None and self._withheld is None:
             return
         weight = self.weight().to(self._precise, copy=True)
@@ -73,7 +73,7 @@ class SnapshotMatrix:
 
     @contextmanager
     def withholding(self, correction: LowRankUpdate | None) -> Iterator[None]:
-        """Write the weight without ``correction`` inside the block; every bit is put back."""
+        """Write the weight without ``correction`` inside the block, then restore it bit for bit."""
         saved = self.parameter.detach().clone(), self._withheld, self._previous
         self._previous = None
         self.withhold(correction)
@@ -85,7 +85,7 @@ class SnapshotMatrix:
             _, self._withheld, self._previous = saved
 
     def check(self) -> None:
-        """Raise a :class:`UserError` if the weight has moved away from its copy."""
+        """Raise a :class:`UserError` if the weight is on another device than its copy."""
         if self.parameter.device != self._original.device:
             raise UserError(
                 f"{self.name} is on {self.parameter.device}, its copy on {self._original.device}: attach a restraint "
@@ -94,7 +94,7 @@ class SnapshotMatrix:
 
     @torch.no_grad()
     def subtract(self, correction: LowRankUpdate | Tensor) -> None:
-        """Take ``correction`` away from the weight for good."""
+        """Subtract ``correction`` from the weight permanently."""
         dense = correction if isinstance(correction, Tensor) else correction.dense()
         self._write(self.weight().to(self._precise) - dense.to(self._precise))
 
@@ -108,16 +108,16 @@ class SnapshotMatrix:
         return distribute_tensor(whole, live.device_mesh, live.placements) if isinstance(live, DTensor) else whole
 
     def rounding_loss(self) -> float:
-        """Return zero: an optimizer works on the weight as it is stored, nothing is kept beside it."""
+        """Return zero: an optimizer updates the stored weight itself, so no higher-precision copy exists."""
         return 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a restart needs, whole matrices on the CPU."""
+        """Return the state for a checkpoint, as whole matrices on the CPU."""
         kept = {"original": self._original, "withheld": self._withheld, "previous": self._previous}
         return {name: _whole(tensor).cpu() for name, tensor in kept.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the original and what was withheld in an earlier run."""
+        """Restore the original and the withheld part from an earlier run."""
         here = {name: self._like(tensor.to(self.parameter.device)) for name, tensor in state.items()}
         self._original = here["original"]
         self._withheld, self._previous = here.get("withheld"), here.get("previous")
@@ -130,13 +130,13 @@ def _whole(tensor: Tensor) -> Tensor:
 def matching_matrices(
     module: nn.Module, patterns: Sequence[str] | None, held: Mapping[str, SnapshotMatrix] | None = None
 ) -> dict[str, SnapshotMatrix]:
-    """Return the matrices of a module that a restraint is to watch, tied ones once, under their first name.
+    """Return the matrices of a module to restrain. Tied matrices are returned once, under their first name.
 
     Args:
         module: Any module.
         patterns: ``fnmatch`` patterns of parameter names, embeddings included; ``None`` for the trained weights of all
             Linear and Conv1D layers.
-        held: Matrices of this module that somebody holds already; they are shared.
+        held: Matrices of this module that another callback holds already; they are shared.
 
     Raises:
         UserError: A pattern matches no two-dimensional parameter, or nothing is trained.
