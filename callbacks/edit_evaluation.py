@@ -79,7 +79,7 @@ class EditEvaluation(L.Callback):
         self._probed: dict[int, float] = {}
         self._from_base = False
         self._evaluations = 0
-        self._kept = 1  # entries of the curve; the baseline is taken again in a resumed run
+        self._reported = 1  # entries of the curve; the baseline is taken again in a resumed run
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -163,7 +163,7 @@ class EditEvaluation(L.Callback):
     def _drop_last(self) -> None:
         self.evaluator.curve.pop()
         self.evaluator.intervals.pop()
-        self._kept = min(self._kept, len(self.curve))
+        self._reported = min(self._reported, len(self.curve))
 
     def _evaluate(
         self, trainer: L.Trainer, module: EditingModule, weights: Mapping[int, float], due: Sequence[Measurement]
@@ -204,8 +204,8 @@ class EditEvaluation(L.Callback):
     def step_state(self) -> dict[str, Any]:
         """Return the scores measured since the last call."""
         stream = self.evaluator.stream
-        measured = {"scores": self.curve[self._kept :], "intervals": self.evaluator.intervals[self._kept :]}
-        self._kept = len(self.curve)
+        measured = {"scores": self.curve[self._reported :], "intervals": self.evaluator.intervals[self._reported :]}
+        self._reported = len(self.curve)
         fresh = {"stream": stream.fresh()} if stream else {}
         return fresh | (measured if measured["scores"] else {})
 
@@ -218,7 +218,7 @@ class EditEvaluation(L.Callback):
                 self.evaluator.stream.restore(state["stream"])
             self.evaluator.curve += state.get("scores", [])
             self.evaluator.intervals += state.get("intervals", [])
-        self._kept = len(self.curve)
+        self._reported = len(self.curve)
 
     # -- summary --------------------------------------------------------------------------------------------------
     def summary(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class RECT(Restraint):
         if not 0 < keep <= 1:
             raise UserError(f"restraint.keep is expected to be in (0, 1], but got {keep}")
         self.keep = keep
-        self._kept: dict[str, float] = {}
+        self._kept_shares: dict[str, float] = {}
 
     @override
     def attach(self, module: nn.Module, steps: int = 0, others: Sequence[Restraint] = ()) -> None:
@@ -47,7 +47,7 @@ class RECT(Restraint):
         if others:
             raise UserError("RECT has to process a step before any other restraint: list it first")
         super().attach(module, steps, others)
-        self._kept = {}
+        self._kept_shares = {}
         for matrix in self.matrices.values():
             if isinstance(matrix, SnapshotMatrix):
                 matrix.follow_steps()
@@ -59,7 +59,7 @@ class RECT(Restraint):
         before = matrix.original().to(step) + matrix.delta() - step
         dropped = step.masked_fill(largest_relative_change(step, before, self.keep), 0.0)
         norm = float(torch.linalg.matrix_norm(step))
-        self._kept[matrix.name] = float(torch.linalg.matrix_norm(step - dropped)) / norm if norm else 1.0
+        self._kept_shares[matrix.name] = float(torch.linalg.matrix_norm(step - dropped)) / norm if norm else 1.0
         matrix.subtract(dropped)
 
     @override
@@ -70,7 +70,7 @@ class RECT(Restraint):
     @override
     def figures(self) -> dict[str, float]:
         """Return the smallest kept share of a step's norm."""
-        return {"kept_norm": min(self._kept.values(), default=1.0)}
+        return {"kept_norm": min(self._kept_shares.values(), default=1.0)}
 
 
 def largest_relative_change(change: Tensor, weight: Tensor, keep: float) -> Tensor:

@@ -59,12 +59,12 @@ class SpectrumMonitor(L.Callback):
         self.curve: list[dict[str, float]] = []
         self._original: dict[str, Tensor] = {}
         self._steps = -1
-        self._kept = 0
+        self._reported = 0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset for a new module."""
-        self.matrices, self.curve, self._original, self._steps, self._kept = {}, [], {}, -1, 0
+        self.matrices, self.curve, self._original, self._steps, self._reported = {}, [], {}, -1, 0
 
     @override
     @part_of_phase("spectrum")
@@ -79,13 +79,13 @@ class SpectrumMonitor(L.Callback):
 
     def step_state(self) -> dict[str, Any]:
         """Return the readings since the last call."""
-        fresh, self._kept = self.curve[self._kept :], len(self.curve)
+        fresh, self._reported = self.curve[self._reported :], len(self.curve)
         return {"readings": fresh} if fresh else {}
 
     def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Restore earlier readings."""
         self.curve = [reading for state in states for reading in state["readings"]]
-        self._kept = len(self.curve)
+        self._reported = len(self.curve)
 
     def summary(self) -> dict[str, Any]:
         """Return every reading, and how fast the norms grow."""
@@ -117,7 +117,7 @@ class SpectrumMonitor(L.Callback):
         changed = any(restraint.schedule != "each" for restraint in restraints)  # perhaps, since the latest reading
         if changed and trainer.global_step == self._steps:
             self.curve.pop()
-            self._kept = min(self._kept, len(self.curve))
+            self._reported = min(self._reported, len(self.curve))
         if changed or trainer.global_step != self._steps:
             self._read(trainer, pl_module)
         if self.matrices and self.draw:

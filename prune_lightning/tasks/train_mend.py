@@ -55,8 +55,8 @@ def run(config: DictConfig) -> None:
     }
     save_network(folder / "hypernetwork", module.network, editor.edited_modules(), facts, _dtype(settings.dtype))
     write_json(folder / "summary.json", {**facts, "wall_s": time.perf_counter() - started})
-    shown = {name: round(score, 3) for name, score in scores.items()}
-    Console().print(shown, f"\nThe best network: method=mend method.hypernetwork={folder / 'hypernetwork'}")
+    rounded = {name: round(score, 3) for name, score in scores.items()}
+    Console().print(rounded, f"\nThe best network: method=mend method.hypernetwork={folder / 'hypernetwork'}")
 
 
 def _checkpoint(path: str | None) -> str | None:
