@@ -1,4 +1,4 @@
-"""What a model's folder must hold, looked at before anything is loaded: one line says what is missing."""
+"""Checks a model's folder before anything is loaded, and reports in one line what is missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 
 
 def no_such_folder(path: str, folder: Path) -> UserError:
-    """Return the error for a path that is no folder: a file, a misspelt name or a name of nothing."""
+    """Return the error for a path that is a file or does not exist, with similar names."""
     if folder.is_file():
         return UserError(f"model.path: {path!r} is a file; give the folder that holds config.json and the weights")
     parent = folder.parent
@@ -31,14 +31,14 @@ def no_such_folder(path: str, folder: Path) -> UserError:
 
 
 def check_folder(folder: Path, weights: bool = True) -> None:
-    """Look at what a model's folder holds, without loading it.
+    """Check the files of a model's folder without loading them.
 
     Args:
         folder: The folder.
-        weights: Look at weights and tokenizer as well, not at the configuration alone.
+        weights: Whether to check weights and tokenizer, too, not only the configuration.
 
     Raises:
-        UserError: Something is missing or broken.
+        UserError: Something is missing or damaged.
     """
     for path in sorted(folder.iterdir()):
         if path.is_file() and _begins(path, _LFS):
