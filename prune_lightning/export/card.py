@@ -1,4 +1,4 @@
-"""The model card: what was edited, how, and into what. Texts of records are data in it, whatever they hold."""
+"""The model card of an edited model. Texts of records are escaped in it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from prune_lightning.export.sources import ExportSource
 def write_card(folder: Path, format_name: str, source: ExportSource, about: dict[str, Any]) -> None:
     """Write ``README.md``.
 
-    Whatever comes from records or configuration enters as JSON with ``<``, ``>``, ``&`` and ``'`` escaped, one line
-    each and inside a code block: it can end neither the block nor the front matter, and no page runs it.
+    Texts from records and configuration are written as JSON with ``<``, ``>``, ``&`` and ``'`` escaped, on one line
+    each and inside a code block. So they can end neither the block nor the front matter, and no web page executes them.
 
     Args:
         folder: Where to write.
         format_name: Name of the format.
-        source: What is exported.
+        source: The exported model.
         about: Figures of the export.
     """
     environment = Environment(
@@ -29,7 +29,7 @@ def write_card(folder: Path, format_name: str, source: ExportSource, about: dict
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    # Text stays readable; only the front matter is ASCII, since YAML takes more characters for line breaks.
+    # Only the front matter is ASCII, since YAML treats further characters as line breaks.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     origin = source.provenance
     edits = [
