@@ -1,4 +1,4 @@
-"""The job that trains MEND's network for a model, for edits to come."""
+"""The job that trains MEND's network for a model, for later edits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prune_lightning.tasks.setup import build_loggers, build_trainer, quieten, r
 
 
 def run(config: DictConfig) -> None:
-    """Train, and leave the best network in `hypernetwork/` of the run folder."""
+    """Train, and write the best network to `hypernetwork/` in the run folder."""
     quieten()
     config = settled(config)
     folder, settings = run_folder(), config.mend_training
