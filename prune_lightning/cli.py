@@ -1,4 +1,4 @@
-"""The command line: compose the configuration, run its task, turn the user's errors into one clear line."""
+"""The command line: compose the configuration, run its task, and report user errors in one clear line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def config_folder() -> str:
 
 
 def _run(config: DictConfig) -> None:
-    """Run the configured task; a reason is left in the run folder if the user has to mend something."""
+    """Run the configured task; the reason of a user error is also written to the run folder."""
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise UserError("these settings need a value: " + ", ".join(f"{key}=..." for key in missing))
@@ -47,7 +47,7 @@ def _run(config: DictConfig) -> None:
 
 
 def _task(name: Any) -> Callable[[DictConfig], None]:
-    """Return the function that a configuration names as its task."""
+    """Return the function of a task by its name."""
     module, _, function = str(name).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), function)
@@ -59,8 +59,8 @@ def _task(name: Any) -> Callable[[DictConfig], None]:
 
 
 def main() -> None:
-    """Run the command line; exit with 2, without a traceback, on an error that is the user's to mend."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, so that they can be told apart here
+    """Run the command line; a user error exits with 2 and without a traceback."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, so that they can be distinguished here
     try:
         sys.argv[1:] = full_arguments(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=config_folder(), config_name="train")(_run)()
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def _composing(error: Exception) -> str | None:
-    """Return what Hydra says of a configuration that it could not compose; ``None`` once the task has begun."""
+    """Return Hydra's message about a configuration that it cannot compose; ``None`` once the task has begun."""
     if any(frame.f_code is _run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
         return None
     return f"the configuration cannot be composed: {next(iter(str(error).splitlines()), type(error).__name__)}"
@@ -90,7 +90,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _user_error(error: BaseException) -> str | None:
-    """Return what to tell the user, or ``None`` if the error is not theirs."""
+    """Return the message of a user error, or ``None`` for any other error."""
     chain = list(_chain(error))
     for cause in chain:
         if isinstance(cause, UserError):
@@ -129,7 +129,7 @@ def _keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _unknown_key(name: str) -> str:
-    """Return the message for a key that the configuration has not, with those of the chosen groups that come near."""
+    """Return the message for an unknown key, with similar keys of the chosen groups."""
     folder = Path(config_folder())
     groups = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("_")]
     chosen = [word for word in sys.argv[1:] if word.split("=")[0].lstrip("+~") in groups]
