@@ -54,7 +54,7 @@ class StatisticsStore:
                     raise UserError(f"{path} was taken from another model or corpus: {manifest}; delete it")
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
         except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}); delete it, and it is taken anew") from error
+            raise UserError(f"{path} is damaged ({error}); delete it to compute it again") from error
 
     def _write(self, path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
