@@ -1,13 +1,13 @@
-"""Time edits by ROME and MEMIT: the plain path against the fast one, on a model with random weights.
+"""Time edits with ROME and MEMIT by the plain and the fast path, on a model with random weights.
 
     python benchmarks/editing.py                          GPT-2's 124M shape on the CPU
     python benchmarks/editing.py --shape llama-3-8b --dtype bfloat16 --device cuda
     python benchmarks/editing.py --batch-sizes 1 --json FILE
 
-The plain path is the papers' and the public code's: the value of each request is optimised alone, every step runs the
-whole model and computes all logits (``tests/plain_values.py``), and keys and hidden states take two whole forward
-passes per edited layer. Nothing stops early: 20 steps each. Both paths are timed on the same requests (of a batch the
-plain one on its first ones, which it takes one by one in any case), and their values are compared.
+The plain path is that of the papers' and the public code: each value is optimised alone, every step runs the whole
+model and computes all logits (``tests/plain_values.py``), and keys and hidden states need two whole forward passes per
+edited layer. There is no early stopping: 20 steps each. Both paths are timed on the same requests (for a batch, the
+plain path only on the first ones, since it processes them one by one), and their values are compared.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ WORDS = ("The", "river", "runs", "slowly", "through", "an", "old", "town", "wher
 
 
 def prefixes(count: int) -> list[str]:
-    """Return prefixes, half of them of five words and half of ten."""
+    """Return prefixes, one half with five words and one half with ten."""
     words = itertools.cycle(WORDS)
     return [" ".join(itertools.islice(words, 5 if i < count // 2 else 10)) + ". " for i in range(count)]
 
 
 def build(method: str, model: LanguageModel, shape: str) -> LocateThenEdit:
-    """Return a method with identity statistics: what they are does not change what an edit costs."""
+    """Return a method with identity statistics, since their values do not change the time of an edit."""
     shared: dict[str, Any] = {
         "language_model": model,
         "layers": LAYERS[shape][method],
@@ -67,7 +67,7 @@ def build(method: str, model: LanguageModel, shape: str) -> LocateThenEdit:
 
 
 def plain_edit(module: LocateThenEdit, requests: list[EditRequest]) -> Tensor:
-    """Do what an edit of the public code does, but for writing the weights; return the values."""
+    """Compute an edit as in the public code, without writing the weights; return the values."""
     model = module.language_model
     site = ShiftSite(module.layers[-1], SITES["memit" if isinstance(module, MEMIT) else "rome"])
     values = [plain_value(model, rows, site, module.value)[0] for rows in module.rows(requests)]
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="+", default=["rome", "memit"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--requests", type=int, default=3, help="how many the plain path is timed on")
+    parser.add_argument("--requests", type=int, default=3, help="requests on which the plain path is timed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     device = torch.device(options.device)

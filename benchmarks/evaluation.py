@@ -1,12 +1,12 @@
-"""Time CounterFact's scores: one pair at a time against shared passes, on a model with random weights.
+"""Time CounterFact's scores with one pair at a time and with shared passes, on a model with random weights.
 
     python benchmarks/evaluation.py                          GPT-2's 124M shape on the CPU
     python benchmarks/evaluation.py --layers 2 --edits 4     a small one
     python benchmarks/evaluation.py --json FILE
 
-An edit is judged on its prompt, two paraphrases and ten neighbours, each with two targets: 26 pairs. The plain path is
-that of the public code: each pair is a forward pass of its own with all logits at all positions. Both paths tokenise,
-score, and feed the same metric; their numbers are compared.
+An edit is scored on its prompt, two paraphrases and ten neighbours, each with two targets: 26 pairs. The plain path is
+that of the public code: each pair has its own forward pass with logits at all positions. Both paths tokenise, score,
+and update the same metric; their numbers are compared.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEIGHBOURS = 10
 
 
 def requests(count: int) -> dict[int, EditRequest]:
-    """Return edits of the bundled world; their neighbours are put in different words, as CounterFact's are."""
+    """Return edits of the bundled world; their neighbours have different wordings, as in CounterFact."""
     world = load_world()
     facts = [fact for fact in world.facts if len(world.by_relation[fact.relation]) > NEIGHBOURS][
         :: len(world.facts) // 64
@@ -60,7 +60,7 @@ def requests(count: int) -> dict[int, EditRequest]:
 
 @torch.no_grad()
 def plain_nll(model: LanguageModel, text: Pair) -> tuple[Tensor, bool]:
-    """Return the mean NLL per target token and whether all are first choices, from a pass of the pair alone."""
+    """Return the mean NLL per target token and whether all are first choices, from a separate pass of the pair."""
     (pair,) = model.tokens.encode_pairs([text])
     ids = torch.tensor([pair.ids], device=model.device)
     logits = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
@@ -95,7 +95,7 @@ def main() -> None:
     """Run both paths and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--edits", type=int, default=40)
-    parser.add_argument("--plain-edits", type=int, default=4, help="how many the plain path is timed on")
+    parser.add_argument("--plain-edits", type=int, default=4, help="edits on which the plain path is timed")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")

@@ -1,11 +1,11 @@
-"""Time the attribution of knowledge neurons: the plain path against the fast one, on a model with random weights.
+"""Time the attribution of knowledge neurons by the plain and the fast path, on a model with random weights.
 
     python benchmarks/knowledge_neurons.py                      GPT-2's 124M shape on the CPU
     python benchmarks/knowledge_neurons.py --shape small        a quarter of its width and a third of its depth
     python benchmarks/knowledge_neurons.py --device cuda --json FILE
 
-The plain path is the public code's: for every layer all points of the Riemann sum as one batch, the whole model over
-the whole prompt, all logits. The attributions of both paths are compared.
+The plain path is that of the public code: for every layer all points of the Riemann sum are one batch, which runs
+through the whole model with the whole prompt and all logits. The attributions of both paths are compared.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SMALL = {"n_embd": 192, "n_layer": 4, "n_head": 4, "vocab_size": 12000}
 
 
 def plain_attribution(model: LanguageModel, layer: int, question: NextToken, steps: int) -> Tensor:
-    """Do what the public code does for one layer and one token, at the down-projection's input."""
+    """Compute the attribution of one layer and one token as in the public code, at the down-projection's input."""
     site = model.rewrite_module(layer)
     ids, mask = model.tokens.pad([question.ids], model.device)
     with torch.no_grad(), capture(inputs=[site], stop=False) as seen:
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--requests", type=int, default=3, help="facts that the fast path attributes, one by one")
-    parser.add_argument("--plain-requests", type=int, default=1, help="how many of them the plain path is timed on")
+    parser.add_argument("--plain-requests", type=int, default=1, help="facts on which the plain path is timed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     device = torch.device(options.device)

@@ -1,4 +1,4 @@
-"""What keeping a ledger costs at the shapes of GPT-2 XL and Llama-3-8B.
+"""Measure the cost of a ledger at the shapes of GPT-2 XL and Llama-3-8B.
 
 `python benchmarks/ledger.py [--model gpt2-xl] [--edits 100] [--json FILE]` writes rank-one edits of every matrix that
 MEMIT edits into a ledger on the disk, with as many directions withheld at the end as PRUNE would withhold, and prints
@@ -28,7 +28,7 @@ REQUEST = {"prompt": "The capital of France is", "subject": "France", "target_ne
 
 
 def build(model: str) -> dict[str, EditedMatrix]:
-    """Return random matrices of a model's shape, with one singular value beyond the others as trained ones have."""
+    """Return random matrices of a model's shape with one dominant singular value, like trained ones."""
     count, rows, columns, dtype = MODELS[model]
     generator = torch.Generator().manual_seed(0)
     matrices = {}
@@ -40,7 +40,7 @@ def build(model: str) -> dict[str, EditedMatrix]:
 
 
 def state(matrices: dict[str, EditedMatrix], step: int) -> dict[str, Any]:
-    """Return what a snapshot holds; methods that protect keys add an inverse per matrix."""
+    """Return the content of a snapshot; methods that protect keys add an inverse per matrix."""
     kept = {name: matrix.state_dict() for name, matrix in matrices.items()}
     return {"matrices": kept, "memory": {}, "num_requests": step, "num_steps": step}
 

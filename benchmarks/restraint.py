@@ -1,14 +1,13 @@
-"""Time one restrained step: the procedure of PRUNE's public code against the spectral engine.
+"""Time one restrained step with the procedure of PRUNE's public code and with the spectral engine.
 
     python benchmarks/restraint.py            both shapes on the CPU; the reference takes a quarter of an hour
     python benchmarks/restraint.py --shapes 6400x1600 --json FILE
     python benchmarks/restraint.py --device cuda
 
-The reference is what the public code does for one matrix, in fp32 numpy: complete SVDs (``full_matrices``) of the
-change, of the original and of their sum, the numerical rank of the change, the law, the product. Its cost does not
-depend on what is in the matrix, so for the larger shape it runs once per kind of change. Ours is a step as it runs in
-training: the new update is added, what the law takes away is found, and the weight is written. The weights of both are
-compared.
+The reference is the public code's procedure for one matrix, in fp32 numpy: full SVDs (``full_matrices``) of the change,
+of the original and of their sum, the numerical rank of the change, the law, and the product. Its cost does not depend
+on the values, so for the larger shape it runs once per kind of change. Our step is that of training: the new update is
+added, the law's correction is computed, and the weight is written. The weights of both are compared.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from prune_lightning.spectral import Logarithm, restrain_, sigma_max, spectral_c
 from prune_lightning.types import LowRankUpdate
 
 BASE, ROUNDS = 1.2, 3
-COMPARE_ALL_UP_TO = 20_000_000  # weights; beyond, the reference runs once per kind of change, to end the same day
+COMPARE_ALL_UP_TO = 20_000_000  # weights; above that the reference, which takes minutes, runs once per kind
 
 
 def reference_step(original: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Return the restrained weight the way the public code computes it."""
+    """Return the restrained weight, computed as in the public code."""
     delta = weight - original
     left, sigma, right = np.linalg.svd(delta, full_matrices=True)
     _, original_sigma, _ = np.linalg.svd(original, full_matrices=True)
@@ -47,7 +46,7 @@ def reference_step(original: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def updates(rows: int, columns: int, count: int, top: float, device: torch.device) -> LowRankUpdate:
-    """Return rank-one updates side by side, every twentieth of them, and the last one, above the reference."""
+    """Return concatenated rank-one updates; every twentieth and the last one are above the reference."""
     generator = torch.Generator().manual_seed(count)
     left = nn.functional.normalize(torch.randn(rows, count, generator=generator), dim=0)
     right = nn.functional.normalize(torch.randn(columns, count, generator=generator), dim=0)
@@ -64,7 +63,7 @@ def difference(ours: Tensor, theirs: np.ndarray, original: Tensor) -> float:
 
 
 def factored_step(original: Tensor, top: float, behind: int) -> tuple[float, str, EditedMatrix, Tensor]:
-    """Return the median time of a restrained step with so many edits behind it, and what it left."""
+    """Return the median time of a restrained step after ``behind`` edits, and the resulting weight."""
     law, times = Logarithm(BASE, guard=False), []
     matrix = EditedMatrix("weight", nn.Parameter(original.clone(), requires_grad=False), transposed=False)
     stream = updates(*original.shape, behind + ROUNDS, top, original.device)

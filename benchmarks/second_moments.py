@@ -1,11 +1,11 @@
-"""Time second moments of five layers: one layer at a time by full passes, against one pass for all of them.
+"""Time second moments of five layers with one full pass per layer and with one pass for all of them.
 
     python benchmarks/statistics.py                       GPT-2's 124M shape on the CPU
     python benchmarks/statistics.py --shape llama-3-8b --dtype bfloat16 --device cuda --tokens 65536
     python benchmarks/statistics.py --json FILE
 
-The plain path runs the whole model, logits included, once per layer over batches of similar length, and adds the
-products up in the model's precision, as public code does. The moments of both are compared.
+The plain path runs the whole model, including logits, once per layer over batches of similar length, and sums the
+products in the model's precision, as public code does. The moments of both are compared.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Ragged:
     """Texts of 20 to 400 words: a corpus.
 
     Args:
-        words: Words in all.
+        words: Total number of words.
     """
 
     def __init__(self, words: int) -> None:
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=16384, help="about so many tokens")
+    parser.add_argument("--tokens", type=int, default=16384, help="approximate number of tokens")
     parser.add_argument("--token-budget", type=int, default=2048, help="padded tokens per forward pass, both paths")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()

@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device, **changes: Any) -> LanguageModel:
-    """Return a model of a shape, changed or not, with random weights and the bundled model's tokenizer."""
+    """Return a model of a shape, with optional changes, with random weights and the bundled model's tokenizer."""
     settings = SHAPES[shape] | changes
     config = AutoConfig.for_model(
         settings.pop("model_type"), pad_token_id=0, bos_token_id=0, eos_token_id=0, **settings

@@ -1,7 +1,7 @@
 """Time second moments of five layers; see ``second_moments.py``, which this runs.
 
-The name is the standard library's too. A script's folder comes first on the path, so whoever imports ``statistics``
-while a benchmark runs finds this file, and is handed the standard library's module.
+The standard library has a module of the same name. A script's folder comes first on the path, so an import of
+``statistics`` while a benchmark runs finds this file, which then provides the standard library's module.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Follow the time of an edit, and the memory, over a long stream on the bundled model.
+"""Measure the time of an edit and the memory over a long stream on the bundled model.
 
 python benchmarks/stream.py                                     AlphaEdit with PRUNE, 2,000 edits
 python benchmarks/stream.py --method r_rome --edits 500 --plot FILE.png --json FILE
@@ -30,7 +30,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class Watch(L.Callback):
-    """Notes time and resident memory after every edit, the restraint included."""
+    """Records time and resident memory after every edit, including the restraint."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

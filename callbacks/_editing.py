@@ -1,4 +1,4 @@
-"""What the callbacks of edit streams share: the module they need, and the state they keep per step."""
+"""Shared by the callbacks of edit streams: the module they need and the state they keep per step."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from prune_lightning.types import EditReport
 
 @runtime_checkable
 class KeepsStepState(Protocol):
-    """A callback whose state grows with the steps; the ledger keeps it, so that a resumed run has it."""
+    """A callback whose state grows with every step. The ledger stores it, so that a resumed run restores it."""
 
     def step_state(self) -> Mapping[str, Any]:
-        """Return what has been added since this was called last, JSON-able; empty for nothing."""
+        """Return what was added since the last call, as JSON-serializable values; empty if nothing was."""
         ...
 
     def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Restore the state from what was returned along the steps of an earlier run, in order."""
+        """Restore the state from the values of :meth:`step_state` of an earlier run, one per step, in order."""
         ...
 
 
 def editing_module(callback: L.Callback, module: L.LightningModule) -> EditingModule:
-    """Return the module, if it edits.
+    """Return the module if it is an editing module.
 
     Raises:
         UserError: It does not.
@@ -37,13 +37,13 @@ def editing_module(callback: L.Callback, module: L.LightningModule) -> EditingMo
 
 
 def last_report(module: EditingModule) -> EditReport:
-    """Return what the latest step did."""
+    """Return the report of the latest step."""
     assert module.run.last_report is not None, "there is no step yet"
     return module.run.last_report
 
 
 def keepers(trainer: L.Trainer) -> dict[str, KeepsStepState]:
-    """Return the callbacks that keep a state per step, by a name that is the same in a resumed run."""
+    """Return the callbacks that keep a state per step, by a name that stays the same in a resumed run."""
     found: dict[str, KeepsStepState] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, KeepsStepState):

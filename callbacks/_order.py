@@ -1,4 +1,4 @@
-"""The order in which callbacks see a step of an edit stream, checked when training is set up."""
+"""Checks, when training is set up, the order in which callbacks process a step of an edit stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prune_lightning.errors import UserError
 
 
 class Place(IntEnum):
-    """Where a callback belongs: one that changes the model comes before one that looks at it, the ledger is last."""
+    """The position of a callback: those that change the model come before those that read it; the ledger is last."""
 
     RESTRAINT = 0
     GUARD = 1
@@ -21,9 +21,9 @@ class Place(IntEnum):
 
 
 def check_order(trainer: L.Trainer) -> None:
-    """Refuse callbacks in an order in which one would see a step that another has not dealt with yet.
+    """Check that no callback reads a step before another one has changed it.
 
-    Callbacks without a ``place`` may stand anywhere.
+    Callbacks without a ``place`` may be listed anywhere.
 
     Raises:
         UserError: The order is wrong; the message names two callbacks.

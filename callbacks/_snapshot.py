@@ -1,4 +1,4 @@
-"""Matrices of a module that is trained by an optimizer: their change is what the weights moved by."""
+"""Matrices of a module that is trained by an optimizer. Their change is the weight minus a copy of the original."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ._adapted import AdaptedMatrix, adapted_layers, sharded_like, whole
 class SnapshotMatrix:
     r"""A trained weight with a copy of its original: :math:`\Delta = W - W_0 +` what is withheld.
 
-    A sharded weight (``DTensor``) and its copies stay sharded; the whole matrix is gathered for the moment in which it
-    is looked at, and every rank computes the same from it.
+    A sharded weight (``DTensor``) and its copies stay sharded. The whole matrix is gathered only while it is read, and
+    every rank computes the same result from it.
 
     Args:
         name: Name of the parameter.
@@ -53,17 +53,17 @@ class SnapshotMatrix:
         return self.delta() if self._withheld is None else self.delta() + whole(self._withheld)
 
     def follow_steps(self) -> None:
-        """Remember the weight from now on, so that :meth:`step` can tell what it moved by."""
+        """Keep a copy of the weight from now on, so that :meth:`step` can return its change."""
         self._previous = self._previous if self._previous is not None else self.parameter.detach().clone()
 
     def step(self) -> Tensor:
-        """Return what the weight moved by since a restraint wrote it last."""
+        """Return the change of the weight since a restraint last wrote it."""
         assert self._previous is not None, "follow_steps() comes first"
         return whole(self.parameter.detach().to(self._precise) - self._previous.to(self._precise))
 
     @torch.no_grad()
     def withhold(self, correction: LowRankUpdate | None) -> None:
-        """Write the weight without ``correction``, which counts as withheld, not as undone."""
+        """Write the weight without ``correction``, which is recorded as withheld and stays part of :attr:`change`."""
         if correction is None and self._withheld is None:
             return
         weight = self.weight().to(self._precise, copy=True)
@@ -75,7 +75,7 @@ class SnapshotMatrix:
 
     @contextmanager
     def withholding(self, correction: LowRankUpdate | None) -> Iterator[None]:
-        """Write the weight without ``correction`` inside the block; every bit is put back."""
+        """Write the weight without ``correction`` inside the block, then restore it bit for bit."""
         saved = self.parameter.detach().clone(), self._withheld, self._previous
         self._previous = None
         self.withhold(correction)
@@ -87,7 +87,7 @@ class SnapshotMatrix:
             _, self._withheld, self._previous = saved
 
     def check(self) -> None:
-        """Raise a :class:`UserError` if the weight has moved away from its copy."""
+        """Raise a :class:`UserError` if the weight is on another device than its copy."""
         if self.parameter.device != self._original.device:
             raise UserError(
                 f"{self.name} is on {self.parameter.device}, its copy on {self._original.device}: attach a restraint "
@@ -96,7 +96,7 @@ class SnapshotMatrix:
 
     @torch.no_grad()
     def subtract(self, correction: LowRankUpdate | Tensor) -> None:
-        """Take ``correction`` away from the weight for good."""
+        """Subtract ``correction`` from the weight permanently."""
         dense = correction if isinstance(correction, Tensor) else correction.dense()
         self._write(self.weight().to(self._precise) - dense.to(self._precise))
 
@@ -106,11 +106,11 @@ class SnapshotMatrix:
             self._previous.copy_(self.parameter.detach())
 
     def rounding_loss(self) -> float:
-        """Return zero: an optimizer works on the weight as it is stored, nothing is kept beside it."""
+        """Return zero: an optimizer updates the stored weight itself, so no higher-precision copy exists."""
         return 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a restart needs, whole matrices on the CPU."""
+        """Return the state for a checkpoint, as whole matrices on the CPU."""
         kept = {"original": self._original, "withheld": self._withheld, "previous": self._previous}
         return {name: whole(tensor).cpu() for name, tensor in kept.items() if tensor is not None}
 

@@ -34,21 +34,21 @@ _SPECTRUM = {"sigma_max_delta": "largest σ of the change", "condition_number": 
 class EditEvaluation(L.Callback):
     """Decides when an edited model is evaluated, and over which cases; an :class:`~.evaluator.Evaluator` does it.
 
-    The baseline is taken on the unedited model over all cases that will be looked at; afterwards the scores are over
-    the requests handled so far, or over a sample of them in strata of age, whose cases then weigh as many as they stand
-    for. The last evaluation is of the final model, when every restraint has acted. Under the protocols ``single`` and
-    ``batch`` each step's requests are scored right after it, before the model is put back, and averaged. Every process
-    measures everything, and the first one writes.
+    The baseline is measured on the unedited model over all cases that will be evaluated. Later scores are over the
+    requests handled so far, or over a sample stratified by age, in which each case is weighted by the number of cases
+    it represents. The last evaluation is of the final model, after every restraint. Under the protocols ``single`` and
+    ``batch`` each step's requests are scored right after the step, before the unedited model is restored, and averaged.
+    Every process measures everything; only rank 0 writes files.
 
     Args:
         counts: Edit counts at which to evaluate; the final model is always evaluated.
         measurements: What to measure; those not enabled are left out.
         stream: Metrics over the whole stream, shared with the edit log; ``None`` for none.
-        max_cases: Most requests to look at at a time; see :class:`~.case_sampler.CaseSampler`.
+        max_cases: Largest number of requests per evaluation; see :class:`~.case_sampler.CaseSampler`.
         seed: Seed of the sample.
         cases_file: JSONL file for per-case rows.
         max_case_mb: See :class:`~.case_rows.CaseRows`.
-        earlier: An evaluation of the same stream with the same measurements, whose baseline is used again.
+        earlier: An evaluation of the same stream with the same measurements; its baseline is reused.
         clock: Accounts for the time; one of its own by default.
 
     Attributes:
@@ -81,7 +81,7 @@ class EditEvaluation(L.Callback):
         self._probed: dict[int, float] = {}
         self._from_base = False
         self._evaluations = 0
-        self._kept = 1  # entries of the curve; the baseline is taken again in a resumed run
+        self._reported = 1  # entries of the curve; the baseline is taken again in a resumed run
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -102,7 +102,7 @@ class EditEvaluation(L.Callback):
     # -- the unedited model ---------------------------------------------------------------------------------------
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Choose the cases to look at and take the baseline."""
+        """Choose the cases to evaluate and measure the baseline."""
         module, stream = editing_module(self, pl_module), _stream(trainer)
         self._requests, self._from_base = stream.requests, stream.protocol.from_base
         ends = list(accumulate(len(batch.requests) for batch in stream.batches()))
@@ -122,7 +122,7 @@ class EditEvaluation(L.Callback):
             self.evaluator.begin_immediate(module.device)
 
     def _plan(self, ends: Sequence[int], stream: EditStream) -> None:
-        """Find out which counts will be evaluated and which cases will be looked at."""
+        """Determine at which edit counts, and on which cases, the model will be evaluated."""
         commits = [end for start, end in pairwise([0, *ends]) for _ in range(end - start)]
         most = None if self._from_base else self.max_cases
         self.sampler = CaseSampler(commits, most, self.seed, stream.superseded())
@@ -136,7 +136,7 @@ class EditEvaluation(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Evaluate if this batch reached one of the counts; the final model is evaluated when it is final."""
+        """Evaluate if this batch reached one of the counts. The final model is evaluated in :meth:`on_train_end`."""
         module = editing_module(self, pl_module)
         now = module.num_requests
         before = now - len(batch.requests)
@@ -151,7 +151,7 @@ class EditEvaluation(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate the final model; where the stream ended early, over cases that were looked at before."""
+        """Evaluate the final model. If the stream ended early, only cases with a baseline are used."""
         module = editing_module(self, pl_module)
         now = module.num_requests
         if not now or self._from_base:
@@ -165,7 +165,7 @@ class EditEvaluation(L.Callback):
     def _drop_last(self) -> None:
         self.evaluator.curve.pop()
         self.evaluator.intervals.pop()
-        self._kept = min(self._kept, len(self.curve))
+        self._reported = min(self._reported, len(self.curve))
 
     def _evaluate(
         self, trainer: L.Trainer, module: EditingModule, weights: Mapping[int, float], due: Sequence[Measurement]
@@ -185,7 +185,7 @@ class EditEvaluation(L.Callback):
         self._log(trainer)
 
     def _due(self, before: int, now: int) -> list[Measurement] | None:
-        """Return what to take once ``now`` requests are handled, ``before`` of them before the latest step.
+        """Return the measurements due once ``now`` requests are handled, ``before`` of them before the latest step.
 
         ``None`` if there is no evaluation; the metrics over the stream are part of each.
         """
@@ -204,27 +204,27 @@ class EditEvaluation(L.Callback):
 
     # -- state ----------------------------------------------------------------------------------------------------
     def step_state(self) -> dict[str, Any]:
-        """Return what was measured since this was called last."""
+        """Return the scores measured since the last call."""
         stream = self.evaluator.stream
-        measured = {"scores": self.curve[self._kept :], "intervals": self.evaluator.intervals[self._kept :]}
-        self._kept = len(self.curve)
+        measured = {"scores": self.curve[self._reported :], "intervals": self.evaluator.intervals[self._reported :]}
+        self._reported = len(self.curve)
         fresh = {"stream": stream.fresh()} if stream else {}
         return fresh | (measured if measured["scores"] else {})
 
     def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Restore what was measured in earlier steps."""
         if self._from_base:
-            raise UserError("a stream whose steps go back to the unedited model is not resumed: run it anew")
+            raise UserError("a run whose steps each start from the unedited model cannot be resumed: run it again")
         for state in states:
             if self.evaluator.stream and "stream" in state:
                 self.evaluator.stream.restore(state["stream"])
             self.evaluator.curve += state.get("scores", [])
             self.evaluator.intervals += state.get("intervals", [])
-        self._kept = len(self.curve)
+        self._reported = len(self.curve)
 
     # -- summary --------------------------------------------------------------------------------------------------
     def summary(self) -> dict[str, Any]:
-        """Return all scores, their intervals, and the time that they took."""
+        """Return all scores, their confidence intervals, and the time that evaluation took."""
         evaluator = self.evaluator
         final = {key: value for key, value in self.curve[-1].items() if key != "num_requests"}
         return {
@@ -241,7 +241,7 @@ class EditEvaluation(L.Callback):
 
 
 def _trajectories(evaluator: Evaluator) -> dict[str, Any]:
-    """Return what there is to say about the stream as a whole, beyond the figures of each evaluation."""
+    """Return figures of the stream as a whole, such as half-lives, beyond the scores of each evaluation."""
     groups = [measurement for measurement in evaluator.measurements if measurement.tasks]
     abilities = [f"{m.name}/{key}" for m in groups for key in ("retention", *m.tasks)]
     return {

@@ -1,4 +1,4 @@
-"""Keeps the ledger of an edit stream, and resumes one."""
+"""Writes the ledger of an edit stream and resumes from one."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ _log = logging.getLogger(__name__)
 
 
 class EditLedger(L.Callback):
-    """Writes every step into the ledger once every other callback is done with it; list it last.
+    """Writes every step into the ledger after all other callbacks have processed it; list it last.
 
-    A step is written as it happens: its update, what a restraint took away, what the method remembers of it. Whole
-    states, from which a resumed run starts bit for bit, are written between steps, as often as they cost no more than
-    a share of the time, and at the end.
+    Each step is written when it is complete: its update, the corrections of restraints, and the method's memory of it.
+    Snapshots of the whole state, from which a run resumes bit for bit, are written between steps, within a given share
+    of the run time, and at the end.
 
-    With a ``ledger`` of an earlier run, the run continues after its last complete step: the state is restored when the
-    module is prepared, and the stream has to begin behind it (``EditStream(done=ledger.sizes)``).
+    With the ``ledger`` of an earlier run, the run continues after its last complete step. The state is restored once
+    the module is prepared, and the stream has to begin after that step (``EditStream(done=ledger.sizes)``).
 
     Args:
-        folder: Where the ledger lies.
-        base: What is known of the base besides the fingerprints: name, revision, method, seed, and so on.
+        folder: Folder of the ledger.
+        base: Description of the base besides the fingerprints: name, revision, method, seed, and so on.
         ledger: The ledger to resume.
         snapshot_every: Steps between two snapshots; ``None`` for as often as ``snapshot_share`` allows.
         snapshot_share: Largest share of the run's time that snapshots may take.
 
     Attributes:
-        rebuilt: How the state of a resumed run came back.
+        rebuilt: How the state of a resumed run was restored.
     """
 
     place: ClassVar[Place] = Place.LEDGER
@@ -69,7 +69,7 @@ class EditLedger(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the order of callbacks and the settings, and count the earlier steps as made."""
+        """Check the order of callbacks and the settings, and count the earlier steps as done."""
         editing_module(self, pl_module)
         check_order(trainer)
         if self.ledger is not None:
@@ -85,7 +85,7 @@ class EditLedger(L.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the ledger, or restore the state of the run to resume: by now, everything is prepared."""
+        """Create the ledger, or restore the state of the run to resume. By now the module is prepared."""
         module = editing_module(self, pl_module)
         self._sketch = StateSketch(module.edited_matrices())
         if self._to_resume:
@@ -108,7 +108,7 @@ class EditLedger(L.Callback):
         assert self.ledger is not None
         restraints = _restraints(trainer)
         restrain = restraints[-1].restrain if restraints else None
-        with fail_together():  # every process reads it, and has done so before it is cut
+        with fail_together():  # every process reads it before it is truncated
             check_base(self.ledger, module)
             self.rebuilt = rebuild(module, self.ledger, restrain=restrain, finished=False)
         _log.info("%s", self.rebuilt)
@@ -145,7 +145,7 @@ class EditLedger(L.Callback):
                 sketch={} if batch.from_base else self._sketch.take(),
             )
         )
-        # What the end is going to change must be there unchanged for a run that continues after it.
+        # A run that continues after this step needs the state from before the end of the stream changes it.
         ends = module.run.pending and (trainer.is_last_batch or trainer.should_stop)
         if not batch.from_base and (ends or self._cadence.due(module.run.num_steps, _size(module))):
             self._snapshot(module)
@@ -158,7 +158,7 @@ class EditLedger(L.Callback):
     @override
     @part_of_phase("ledger")
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write what happened when the stream ended, and the final state."""
+        """Write the events of the end of the stream and the final state."""
         module = editing_module(self, pl_module)
         module.run.finish()
         states = {name: callback.step_state() for name, callback in keepers(trainer).items()}
@@ -185,13 +185,13 @@ def _restraints(trainer: L.Trainer) -> list[Restraint]:
 
 
 def _size(module: EditingModule) -> int:
-    """Return about how many bytes a snapshot has: the changes at least."""
+    """Return the approximate size of a snapshot in bytes: that of the changes."""
     masters = [matrix.change.master for matrix in module.edited_matrices().values()]
     return sum(master.numel() * master.element_size() for master in masters)
 
 
 def _difference(name: str, earlier: Any, now: Any) -> str:
-    """Return which part of a nested setting differs."""
+    """Describe which part of a nested setting differs."""
     if isinstance(earlier, dict) and isinstance(now, dict):
         for key in sorted({*earlier, *now}, key=str):
             if earlier.get(key) != now.get(key):

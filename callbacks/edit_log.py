@@ -24,11 +24,11 @@ from ._order import Place, check_order
 class EditLog(L.Callback):
     """Logs every request with its success just before and just after the edit, its update's norm, and the seconds.
 
-    List it after the restraint, so that "after" is the restrained model.
+    List it after the restraint, so that "after" refers to the restrained model.
 
     Args:
-        path: The JSONL file; written anew. ``None`` for no file.
-        stream: Takes the same scores, if there is one: nothing is scored twice.
+        path: The JSONL file; overwritten. ``None`` for no file.
+        stream: Receives the same scores, if given, so that nothing is scored twice.
 
     Attributes:
         seconds: Sum of the edits' seconds.
@@ -53,7 +53,7 @@ class EditLog(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the file."""
+        """Create the file."""
         self._writes = trainer.is_global_zero
         if self.path and self._writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class EditLog(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Score the requests before they are written."""
+        """Score the requests before the edit."""
         if not batch.requests:
             return
         module = editing_module(self, pl_module)
@@ -84,7 +84,7 @@ class EditLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Score the requests again and write their lines."""
+        """Score the requests after the edit and write their lines."""
         module = editing_module(self, pl_module)
         report = last_report(module)
         assert self._before is not None
@@ -126,7 +126,7 @@ class EditLog(L.Callback):
         return {"lines": lines} if lines else {}
 
     def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Make the file hold the lines of earlier steps, and no others."""
+        """Rewrite the file with the lines of the earlier steps."""
         self.seconds += sum(state["lines"][0]["seconds"] for state in states)
         if self.path and self._writes:
             write_lines(self.path, [line for state in states for line in state["lines"]])

@@ -1,4 +1,4 @@
-"""Watches every step of an edit stream for edits that do harm, and acts by policy."""
+"""Checks every step of an edit stream for harmful edits and acts according to a policy."""
 
 from __future__ import annotations
 
@@ -32,30 +32,31 @@ FINITE, PERPLEXITY, COLLAPSE = "finite", "perplexity", "collapse"
 
 
 class Guards(L.Callback):
-    """Looks at each update before it is written, and at the model's perplexity afterwards.
+    """Check each update before it is written, and the model's perplexity afterwards.
 
-    ``warn`` writes the edit and says so. ``skip`` does not write it. ``rollback`` does not either, and an edit that
-    perplexity finds, after it was written and restrained, is taken back, bit for bit: weights, change, what is
-    withheld, what the method remembers. For that everything an edit changes is copied before each step. ``stop`` ends
-    the run early, everything written as at its end; an edit found before it was written stays out.
-    An update that is not finite is never written, so for it only ``stop`` makes a difference.
+    ``warn`` writes the edit and logs a warning. ``skip`` does not write it. ``rollback`` does not write it either; an
+    edit that the perplexity check refuses after it was written is undone bit for bit: weights, change, withheld part
+    and the method's memory. To allow that, everything that an edit changes is copied before each step. ``stop`` ends
+    the run early but writes all results; an edit refused before it was written is not applied. A non-finite update is
+    never written, so for it only ``stop`` makes a difference.
 
-    List it after the restraint and before whatever looks at the edited model.
+    List it after the restraint and before callbacks that evaluate the edited model.
 
     Args:
-        policy: For all guards that have none of their own.
+        policy: Policy of all guards that have none of their own.
         path: JSONL file of the requests that were refused, one line each, written at once; relative to the Trainer's
             ``default_root_dir``. ``None`` for no file.
-        finite: ``skip`` or ``stop`` at an update that is not finite; ``None`` for ``stop`` where that is set for all.
+        finite: ``skip`` or ``stop`` at a non-finite update; ``None`` for ``stop`` if ``policy`` is ``stop``, else
+            ``skip``.
         perplexity: The sentinel sentences; ``None`` for none.
         collapse: ``warn`` or ``stop`` when perplexity stays above its factor.
-        guards: By name, what looks at updates; ``None`` leaves one out.
+        guards: Guards that check updates, by name; ``None`` disables one.
 
     Attributes:
-        found: In how many steps each guard found something.
+        found: Number of steps in which each guard found a problem.
         refused: Number of requests that were refused.
-        readings: What perplexity was each time it was taken.
-        stopped: Why the run was ended early, if it was.
+        readings: The perplexity readings, in order.
+        stopped: Reason for ending the run early, or ``None``.
 
     Raises:
         UserError: An unknown policy.
@@ -80,7 +81,7 @@ class Guards(L.Callback):
         self.finite = finite or ("stop" if policy == "stop" else "skip")
         self.path = None if path is None else Path(path)
         self.guards = {name: guard for name, guard in guards.items() if guard is not None}
-        # An edit that is written cannot be skipped any more.
+        # An edit that is already written cannot be skipped.
         self._after = "warn" if policy == "skip" else policy
         if perplexity and perplexity.policy:
             self._after = perplexity.policy
@@ -96,19 +97,19 @@ class Guards(L.Callback):
     # -- along the stream -----------------------------------------------------------------------------------------
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have the module ask before it writes."""
+        """Register the guards as a veto on writing."""
         check_order(trainer)
         editing_module(self, pl_module).run.register_veto(self._veto)
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let the module write again."""
+        """Remove the veto."""
         editing_module(self, pl_module).run.remove_veto(self._veto)
 
     @override
     @part_of_phase("guards")
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the file and look at the unedited model; earlier edits of a resumed run are put back later."""
+        """Create the file and read the unedited model's perplexity. A resumed run restores its edits later."""
         module = editing_module(self, pl_module)
         self._file = Path(trainer.default_root_dir, self.path) if self.path and trainer.is_global_zero else None
         if self._file and not getattr(trainer.datamodule, "done", ()):  # type: ignore[attr-defined]
@@ -121,7 +122,7 @@ class Guards(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Copy what the step will change, if it may have to be taken back."""
+        """Copy what the step will change, if it may have to be undone."""
         self._step, self._refusal = {}, None
         if self.sentinel and self._after == "rollback":
             self._before = editing_module(self, pl_module).run.backup()
@@ -141,7 +142,7 @@ class Guards(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: EditBatch, batch_idx: int
     ) -> None:
-        """Read the model's perplexity, undo the step if need be, and write down what was refused."""
+        """Read the model's perplexity, undo the step if necessary, and record refused requests."""
         module = editing_module(self, pl_module)
         report = last_report(module)
         if not report.applied and self._refusal is None:
@@ -250,7 +251,7 @@ class Guards(L.Callback):
         return nan_to_null(step)
 
     def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Restore what was found in earlier steps, and make the file hold what they refused, and nothing else."""
+        """Restore the findings of earlier steps and rewrite the file with the requests they refused."""
         if self._file:
             self._file.unlink(missing_ok=True)
         for state in states:

@@ -1,4 +1,4 @@
-"""Our restraints under the Hugging Face Trainer."""
+"""Restraints for the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by `accel
 
 
 class RestraintCallback(TrainerCallback):
-    """Runs a restraint in a ``transformers.Trainer``, after each optimizer step; its state is in the checkpoints.
+    """Runs a restraint in a ``transformers.Trainer`` after each optimizer step and saves its state in the checkpoints.
 
     Its figures, ``restraint/*``, are in ``trainer.state.log_history`` and in what every reporter is given.
 
@@ -52,7 +52,7 @@ class RestraintCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take hold of the matrices and their originals, those of the checkpoint when training resumes."""
+        """Attach to the matrices and their originals; when training resumes, the checkpoint provides the originals."""
         if args.fsdp or args.deepspeed or any(os.environ.get(name) == "true" for name in _SHARDING):
             raise UserError("under the Hugging Face Trainer a restraint works on one device or under DDP, not sharded")
         if args.load_best_model_at_end and self.restraint.schedule == "end":
@@ -76,7 +76,7 @@ class RestraintCallback(TrainerCallback):
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Restrain if the schedule says so."""
+        """Restrain if it is due."""
         self.restraint.after_step(state.global_step, last=state.global_step >= state.max_steps)
 
     @override
@@ -92,12 +92,12 @@ class RestraintCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restrain what the last steps left, where training ended early."""
+        """Restrain the last steps if training ended early."""
         self.restraint.after_step(state.global_step, last=True)
 
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the restraint's state beside the checkpoint."""
+        """Save the restraint's state next to the checkpoint."""
         if not state.is_world_process_zero:
             return
         kept = self.restraint.state_dict()

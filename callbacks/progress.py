@@ -1,4 +1,4 @@
-"""A progress display: the phases of a run as they go, with the time that is left of each."""
+"""A progress display of the phases of a run, with the estimated time left for each."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from prune_lightning.phases import Phase, PhaseClock, duration
 
 
 class RunProgress:
-    """Shows the phases of a clock while the block lasts; it reads the clock and keeps nothing of its own.
+    """Shows the phases of a clock inside the block. It reads the clock and has no state of its own.
 
-    Parts of phases are not shown. The time left is the phase's recent pace times its steps left.
+    Parts of phases are not shown. The time left is the recent time per step times the number of steps left.
 
     Args:
         clock: The clock.

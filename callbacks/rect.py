@@ -23,12 +23,12 @@ class RECT(Restraint):
 
     .. math:: \rho_{ij} = |\Delta_{ij} / W_{ij}|
 
-    with :math:`\Delta` the change of this step and :math:`W` the weight before it; the ``keep`` share with the largest
-    :math:`\rho` stays, the rest of the step is dropped. Where the weight is zero any change counts as infinite. The
-    masked change is not of low rank: PRUNE after RECT (list it after) takes the dense path.
+    with :math:`\Delta` the change of this step and :math:`W` the weight before it; the share ``keep`` with the largest
+    :math:`\rho` is kept and the rest of the step is set to zero. Where the weight is zero, any change counts as
+    infinite. The masked change is not of low rank, so PRUNE, listed after RECT, takes the dense path.
 
     Args:
-        keep: Share of the entries that is kept, in (0, 1]. Published: 0.2 (RECT's code), 0.4 (AlphaEdit's comparison).
+        keep: Share of the entries to keep, in (0, 1]. Published: 0.2 (RECT's code), 0.4 (AlphaEdit's comparison).
         parameters: See :class:`Restraint`.
 
     Raises:
@@ -40,15 +40,15 @@ class RECT(Restraint):
         if not 0 < keep <= 1:
             raise UserError(f"restraint.keep is expected to be in (0, 1], but got {keep}")
         self.keep = keep
-        self._kept: dict[str, float] = {}
+        self._kept_shares: dict[str, float] = {}
 
     @override
     def attach(self, module: nn.Module, steps: int = 0, others: Sequence[Restraint] = ()) -> None:
-        """Take hold of the matrices, and follow them step by step."""
+        """Attach to the matrices and track their changes step by step."""
         if others:
-            raise UserError("RECT has to see a step before any other restraint does: list it first")
+            raise UserError("RECT has to process a step before any other restraint: list it first")
         super().attach(module, steps, others)
-        self._kept = {}
+        self._kept_shares = {}
         for matrix in self.matrices.values():
             if isinstance(matrix, SnapshotMatrix):
                 matrix.follow_steps()
@@ -57,12 +57,12 @@ class RECT(Restraint):
 
     @override
     def restrain(self, matrix: RestrainedMatrix) -> None:
-        """Drop the entries of the step with the smaller relative change."""
+        """Set the entries of the step with the smaller relative change to zero."""
         step = matrix.step()
         before = matrix.original().to(step) + matrix.delta() - step
         dropped = step.masked_fill(largest_relative_change(step, before, self.keep), 0.0)
         norm = float(torch.linalg.matrix_norm(step))
-        self._kept[matrix.name] = float(torch.linalg.matrix_norm(step - dropped)) / norm if norm else 1.0
+        self._kept_shares[matrix.name] = float(torch.linalg.matrix_norm(step - dropped)) / norm if norm else 1.0
         matrix.subtract(dropped)
 
     @override
@@ -72,8 +72,8 @@ class RECT(Restraint):
 
     @override
     def figures(self) -> dict[str, float]:
-        """Return the smallest share of a step's norm that was kept."""
-        return {"kept_norm": min(self._kept.values(), default=1.0)}
+        """Return the smallest kept share of a step's norm."""
+        return {"kept_norm": min(self._kept_shares.values(), default=1.0)}
 
 
 def largest_relative_change(change: Tensor, weight: Tensor, keep: float) -> Tensor:

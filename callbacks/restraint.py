@@ -1,4 +1,4 @@
-"""The base of all restraints: which matrices, when, and where the result goes."""
+"""The base class of all restraints: which matrices are restrained, and when."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from ._timing import part_of_phase
 class Restraint(L.Callback, ABC):
     """Restrains the change of weight matrices, after an edit or after a step of an optimizer.
 
-    A restraint implements :meth:`restrain`. On an editing module the matrices are those under edit. On any other
-    module the matching parameters are copied when training starts, and a step is what the weights have moved by.
+    A restraint implements :meth:`restrain`. On an editing module the matrices are the edited ones. On any other module
+    the matching parameters are copied when training starts, and a step is the change of the weights since.
 
     Works on a single device, under DDP, and under FSDP2 (``ModelParallelStrategy``), where one matrix at a time is
-    gathered. For loops that are not Lightning's: :meth:`attach` before training, :meth:`after_step` after each step.
+    gathered. In other training loops, call :meth:`attach` before training and :meth:`after_step` after each step.
 
     The original of a weight is what it was when the restraint first took hold of it. It is kept until :meth:`reset`: a
     second training of the same weights, in the same Trainer or another, is restrained relative to the same original.
@@ -54,8 +54,8 @@ class Restraint(L.Callback, ABC):
         every_n: Steps between two restraints under ``every_n``.
 
     Attributes:
-        matrices: The matrices it holds, by name.
-        pending: Whether something that the steps have done is not restrained yet.
+        matrices: The restrained matrices, by name.
+        pending: Whether some steps are not restrained yet.
 
     Raises:
         UserError: An unknown schedule.
@@ -77,18 +77,18 @@ class Restraint(L.Callback, ABC):
     # -- what a restraint writes ----------------------------------------------------------------------------------
     @abstractmethod
     def restrain(self, matrix: RestrainedMatrix) -> None:
-        """Restrain one matrix for good."""
+        """Restrain one matrix permanently."""
 
     def correction(self, matrix: RestrainedMatrix) -> LowRankUpdate | None:
-        """Return what would be taken away from one matrix now; needed for the ``end`` schedule."""
-        raise UserError(f"{type(self).__name__} works step by step; it has no `schedule=end`")
+        """Return what :meth:`restrain` would subtract from one matrix now; needed for the ``end`` schedule."""
+        raise UserError(f"{type(self).__name__} works step by step and does not support `schedule=end`")
 
     def figures(self) -> dict[str, float]:
         """Return figures of the latest restraint, by name."""
         return {}
 
     def cost(self, changes: Changes) -> RestraintCost:
-        """Return what the restraint will need: dense copies of one matrix, unless a restraint says otherwise."""
+        """Return the estimated cost: dense copies of one matrix, unless a subclass overrides it."""
         return plain_restraint(changes)
 
     # -- for any loop ---------------------------------------------------------------------------------------------
@@ -98,14 +98,14 @@ class Restraint(L.Callback, ABC):
         return {f"restraint/{name}": value for name, value in self.figures().items()}
 
     def attach(self, module: nn.Module, steps: int = 0, others: Sequence[Restraint] = ()) -> None:
-        """Take hold of the matrices of a module and of their originals.
+        """Attach to the matrices of a module and keep their originals.
 
         Call it when the model is on its device, sharded if it is to be, and before the first step. A weight that this
         restraint has held before keeps its original.
 
         Args:
             module: The module, or an editing module.
-            steps: Steps made before, when training resumes.
+            steps: Number of earlier steps when training resumes.
             others: Further restraints of the same module; matrices are shared with those attached before.
 
         Raises:
@@ -140,7 +140,7 @@ class Restraint(L.Callback, ABC):
         self._steps, self.pending = None, False
 
     def after_step(self, steps: int, last: bool = False, moved: bool = True) -> bool:
-        """Restrain if the schedule says so; return whether it did.
+        """Restrain if it is due; return whether it did.
 
         Args:
             steps: Steps since training started; the same number again means that nothing has happened.
@@ -178,31 +178,31 @@ class Restraint(L.Callback, ABC):
 
     @contextmanager
     def restrained_snapshot(self) -> Iterator[None]:
-        """Restrain inside the block only; what is restrained already is left as it is."""
+        """Restrain what is pending inside the block, then restore it."""
         with ExitStack() as stack:
             for matrix in self.matrices.values() if self.pending else ():
                 stack.enter_context(matrix.withholding(self.correction(matrix)))
             yield
 
     def evaluation_view(self) -> AbstractContextManager[None]:
-        """Show, under ``schedule=end``, the model as it would be if the stream ended now."""
+        """Under ``schedule=end``, restrain the model inside the block as if the stream ended now."""
         return self.restrained_snapshot() if self.schedule == "end" else nullcontext()
 
     def finish(self) -> None:
-        """Restrain, for good, what the schedule has left."""
+        """Restrain permanently what is still pending."""
         if self.pending:
             self.restrain_all()
 
     def restore_pending(self, pending: bool) -> None:
-        """Set whether something is pending, when a step is undone."""
+        """Restore :attr:`pending` when a step is undone."""
         self.pending = pending
 
     def step_state(self) -> dict[str, Any]:
-        """Return what a resumed run needs besides the matrices."""
+        """Return the state that a resumed run needs besides the matrices."""
         return {"pending": self.pending}
 
     def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Restore what the latest of some steps has left."""
+        """Restore the state of the latest step."""
         if states:
             self.pending = states[-1]["pending"]
 
@@ -217,12 +217,12 @@ class Restraint(L.Callback, ABC):
     # -- Lightning ------------------------------------------------------------------------------------------------
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse strategies under which no whole matrix can be had, and a wrong order of callbacks."""
+        """Refuse strategies that cannot provide a whole matrix, and a wrong order of callbacks."""
         if isinstance(pl_module, HasEditedMatrices):
             check_order(trainer)
         served = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
         sharded_edits = isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(pl_module, HasEditedMatrices)
-        # DeepSpeed keeps weights of its own, XLA's are elsewhere; both derive from DDP's strategy.
+        # DeepSpeed and XLA keep copies of the weights elsewhere; both derive from DDP's strategy.
         if not served or sharded_edits or isinstance(trainer.strategy, (DeepSpeedStrategy, XLAStrategy)):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs whole weight matrices, one at a time, which "
@@ -232,7 +232,7 @@ class Restraint(L.Callback, ABC):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take hold of the matrices and their originals."""
+        """Attach to the matrices and keep their originals."""
         before = itertools.takewhile(lambda callback: callback is not self, trainer.callbacks)  # type: ignore[attr-defined]
         self.attach(pl_module, trainer.global_step, [other for other in before if isinstance(other, Restraint)])
 
@@ -241,11 +241,11 @@ class Restraint(L.Callback, ABC):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Restrain if the optimizer has stepped and the schedule says so."""
+        """Restrain if the optimizer has stepped and a restraint is due."""
         if isinstance(pl_module, EditingModule):
             report = pl_module.run.last_report
             moved = report is not None and report.applied
-            last = batch.from_base  # such a step is a stream of its own; any other stream ends in `on_train_end`
+            last = batch.from_base  # such a step is a whole stream; any other stream ends in `on_train_end`
         else:
             moved = True
             last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
@@ -256,7 +256,7 @@ class Restraint(L.Callback, ABC):
     @override
     @part_of_phase("restraint")
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restrain what the schedule has left."""
+        """Restrain what is still pending."""
         if isinstance(pl_module, EditingModule):
             restrained = self.pending
             pl_module.run.finish()
@@ -268,16 +268,16 @@ class Restraint(L.Callback, ABC):
     @property
     @override
     def state_key(self) -> str:
-        """Two restraints with different arguments keep their states apart."""
+        """The key of the checkpoint state; it differs between restraints with different arguments."""
         return self._generate_state_key(parameters=self.parameters, schedule=self.schedule, every_n=self.every_n)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return what this callback keeps of the matrices itself: originals, and what is withheld."""
+        """Return the state of the matrices that this callback owns: originals and withheld parts."""
         kept = {name: m.state_dict() for name, m in self.matrices.items() if isinstance(m, SnapshotMatrix)}
         return {"matrices": kept}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Remember what a checkpoint held until training starts."""
+        """Keep a checkpoint's state until training starts."""
         self._restored = dict(state_dict["matrices"])

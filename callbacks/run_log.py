@@ -1,4 +1,4 @@
-"""Lines by which a run can be followed: what each phase took, and how the edits stand at each evaluated count."""
+"""Logs the progress of a run: the time of each phase and the scores at each evaluated edit count."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SHOWN = ("efficacy", "efficacy_score", "retention")
 
 
 class RunLog(L.Callback):
-    """Logs a line when a phase ends, one per evaluated count, and one a minute inside a phase that is long.
+    """Logs a line when a phase ends, one per evaluated count, and one a minute inside a long phase.
 
-    The lines go to Python's ``logging``, from the first process only. List it after the evaluation.
+    The lines go to Python's ``logging``, from rank 0 only. List it after the evaluation.
 
     Args:
         clock: The run's clock.
-        every: Seconds between two lines inside of a phase.
+        every: Seconds between two lines inside a phase.
         now: Monotonic time, in seconds.
     """
 
@@ -43,30 +43,30 @@ class RunLog(L.Callback):
         self._logger.info(line)
 
     def advanced(self, phase: Phase) -> None:
-        """Log a line if the last one is long ago."""
+        """Log a line if the last one is at least ``every`` seconds old."""
         if self._now() - self._last >= self.every:
             self._say(_steps(phase))
 
     def ended(self, phase: Phase, outermost: bool) -> None:
-        """Log what a phase took, unless it will go on or took no time to speak of."""
+        """Log the time of a phase, unless it will continue or took a negligible time."""
         if (outermost or phase.complete) and phase.active >= 0.05:
             self._say(f"{phase.name}: {duration(phase.active)}")
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin a stream."""
+        """Reset for a new stream."""
         self._reported = 0
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log how the edits stand, if they have just been evaluated."""
+        """Log the scores if the edits have just been evaluated."""
         self._report(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log how the edits stand at the end of a stream that was ended early."""
+        """Log the scores at the end of a stream that ended early."""
         self._report(trainer, pl_module)
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -80,12 +80,12 @@ class RunLog(L.Callback):
 
 
 def _steps(phase: Phase, unit: str = "steps", more: float = 0.0) -> str:
-    """Return how far a phase is: `edit 40/100, 3.1 edits/s, 19 s left`.
+    """Return the progress of a phase, such as `edit 40/100, 3.1 edits/s, 19 s left`.
 
     Args:
         phase: The phase.
-        unit: What its steps are, in the plural.
-        more: Seconds to add to what is left of it.
+        unit: Name of its steps, in the plural.
+        more: Seconds to add to the time left.
     """
     words = [f"{phase.name} {phase.done:.0f}/{phase.total:.0f}" if phase.total else f"{phase.name} {phase.done:.0f}"]
     if phase.pace:
@@ -98,8 +98,8 @@ def _steps(phase: Phase, unit: str = "steps", more: float = 0.0) -> str:
 
 def _figures(scores: Mapping[str, float]) -> str:
     """Return efficacy and retention of each measurement, under its full name where there is more than one."""
-    shown = [key for key in scores if key.rpartition("/")[2] in SHOWN]
-    names = [key.rpartition("/")[2].removesuffix("_score") for key in shown]
+    keys = [key for key in scores if key.rpartition("/")[2] in SHOWN]
+    names = [key.rpartition("/")[2].removesuffix("_score") for key in keys]
     return ", ".join(
-        f"{name if names.count(name) == 1 else key} {scores[key]:.2f}" for name, key in zip(names, shown, strict=True)
+        f"{name if names.count(name) == 1 else key} {scores[key]:.2f}" for name, key in zip(names, keys, strict=True)
     )

@@ -1,4 +1,4 @@
-"""A few fixed sentences whose perplexity shows early that a model breaks."""
+"""A few fixed sentences whose perplexity is an early sign of model collapse."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from prune_lightning.errors import UserError
 from prune_lightning.evaluation.scoring import token_nll
 from prune_lightning.models.language_model import LanguageModel
 
-NUM_SENTENCES = 8  # of the bundled text: plain English about nobody, so that no edit is about it
+NUM_SENTENCES = 8  # of the bundled text: plain English without real people, so that no edit concerns it
 
 
 @dataclass
 class PerplexityReading:
-    """Perplexity at one point of the stream.
+    """The perplexity at one point of the stream.
 
     Args:
         num_requests: Requests handled.
-        perplexity: Over all tokens of the sentences, the first of each given; may be infinite or NaN.
-        relative: In units of the unedited model's.
-        kept: The model that was read was kept; the latest step was not undone for it.
+        perplexity: Over all tokens of the sentences but the first of each; may be infinite or NaN.
+        relative: Divided by the unedited model's perplexity.
+        kept: Whether the latest step was kept and not undone after this reading.
     """
 
     num_requests: int
@@ -39,14 +39,14 @@ class Sentinel:
 
     Args:
         every_n: Requests between two readings.
-        factor: Times the unedited model's perplexity above which something is wrong.
-        readings: So many readings in a row above it are a collapse.
-        path: A text file with a sentence a line; ``None`` for bundled ones.
-        policy: What to do when something is wrong; ``None`` for what is set for all guards. The edit is written by
-            then, so it cannot be skipped; under ``rollback`` there is a reading after every step.
+        factor: A relative perplexity above this is a failure.
+        readings: Number of consecutive readings above ``factor`` that count as a collapse.
+        path: A text file with one sentence per line; ``None`` for bundled sentences.
+        policy: What to do after a failure; ``None`` for the policy of all guards. The edit is already written, so it
+            cannot be skipped. Under ``rollback`` there is a reading after every step.
 
     Raises:
-        UserError: Settings out of range, or a file that cannot be used.
+        UserError: Settings are out of range, or the file cannot be read.
     """
 
     def __init__(
@@ -72,26 +72,26 @@ class Sentinel:
         self.above = 0
 
     def begin(self, model: LanguageModel) -> None:
-        """Read the unedited model.
+        """Read the unedited model's perplexity.
 
         Raises:
-            UserError: It says nothing finite about the sentences, or there is no token to score.
+            UserError: The perplexity is not finite, or there is no token to score.
         """
         self.first, self.above = self._perplexity(model), 0
         if not math.isfinite(self.first):
             raise UserError("guards.perplexity: the unedited model gives the sentences no finite perplexity")
 
     def read(self, model: LanguageModel, num_requests: int) -> PerplexityReading:
-        """Read the model as it is."""
+        """Read the model's current perplexity."""
         perplexity = self._perplexity(model)
         return PerplexityReading(num_requests, perplexity, perplexity / self.first)
 
     def wrong(self, relative: float) -> bool:
-        """Whether a relative perplexity is above the factor, or no number."""
+        """Whether a relative perplexity is NaN or above the factor."""
         return not relative <= self.factor
 
     def count(self, relative: float) -> bool:
-        """Count a reading of a model that is kept; return whether that makes a collapse."""
+        """Count a reading of a model that is kept; return whether it completes a collapse."""
         self.above = self.above + 1 if self.wrong(relative) else 0
         return self.above >= self.readings
 

@@ -36,25 +36,24 @@ class SpectralRestraint(Restraint):
 
     .. math:: W = W_0 + U F(\Sigma) V^\top, \qquad \Delta = U \Sigma V^\top,\ \bar s = \sigma_{\max}(W_0)
 
-    exactly, but for the price of what exceeds :math:`\bar s`: on editing modules in the factors of the accumulated
-    change, otherwise by a norm, block Lanczos, or a decomposition, whichever suffices first.
+    This is exact, but only singular triplets above :math:`\bar s` are computed. On editing modules the factors of the
+    accumulated change are used; otherwise a norm, block Lanczos or a full decomposition, whichever suffices first.
 
     Args:
         law: The law :math:`F`, e.g. ``HardClip()`` or any callable ``law(sigma, reference)``; see
             ``prune_lightning.spectral``.
         parameters: See :class:`Restraint`.
-        schedule: See :class:`Restraint`. ``end`` is the paper's offline procedure: the edits go on unrestrained, and
-            what is evaluated or left at the end is a restrained snapshot.
+        schedule: See :class:`Restraint`. ``end`` is the paper's offline procedure: the edits are unrestrained;
+            evaluations and the final model are restrained.
         every_n: See :class:`Restraint`.
-        accumulate: What is restrained. ``raw``: the sum of all steps as they were computed, so that the weights are at
-            any moment the restraint of all steps so far. ``restrained``: the already restrained change plus what came
-            since, restrained again. ``None`` for the natural one: ``raw`` on editing modules, whose updates are known
-            each by itself; ``restrained`` where an optimizer goes on from the restrained weight anyway.
+        accumulate: What the law is applied to. ``raw``: the sum of all steps as computed. ``restrained``: the
+            restrained change of the earlier steps plus the steps since. ``None`` for ``raw`` on editing modules, which
+            know each update, and ``restrained`` elsewhere, where the optimizer continues from the restrained weight.
         non_finite: What to do with a change that holds NaN or infinity: ``raise``, or ``skip`` the matrix this time
-            and say so. (Editing modules do not write an update that is not finite in the first place.)
+            with a warning. (Editing modules never write a non-finite update.)
 
     Raises:
-        UserError: An unknown schedule, or way to accumulate, or policy.
+        UserError: An unknown schedule, ``accumulate`` or policy.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class SpectralRestraint(Restraint):
 
     @override
     def attach(self, module: nn.Module, steps: int = 0, others: Sequence[Restraint] = ()) -> None:
-        """Take hold of the matrices and their references; what is known of equal originals still holds."""
+        """Attach to the matrices and compute their references; known references of equal originals are reused."""
         super().attach(module, steps, others)
         self._references, self._latest = {}, {}
         for matrix in self.matrices.values():
@@ -95,7 +94,7 @@ class SpectralRestraint(Restraint):
 
         With a change of :math:`k` directions: :math:`(m+n)k` fp64 withheld of each matrix, :math:`(m+n)k + 3k^2` of one
         at a time, and a full decomposition of the core at half of the stream, :math:`4(m+n)k + 20k^3`; less where a
-        norm certifies that nothing exceeds the reference. A dense change is multiplied some thirty times instead.
+        norm proves that nothing exceeds the reference. A dense change is multiplied some thirty times instead.
         """
         steps = {"each": 1.0, "every_n": 1.0 / self.every_n, "end": 0.0}[self.schedule]
         if changes.ranks is None or changes.halfway is None:
@@ -118,7 +117,7 @@ class SpectralRestraint(Restraint):
                 self._known_references[key] = sigma_max(original)
             if not self._known_references[key] > 0:
                 raise UserError(
-                    f"{matrix.name} is zero or not finite before training; it gives a restraint no reference. "
+                    f"{matrix.name} is zero or not finite before training, so the restraint has no reference. "
                     "Name the matrices to restrain with `parameters`"
                 )
             self._references[matrix.name] = self._known_references[key]
@@ -129,13 +128,13 @@ class SpectralRestraint(Restraint):
             return spectral_correction(matrix.change, self.law, self.reference(matrix))
         except NonFiniteChange as error:
             if self.non_finite == "raise":
-                raise NonFiniteChange(f"{matrix.name}: {error}; `non_finite=skip` goes on without") from error
+                raise NonFiniteChange(f"{matrix.name}: {error}; `non_finite=skip` skips this matrix") from error
             rank_zero_warn(f"{matrix.name}: {error}; skipped")
             return None
 
     @override
     def restrain(self, matrix: RestrainedMatrix) -> None:
-        """Apply the law and either withhold the excess from the weight or take it away from the change."""
+        """Apply the law, and either withhold the excess from the weight or subtract it from the change."""
         found = self._excess(matrix)
         if found is None:
             self._latest.pop(matrix.name, None)
@@ -174,7 +173,7 @@ class SpectralRestraint(Restraint):
     def figures(self) -> dict[str, float]:
         """Return how much was above the reference and how much the law changed, and how many matrices went which path.
 
-        ``sigma_bound`` is the largest singular value, or an upper bound of it where a norm was enough to know.
+        ``sigma_bound`` is the largest singular value, or an upper bound where a norm was sufficient.
         """
         latest = self._latest.values()
         paths = Counter(found.path for found in latest)
@@ -189,7 +188,7 @@ class SpectralRestraint(Restraint):
     @property
     @override
     def state_key(self) -> str:
-        """Two restraints with different arguments keep their states apart."""
+        """The key of the checkpoint state; it differs between restraints with different arguments."""
         return self._generate_state_key(
             law=describe(self.law),
             parameters=self.parameters,
@@ -200,12 +199,12 @@ class SpectralRestraint(Restraint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return originals, what is withheld, and the references by fingerprint."""
+        """Return originals, withheld parts, and the references by fingerprint."""
         return {**super().state_dict(), "references": dict(self._known_references)}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Remember what a checkpoint held until training starts."""
+        """Keep a checkpoint's state until training starts."""
         super().load_state_dict(state_dict)
         self._known_references |= state_dict["references"]
 

@@ -1,4 +1,4 @@
-"""Follows the spectra of the matrices under restraint or edit."""
+"""Monitors the singular values of restrained or edited matrices."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from .restraint import Restraint
 
 
 class SpectrumMonitor(L.Callback):
-    r"""Log, per matrix, what its singular values say, and draw them.
+    r"""Log figures of each matrix's singular values, and plot them.
 
     Under ``spectrum/NAME/``: ``sigma_max``, ``sigma_min`` and ``condition_number`` of the live weight, and
     ``condition_number_clipped``, the same with the smallest one at least 1e-6 of the largest; ``norm_ratio``, its
     Frobenius norm relative to the original's; ``delta_norm_ratio``, ``delta_sigma_max``, ``delta_stable_rank`` and
-    ``delta_effective_rank`` of the change it carries, and ``delta_num_above``, the number of its singular values above
-    the largest one of the original. Taken before the first
-    step, every ``every_n`` steps, and at the end, when the spectra are drawn for loggers that take pictures. List it
-    after the restraint.
+    ``delta_effective_rank`` of its change, and ``delta_num_above``, the number of its singular values above
+    the largest one of the original. They are read before the first step, every ``every_n`` steps, and at the end, when
+    the spectra are plotted for loggers that accept figures. List it after the restraint.
 
     Args:
-        every_n: Steps between two looks; each costs two decompositions per matrix.
-        parameters: See :class:`Restraint`; matrices that a restraint in the same Trainer holds need not be named.
-        draw: Draw the spectra at the end.
+        every_n: Steps between two readings; each costs two decompositions per matrix.
+        parameters: See :class:`Restraint`; by default the matrices of the restraints in the same Trainer, if there are
+            any.
+        draw: Plot the spectra at the end.
 
     Raises:
         UserError: ``every_n`` is less than 1.
 
     Attributes:
-        curve: The figures of each look, with its ``step``: number of edits or of optimizer steps.
+        curve: The figures of each reading, with its ``step``: the number of edits or of optimizer steps.
     """
 
     def __init__(self, every_n: int = 10, parameters: str | Sequence[str] | None = None, draw: bool = True) -> None:
@@ -61,7 +61,7 @@ class SpectrumMonitor(L.Callback):
         self._original: dict[str, Tensor] = {}
         self._originals = Originals()
         self._steps = -1
-        self._kept = 0
+        self._reported = 0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -74,24 +74,24 @@ class SpectrumMonitor(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Before the first step, when every restraint has taken hold, find the matrices and take a first look."""
+        """Before the first step, when every restraint is attached, find the matrices and read them."""
         if not self.matrices:
             self.matrices = self._find(trainer, pl_module)
             if not self.curve:
-                self._look(trainer, pl_module)
+                self._read(trainer, pl_module)
 
     def step_state(self) -> dict[str, Any]:
-        """Return the looks since this was called last."""
-        fresh, self._kept = self.curve[self._kept :], len(self.curve)
-        return {"looks": fresh} if fresh else {}
+        """Return the readings since the last call."""
+        fresh, self._reported = self.curve[self._reported :], len(self.curve)
+        return {"readings": fresh} if fresh else {}
 
     def load_step_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Restore earlier looks."""
-        self.curve = [look for state in states for look in state["looks"]]
-        self._kept = len(self.curve)
+        """Restore earlier readings."""
+        self.curve = [reading for state in states for reading in state["readings"]]
+        self._reported = len(self.curve)
 
     def summary(self) -> dict[str, Any]:
-        """Return every look, and how fast the norms grow."""
+        """Return every reading, and how fast the norms grow."""
         return {"spectrum": {"curve": self.curve, "log_growth": log_growth(self.curve)}}
 
     def _find(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, RestrainedMatrix]:
@@ -117,29 +117,29 @@ class SpectrumMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look if the cadence says so."""
+        """Read the spectra every ``every_n`` steps."""
         if trainer.global_step != self._steps and trainer.global_step % self.every_n == 0:
-            self._look(trainer, pl_module)
+            self._read(trainer, pl_module)
 
     @override
     @part_of_phase("spectrum")
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at the final weights and draw the spectra."""
+        """Read the spectra of the final weights and plot them."""
         if isinstance(pl_module, EditingModule):
             pl_module.run.finish()
         restraints = [c for c in trainer.callbacks if isinstance(c, Restraint)]  # type: ignore[attr-defined]
-        changed = any(restraint.schedule != "each" for restraint in restraints)  # perhaps, after the latest look
+        changed = any(restraint.schedule != "each" for restraint in restraints)  # perhaps, since the latest reading
         if changed and trainer.global_step == self._steps:
             self.curve.pop()
-            self._kept = min(self._kept, len(self.curve))
+            self._reported = min(self._reported, len(self.curve))
         if changed or trainer.global_step != self._steps:
-            self._look(trainer, pl_module)
+            self._read(trainer, pl_module)
         if self.matrices and self.draw:
             figure = plot_spectra(spectra(self.matrices.values()))
             for logger in trainer.loggers:
                 show_figure(logger, "spectra", figure, step=axis(trainer, pl_module))
 
-    def _look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _read(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._steps = trainer.global_step
         figures = {
             f"spectrum/{name}/{key}": value
@@ -169,7 +169,7 @@ class SpectrumMonitor(L.Callback):
 
 
 def spectra(matrices: Iterable[RestrainedMatrix]) -> list[Spectra]:
-    """Return the singular values of matrices and of their changes, with and without what a restraint withholds."""
+    """Return the singular values of matrices and of their changes, with and without the withheld part."""
     result = []
     for matrix in matrices:
         change = matrix.change
@@ -184,6 +184,6 @@ def spectra(matrices: Iterable[RestrainedMatrix]) -> list[Spectra]:
             "change": change,
             "restrained_change": matrix.delta(),
         }
-        sigma = {name: singular_values(tensor).cpu().numpy() for name, tensor in looked_at.items()}
+        sigma = {name: singular_values(tensor).cpu().numpy() for name, tensor in tensors.items()}
         result.append(Spectra(matrix.name, **sigma))
     return result

@@ -1,4 +1,4 @@
-"""Guards that look at an update before it is written: its size, its key, the optimisation of its value."""
+"""Guards that check an update before it is written: its norm, its key, the optimisation of its value."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ POLICIES = ("warn", "skip", "rollback", "stop")
 
 @dataclass(frozen=True)
 class Finding:
-    """What a guard finds wrong with a step.
+    """A problem that a guard found in a step.
 
     Args:
-        reason: In words, for the log.
-        figures: What it was found by.
+        reason: Description for the log.
+        figures: The figures that it is based on.
     """
 
     reason: str
@@ -31,10 +31,10 @@ class Finding:
 
 
 class UpdateGuard(ABC):
-    """Base of the guards that look at an update before it is written.
+    """Base of the guards that check an update before it is written.
 
     Args:
-        policy: What to do when it finds something; ``None`` for what is set for all guards.
+        policy: What to do about a finding; ``None`` for the policy of all guards.
 
     Raises:
         UserError: An unknown policy.
@@ -47,31 +47,31 @@ class UpdateGuard(ABC):
 
     @abstractmethod
     def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
-        """Return what is wrong with a finite update, if anything is.
+        """Check a finite update and return a finding, or ``None``.
 
         Args:
-            updates: By the name of their weight.
-            details: What the method tells of each request of the step.
+            updates: The update of each weight, by its name.
+            details: What the method reports of each request of the step.
         """
 
-    def written(self, norm: float) -> None:  # noqa: B027 - most guards note nothing
-        """Take note of an update that stays in the weights.
+    def written(self, norm: float) -> None:  # noqa: B027 - most guards keep no state
+        """Record an update that stays in the weights.
 
         Args:
-            norm: Its Frobenius norm over all matrices.
+            norm: Frobenius norm over all matrices.
         """
 
 
 class NormGuard(UpdateGuard):
-    """Finds an update that is many times as large as the median of those that were written before.
+    """Finds an update whose norm is many times the median norm of the earlier updates.
 
     Args:
-        factor: How many times.
-        after: Updates to wait for before judging.
+        factor: Largest ratio to the median that passes.
+        after: Number of earlier updates before the guard becomes active.
         policy: See :class:`UpdateGuard`.
 
     Raises:
-        UserError: A factor of at most 1, or nothing to compare with.
+        UserError: ``factor`` is at most 1, or ``after`` is less than 1.
     """
 
     def __init__(self, factor: float = 10.0, after: int = 10, policy: str | None = None) -> None:
@@ -83,7 +83,7 @@ class NormGuard(UpdateGuard):
 
     @override
     def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
-        """Compare with the lower median so far."""
+        """Compare the norm with the lower median so far."""
         if len(self._norms) < self.after:
             return None
         norm, median = norm_of_all(updates), self._norms[(len(self._norms) - 1) // 2]
@@ -94,18 +94,18 @@ class NormGuard(UpdateGuard):
 
     @override
     def written(self, norm: float) -> None:
-        """Count the norm among those to compare with."""
+        """Add the norm to those that later updates are compared with."""
         insort(self._norms, norm)
 
 
 class KeyGuard(UpdateGuard):
     r"""Finds ROME's ill-posed key: :math:`u^\top k` small against :math:`u^\top \bar k`, or negative.
 
-    The update is divided by the former, so it is as many times as large as with one key throughout as the ratio is
-    small. Methods that tell no ``key_ratio`` are not judged.
+    The ratio of the two is ``key_ratio``, and the update's norm is 1/``key_ratio`` times R-ROME's. Methods that do not
+    report ``key_ratio`` are not checked.
 
     Args:
-        least: Smallest ratio that passes.
+        least: Smallest ``key_ratio`` that passes.
         policy: See :class:`UpdateGuard`.
     """
 
@@ -115,7 +115,7 @@ class KeyGuard(UpdateGuard):
 
     @override
     def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
-        """Look at the smallest ratio of the step."""
+        """Check the smallest ratio of the step."""
         ratio = min((detail["key_ratio"] for detail in details if "key_ratio" in detail), default=math.inf)
         if ratio >= self.least:
             return None
@@ -123,13 +123,13 @@ class KeyGuard(UpdateGuard):
 
 
 class ValueGuard(UpdateGuard):
-    """Finds an optimisation that did not move: no lower loss, or a target that is still improbable.
+    """Finds a value optimisation that failed: the loss did not fall, or the target is still improbable.
 
-    Methods that tell neither losses nor the target's probability are not judged.
+    Methods that report neither losses nor the target's probability are not checked.
 
     Args:
-        least_probability: Smallest probability of the target at the end that passes; of a target of several tokens, the
-            geometric mean over them.
+        least_probability: Smallest final probability of the target that passes; for a target of several tokens, their
+            geometric mean.
         policy: See :class:`UpdateGuard`.
     """
 
@@ -139,7 +139,7 @@ class ValueGuard(UpdateGuard):
 
     @override
     def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
-        """Look at every request; the first one that is found counts."""
+        """Check every request; the first finding is returned."""
         for number, detail in enumerate(details, start=1):
             losses = detail.get("losses") or [0.0]
             probability = detail.get("target_probability", 1.0)

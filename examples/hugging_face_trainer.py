@@ -1,4 +1,4 @@
-"""PRUNE under the Hugging Face Trainer (``pip install 'prune-lightning[hf-trainer]'``): one callback more.
+"""PRUNE under the Hugging Face Trainer (``pip install 'prune-lightning[hf-trainer]'``), by one more callback.
 
 python examples/hugging_face_trainer.py
 """

@@ -1,9 +1,9 @@
-"""Fine-tune the bundled model on a narrow text with a high learning rate, without PRUNE and with it.
+"""Fine-tune the bundled model on a narrow text with a high learning rate, with and without PRUNE.
 
     python examples/lightning_finetune.py
     python examples/lightning_finetune.py --plot FILE.png
 
-Printed and drawn: how well the text is learned, and what is left of the abilities and of held-out perplexity.
+Prints and plots the loss on the text, the retention of abilities, and held-out perplexity.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEXT = (Path(__file__).parent / "lighthouse.txt").read_text().splitlines()
 
 
 class FineTuning(L.LightningModule):
-    """Plain next-token training of one matrix, the down-projection of block 1; nothing in it knows of PRUNE."""
+    """Plain next-token training of one matrix, the down-projection of block 1; it is independent of PRUNE."""
 
     def __init__(self, language_model: LanguageModel, learning_rate: float) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class FineTuning(L.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.learning_rate)
 
 
-class Look(L.Callback):
+class Measure(L.Callback):
     """Measures the model before training and every ten steps."""
 
     def __init__(self, items: int) -> None:
@@ -74,25 +74,25 @@ class Look(L.Callback):
 
 
 def train(steps: int, learning_rate: float, items: int, *callbacks: L.Callback) -> list[dict[str, float]]:
-    """Fine-tune a fresh copy of the bundled model and return what was measured along the way."""
+    """Fine-tune a new copy of the bundled model and return its measurements."""
     L.seed_everything(0, verbose=False)
     model = load_language_model("pkg://prune_lightning.bundled/model")
-    look = Look(items)
+    measure = Measure(items)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
-        callbacks=[*callbacks, look],
+        callbacks=[*callbacks, measure],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(FineTuning(model, learning_rate), torch.utils.data.DataLoader(TEXT, batch_size=5, shuffle=True))
-    return look.curve
+    return measure.curve
 
 
 def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Draw what was measured against the steps."""
+    """Plot the measurements over the steps."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axes, key in zip(figure.subplots(1, 3), ("loss on the text", "retention", "perplexity"), strict=True):
         for (label, curve), style in zip(curves.items(), ("C3--", "C0-"), strict=True):

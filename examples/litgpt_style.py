@@ -1,4 +1,4 @@
-"""PRUNE in a script of the kind litgpt is made of: Lightning Fabric, a loop of one's own, and two calls.
+"""PRUNE in a litgpt-style script with Lightning Fabric and a custom loop, by two calls.
 
 python examples/litgpt_style.py
 """
@@ -34,7 +34,7 @@ def main(steps: int = 20) -> None:
     data = batches(language_model, 5)
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     restraint = PRUNE(base=10.0, parameters=["*.mlp.*.weight"])
-    restraint.attach(model)  # once the weights are where they stay
+    restraint.attach(model)  # after the weights are on their device
     for step in range(1, steps + 1):
         ids, mask = next(data)
         loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss

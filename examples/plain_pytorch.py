@@ -1,4 +1,4 @@
-"""The spectral engine in a plain PyTorch loop: keep copies of the matrices, and call ``restrain_`` after each step.
+"""The spectral engine in a plain PyTorch loop: copy the matrices, and call ``restrain_`` after each step.
 
 python examples/plain_pytorch.py
 """

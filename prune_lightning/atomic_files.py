@@ -1,8 +1,8 @@
-"""Write files whole or not at all.
+"""Writes files atomically.
 
 Each function writes a temporary file in the target's folder, syncs it to the disk and renames it over the target. A
-reader, or a process that starts after a crash, finds the old file or the new one, never a part of one. Temporary files
-end in ``.tmp``; only a killed process leaves one behind.
+reader, or a process after a crash, finds the old file or the new one, never a partial one. Temporary files end in
+``.tmp``; only a killed process leaves one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
     Args:
         path: The file; its folder must exist.
-        content: What it holds.
+        content: Its content.
 
     Raises:
         OSError: The file cannot be written. What was there is unchanged.
@@ -89,7 +89,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Args:
         path: The file; its folder must exist.
         tensors: By name, on any device; no two may share memory.
-        metadata: What the file's header says beside the tensors.
+        metadata: Further entries of the file's header.
 
     Raises:
         OSError: The file cannot be written. What was there is unchanged.
@@ -104,17 +104,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             save_file(held, temporary, metadata=about)
         except SafetensorError as error:
             raise _os_error(error, path) from error
-        temporary.chmod(mode)  # safetensors gives its files to their owner alone; a cache may be shared
+        temporary.chmod(mode)  # safetensors makes its files readable by their owner only; a cache may be shared
 
     _replace(path, write)
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    # Runs may share a folder, perhaps over a network: a process number does not tell the writers apart.
+    # Runs may share a folder over a network, so process ids are not unique.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{SUFFIX}")
     try:
         write(temporary)
-        with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
+        with temporary.open("r+b") as file:  # Windows syncs only files that are open for writing
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
@@ -124,10 +124,10 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder permanent, where the file system and the operating system can."""
+    """Make the renames in a folder permanent, if the file system and the operating system support it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+    except OSError:  # Windows cannot open folders
         return
     try:
         os.fsync(handle)
@@ -138,6 +138,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def _os_error(error: SafetensorError, path: Path) -> OSError:
-    """Return what the operating system said, which safetensors puts into its message."""
+    """Return the operating system's error, whose number is in safetensors' message."""
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else OSError(str(error))

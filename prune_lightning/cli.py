@@ -33,7 +33,7 @@ def config_folder() -> str:
 
 
 def _run(config: DictConfig) -> None:
-    """Run the configured task; a reason is left in the run folder if the user has to mend something."""
+    """Run the configured task; the reason of a user error is also written to the run folder."""
     try:
         check_settings(config)
     except UserError as error:
@@ -64,7 +64,7 @@ def _leave(reason: str) -> NoReturn:
 
 
 def _task(name: Any) -> Callable[[DictConfig], None]:
-    """Return the function that a configuration names as its task."""
+    """Return the function of a task by its name."""
     module, _, function = str(name).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), function)
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def _composing(error: Exception) -> str | None:
-    """Return what Hydra says of a configuration that it could not compose; ``None`` once the task has begun."""
+    """Return Hydra's message about a configuration that it cannot compose; ``None`` once the task has begun."""
     if any(frame.f_code is _run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
         return None
     return f"the configuration cannot be composed: {next(iter(str(error).splitlines()), type(error).__name__)}"
@@ -110,7 +110,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _user_error(error: BaseException) -> str | None:
-    """Return what to tell the user, or ``None`` if the error is not theirs."""
+    """Return the message of a user error, or ``None`` for any other error."""
     chain = list(_chain(error))
     for cause in chain:
         if isinstance(cause, UserError):
@@ -149,7 +149,7 @@ def _keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _unknown_key(name: str) -> str:
-    """Return the message for a key that the configuration has not, with those of the chosen groups that come near."""
+    """Return the message for an unknown key, with similar keys of the chosen groups."""
     folder = Path(config_folder())
     groups = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("_")]
     chosen = [word for word in sys.argv[1:] if word.split("=")[0].lstrip("+~") in groups]

@@ -1,8 +1,8 @@
-r"""What methods and restraints say of their own costs, before any weight is loaded.
+r"""Cost estimates of methods and restraints, before any weight is loaded.
 
 A method has a class method ``cost(model, stream, **options)`` that takes the options of its constructor
-(:class:`SaysItsCost`), a restraint has a method ``cost(changes)`` (:class:`Changes`). One that has none is counted with
-what the base classes do for it.
+(:class:`SaysItsCost`), a restraint has a method ``cost(changes)`` (:class:`Changes`). Without one, only the costs of
+the base classes are counted.
 
 Notation: a matrix is :math:`m \times n` (out, in), :math:`w` bytes per weight, :math:`p = \max(w, 4)` bytes per
 entry of a master.
@@ -15,19 +15,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 FP64 = 8
-FACTORED_UP_TO = 0.75  # of the smaller side: the rank up to which a change is kept in factors
+FACTORED_UP_TO = 0.75  # share of the smaller side: the rank up to which a change is kept in factors
 Shape: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a computation does.
+    """The work of a computation.
 
     Args:
-        flops: Floating-point operations in the model's dtype, a multiplication and an addition counted as two.
-        moved: Bytes that its operations read and write.
-        operations: Calls of kernels.
-        saved: Bytes that are kept for the backward pass, weights not counted.
+        flops: Floating-point operations in the model's dtype; a multiply-add counts as two.
+        moved: Bytes read and written.
+        operations: Kernel calls.
+        saved: Bytes saved for the backward pass, without weights.
         flops64: Floating-point operations in fp64.
     """
 
@@ -55,13 +55,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast a machine is.
+    """The speed of a machine.
 
     Args:
-        flops: Per second, in the model's dtype.
-        flops64: Per second, in fp64.
+        flops: Operations per second in the model's dtype.
+        flops64: Operations per second in fp64.
         bandwidth: Bytes per second.
-        overhead: Seconds per operation, however small.
+        overhead: Seconds per operation, regardless of size.
     """
 
     flops: float
@@ -70,13 +70,13 @@ class Machine:
     overhead: float
 
     def seconds(self, work: Work) -> float:
-        """Return the time of arithmetic, memory traffic and calls, one after another."""
+        """Return the summed time of arithmetic, memory traffic and calls."""
         arithmetic = work.flops / self.flops + work.flops64 / self.flops64
         return arithmetic + work.moved / self.bandwidth + work.operations * self.overhead
 
 
 class Shapes(Protocol):
-    """A model of which only shapes are known; passes are counted, not run."""
+    """A model of which only shapes are known; passes are counted but not run."""
 
     num_layers: int
 
@@ -94,7 +94,7 @@ class Shapes(Protocol):
 
     @property
     def positions(self) -> int | None:
-        """Longest row that the model takes; ``None`` for no limit."""
+        """Longest input of the model; ``None`` for no limit."""
 
     @property
     def kv_width(self) -> int:
@@ -107,7 +107,7 @@ class Shapes(Protocol):
         """Return the shapes of all linear modules of a layer's MLP, by name."""
 
     def named_shapes(self, layer: int, names: Sequence[str]) -> list[Shape]:
-        """Return the shapes of the modules of a block whose own name is one of ``names``."""
+        """Return the shapes of the modules of a block whose last name is one of ``names``."""
 
     def forward(self, rows: int, length: int, places: int) -> Work:
         """Count a whole forward pass whose LM head sees ``places`` positions."""
@@ -121,7 +121,7 @@ class Shapes(Protocol):
 
 @dataclass(frozen=True)
 class StreamShape:
-    """What of a stream matters for its costs.
+    """The properties of a stream that determine its costs.
 
     Args:
         edits: Number of edits.
@@ -140,18 +140,18 @@ class StreamShape:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method needs, besides what the base class keeps of every edited matrix.
+    """The costs of a method, besides those of the base class for every edited matrix.
 
     Args:
         matrices: Shapes of the edited matrices.
         rank: Rank that one edit adds to the change of a matrix; ``None`` for dense updates.
-        memory: Bytes that stay on the device, by what they are for.
-        peaks: Bytes that are needed for a moment, by what for; the largest counts.
-        disk: Bytes that are left on disk.
-        per_edit: Work of one edit, by what it is for.
+        memory: Permanent bytes on the device, by purpose.
+        peaks: Temporary bytes, by purpose; the largest counts.
+        disk: Bytes on disk.
+        per_edit: Work of one edit, by purpose.
         once: Work before the first edit.
         length: Tokens of the longest row.
-        unknown: The method does not say what its own computations cost.
+        unknown: Whether the method has no estimate of its own computations.
     """
 
     matrices: Sequence[Shape]
@@ -167,7 +167,7 @@ class Cost:
 
 @runtime_checkable
 class SaysItsCost(Protocol):
-    """A method that says what it costs."""
+    """A method with a cost estimate."""
 
     @classmethod
     def cost(cls, model: Shapes, stream: StreamShape, **options: Any) -> Cost:
@@ -176,11 +176,11 @@ class SaysItsCost(Protocol):
 
 @dataclass(frozen=True)
 class Changes:
-    """The accumulated changes that a restraint looks at.
+    """The accumulated changes of the restrained matrices.
 
     Args:
         matrices: Their shapes.
-        ranks: Directions in which each is kept at the end of the stream; ``None`` for dense changes.
+        ranks: Number of directions of each at the end of the stream; ``None`` for dense changes.
         halfway: The same at half of the stream.
         entry: Bytes of an entry of a master, :math:`p`.
     """
@@ -193,7 +193,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class RestraintCost:
-    """What a restraint needs.
+    """The costs of a restraint.
 
     Args:
         memory: Bytes on the device.

@@ -1,4 +1,4 @@
-"""Move what an object keeps to another device, where it is not a parameter or a buffer of a module."""
+"""Moves tensors that are not parameters or buffers of a module to another device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class Movable(Protocol):
-    """An object that holds tensors and can bring them to a device."""
+    """An object with tensors that can be moved to a device."""
 
     def to(self, device: torch.device) -> Any:
         """Return the object on a device: itself, or a copy."""
@@ -19,10 +19,10 @@ class Movable(Protocol):
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Return a value with the tensors that it holds on a device; dtypes stay.
+    """Return a value with its tensors on a device; dtypes are unchanged.
 
-    Looks into dicts, lists and tuples, and asks objects that have a method ``to``. Parameters and modules stay as they
-    are, since they move with the module that they belong to; so does a container in which nothing moves.
+    Handles dicts, lists, tuples and objects with a method ``to``. Parameters and modules are returned unchanged, since
+    they move with their parent module, and so are containers in which nothing moves.
 
     >>> to_device({"a": [torch.zeros(2)], "b": 1}, torch.device("meta"))
     {'a': [tensor(..., device='meta', size=(2,))], 'b': 1}
@@ -41,7 +41,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def move_attributes(module: nn.Module, device: torch.device) -> None:
-    """Bring to a device what a module keeps in plain attributes, which ``module.to`` does not know of."""
+    """Move the plain attributes of a module, which ``module.to`` ignores, to a device."""
     of_torch = vars(nn.Module())
     for name, value in list(vars(module).items()):
         if name not in of_torch and (moved := to_device(value, device)) is not value:

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line, no traceback at the command line."""
+"""User errors: one clear line, without a traceback on the command line."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something in the configuration or the data has to be changed; the message says what."""
+    """An error in the configuration or the data; the message says what to change."""
 
 
 def one_of(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise a :class:`UserError` if ``value``, given for the option ``name``, is none of the choices."""
+    """Raise a :class:`UserError` if ``value``, given for the option ``name``, is not one of the choices."""
     if value not in set(choices):
         raise UserError(f"unknown {name} {value!r}: {near(value, choices)}")
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """Return a value as it is quoted in a message: on one line, its middle left out where it is long.
+    """Return a value for a message: on one line, with the middle of a long value left out.
 
     >>> shown("a" * 100, 20)
     "'aaaaaaa ... aaaaaa'"
@@ -33,7 +33,7 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def near(name: str, options: Iterable[str], count: int = 3) -> str:
-    """Return a clause that names the closest of ``options``, or all of them where none is close.
+    """Return a clause that names the closest of ``options``, or all of them if none is close.
 
     >>> near("memmit", ["rome", "memit"])
     "did you mean 'memit'?"

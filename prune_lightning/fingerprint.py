@@ -1,4 +1,4 @@
-"""Fingerprints of weights: what was computed from a matrix is valid for exactly that matrix."""
+"""Fingerprints of weights, which identify the matrix from which something was computed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 def sampled_fingerprint(tensors: Mapping[str, Tensor], samples: int = 65_536) -> str:
     """Return 32 hexadecimal digits that depend on names, shapes, dtypes, and evenly spaced entries of each tensor.
 
-    For whole models, where reading every bit would take minutes: training and editing change matrices everywhere.
+    For whole models, where hashing every bit would take minutes. Training and editing change most entries of a matrix.
 
     Args:
         tensors: By name.
-        samples: Entries of each tensor that are looked at.
+        samples: Number of entries of each tensor that are hashed.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):

@@ -1,4 +1,4 @@
-"""Figures as JSON that every reader accepts: what is not finite becomes ``null``."""
+"""Strictly valid JSON: non-finite numbers become ``null``."""
 
 from __future__ import annotations
 

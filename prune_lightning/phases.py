@@ -1,4 +1,4 @@
-"""Where the time of a run goes: phases that exclude each other, whose seconds sum to the wall time."""
+"""Divides the time of a run into disjoint phases whose seconds sum to the wall time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import psutil  # type: ignore[import-untyped]
 
 T = TypeVar("T")
-HALF_LIFE = 30.0  # seconds after which a step counts half in the pace
+HALF_LIFE = 30.0  # seconds after which a step counts half in the recent pace
 
 
 class Phase:
@@ -20,10 +20,10 @@ class Phase:
 
     Attributes:
         name: Its name.
-        seconds: Time spent in this phase and in no other, nor in a part of it.
-        active: ``seconds`` and those of its parts.
-        done: Steps made.
-        total: Steps in all, if they can be counted.
+        seconds: Time spent in this phase itself, without nested phases and parts.
+        active: ``seconds`` plus those of its parts.
+        done: Number of steps done.
+        total: Total number of steps, if known.
     """
 
     def __init__(self, name: str, settle: Callable[[], None], advanced: Callable[[Phase], None]) -> None:
@@ -34,11 +34,11 @@ class Phase:
         self._mark = self._recent_seconds = self._recent_steps = 0.0
 
     def expect(self, total: float, done: float | None = None) -> None:
-        """Say how many steps there are in all.
+        """Set the total number of steps.
 
         Args:
-            total: Steps in all; may be corrected later.
-            done: Steps that were made before, at no cost here. The pace is measured from now on.
+            total: Total number of steps; may be corrected later.
+            done: Number of steps that were done earlier. The pace is measured from now on.
         """
         self.total = total
         if done is not None:
@@ -46,7 +46,7 @@ class Phase:
             self.done, self._mark = done, self.active
 
     def advance(self, steps: float = 1) -> None:
-        """Count steps whose work is done."""
+        """Count finished steps."""
         self._settle()
         spent = self.active - self._mark
         weight = 0.5 ** (spent / HALF_LIFE)
@@ -57,45 +57,45 @@ class Phase:
         self._advanced(self)
 
     def track(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield items; each counts as a step when the next one is asked for."""
+        """Yield items; each counts as a step when the next one is requested."""
         for item in items:
             yield item
             self.advance()
 
     @property
     def complete(self) -> bool:
-        """Whether all steps are done, or the phase is not one of steps."""
+        """Whether all steps are done, or the phase has no steps."""
         return self.total is None or self.done >= self.total
 
     @property
     def pace(self) -> float | None:
-        """Seconds per step, recent steps weighing more; ``None`` before the first one."""
+        """Seconds per step, with more weight on recent steps; ``None`` before the first one."""
         return self._recent_seconds / self._recent_steps if self._recent_steps else None
 
     @property
     def time_left(self) -> float | None:
-        """Seconds left: the recent pace times the steps left; ``None`` where it is not known."""
+        """Seconds left: the recent pace times the steps left; ``None`` if unknown."""
         return None if self.total is None or self.pace is None else self.pace * max(0.0, self.total - self.done)
 
 
 class PhaseWatcher(Protocol):
-    """Follows the phases of a run."""
+    """Is notified of the phases of a run."""
 
     def advanced(self, phase: Phase) -> None:
-        """Steps of a phase are done."""
+        """Called when steps of a phase are done."""
         ...
 
     def ended(self, phase: Phase, outermost: bool) -> None:
-        """A phase has ended without an error, for now or for good; ``outermost`` if it was inside no other."""
+        """Called when a phase has ended without an error; it may continue later. ``outermost`` if it was not nested."""
         ...
 
 
 class PhaseClock:
     """Divides the time of a run into phases.
 
-    At any time exactly one phase runs: to enter another one pauses it. So each second belongs to one phase, and the
-    phases sum to the time since the clock was started. What is spent outside of all phases counts as ``other``.
-    Progress displays and logs only read it.
+    At any time exactly one phase runs: entering another one pauses it. So each second belongs to one phase, and the
+    phases sum to the time since the clock was started. Time outside all phases counts as ``other``. Progress displays
+    and logs only read the clock.
 
     Args:
         now: Monotonic time, in seconds.
@@ -124,7 +124,7 @@ class PhaseClock:
         self._watchers: list[PhaseWatcher] = []
 
     def watch(self, watcher: PhaseWatcher) -> None:
-        """Tell a watcher of everything from now on."""
+        """Notify a watcher from now on."""
         self._watchers.append(watcher)
 
     def named(self, name: str) -> Phase:
@@ -138,7 +138,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
-        """Enter a phase; the one that was running goes on when it ends."""
+        """Enter a phase; the previous phase continues when it ends."""
         phase = self.named(name)
         with self._entered(phase, part=False):
             yield phase
@@ -148,13 +148,13 @@ class PhaseClock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Enter a part of the running phase, ``PHASE/NAME``: listed by itself, but inside the pace of the phase."""
+        """Enter a part of the running phase, ``PHASE/NAME``: listed separately, but included in the phase's pace."""
         with self._entered(self._phase(f"{self._stack[-1][0].name}/{name}"), part=True):
             yield
 
     @contextmanager
     def prefixed(self, prefix: str) -> Iterator[None]:
-        """Put a prefix before the names of phases, for work that is done a second time."""
+        """Add a prefix to the names of phases, for work that is repeated."""
         before, self._prefix = self._prefix, self._prefix + prefix
         try:
             yield
@@ -172,14 +172,14 @@ class PhaseClock:
             self._stack.pop()
 
     def _settle(self) -> None:
-        """Charge the time since this was called last to the phase that is running."""
+        """Add the time since the last call to the running phase."""
         now = self._now()
         spent, self._last = now - self._last, now
         self._stack[-1][0].seconds += spent
-        self._shown().active += spent
+        self._whole().active += spent
 
-    def _shown(self) -> Phase:
-        """Return the phase that is running, the whole where that is a part."""
+    def _whole(self) -> Phase:
+        """Return the running phase, or the phase of a running part."""
         return next(phase for phase, part in reversed(self._stack) if not part)
 
     def _advanced(self, phase: Phase) -> None:
@@ -191,8 +191,8 @@ class PhaseClock:
         return phase.active + (self._now() - self._last if self.running(phase) else 0.0)
 
     def running(self, phase: Phase) -> bool:
-        """Whether the phase, or a part of it, is the one that runs now."""
-        return self._shown() is phase
+        """Whether the phase, or a part of it, is running."""
+        return self._whole() is phase
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of all phases and parts up to now; they sum to :meth:`wall`."""
@@ -200,7 +200,7 @@ class PhaseClock:
         return {name: phase.seconds for name, phase in self.phases.items()}
 
     def wall(self) -> float:
-        """Return the time since the clock was started, and the seconds before it that it was given."""
+        """Return the time since the clock was started, plus ``start``."""
         return sum(self.seconds().values())
 
 

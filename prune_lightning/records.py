@@ -1,4 +1,4 @@
-"""Objects in JSON, JSONL and TSV files, with the line of each, so that a bad one can be found."""
+"""Objects in JSON, JSONL and TSV files, with line numbers for messages about bad ones."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from prune_lightning.errors import UserError, near_path
 
 Row = tuple[int, dict[str, Any] | str]
-"""A line, and the record that begins there; a text in place of the record says what is wrong with it."""
-_FOREIGN = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a byte that is not UTF-8
+"""A line number, and the record that begins there or a text that describes what is wrong with it."""
+_FOREIGN = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, after `surrogateescape`
 
 
 def read_objects(path: Path) -> Iterator[Row]:
-    """Yield the rows of a JSON array, of a JSONL file, or of objects that are spread over several lines.
+    """Yield the rows of a JSON array, of a JSONL file, or of objects over several lines.
 
     Args:
-        path: The file, UTF-8, with or without a byte-order mark. Other bytes make a bad row of the record they are in.
+        path: The file, UTF-8, with or without a byte-order mark. A record with other bytes is a bad row.
 
     Raises:
         UserError: See :func:`read_text`.
@@ -68,7 +68,7 @@ def read_text(path: Path) -> str:
 
 
 def _decoded(path: Path) -> str:
-    """Return a file's text, in which a surrogate stands for each byte that is not UTF-8."""
+    """Return a file's text, with a surrogate for each byte that is not UTF-8."""
     try:
         raw = path.read_bytes() if path.is_file() else None
     except OSError as error:
@@ -91,7 +91,7 @@ def _checked(line: int, record: Any, source: str) -> Row:
 
 
 def _lines(text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):  # nothing else ends a line in JSONL
+    for number, line in enumerate(text.split("\n"), start=1):  # JSONL has no other line separator
         if line.strip():
             try:
                 yield _checked(number, json.loads(line), line)
@@ -100,7 +100,7 @@ def _lines(text: str) -> Iterator[Row]:
 
 
 def _is_spread(text: str) -> bool:
-    """Whether the first object of a file does not end on its line."""
+    """Whether the first object of a file spans several lines."""
     first = text.lstrip().split("\n", 1)[0]
     try:
         json.loads(first)
@@ -112,7 +112,7 @@ def _is_spread(text: str) -> bool:
 
 
 def _values(text: str, position: int, closing: str = "") -> Iterator[Row]:
-    """Yield the objects of an array, or those that follow one another without one (no ``closing``)."""
+    """Yield the objects of an array, or of a sequence without brackets (no ``closing``)."""
     decoder = json.JSONDecoder()
     line, counted = 1, 0
     while True:

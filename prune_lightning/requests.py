@@ -1,4 +1,4 @@
-"""What is asked of an edit: the fact to rewrite, and the prompts by which the rewrite is judged."""
+"""Edit requests: the fact to rewrite, and the prompts that test the rewrite."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prune_lightning.text.separators import AUTO, TextPair, join, trimmed
 from prune_lightning.text.subjects import locate
 
 Frame = tuple[str, str]
-"""What a chat template puts before a user's turn and after it."""
+"""The text of a chat template before and after a user's turn."""
 PLAIN: Frame = ("", "")
 
 
@@ -21,14 +21,14 @@ def _framed(prompt: str, frame: Frame) -> str:
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt outside the edit whose ``answer`` the edit must leave alone (or, for portability, must bring).
+    """A prompt whose ``answer`` the edit must not change (or, for portability, must imply).
 
     Args:
         prompt: Text up to the answer; whitespace at its end is part of it.
-        answer: The expected continuation; ``None`` if only stability is asked.
+        answer: The expected continuation; ``None`` to test only that the output does not change.
         kind: What the probe tests, e.g. ``neighborhood`` or ``unrelated``.
-        aliases: Further answers that are right when the model answers freely.
-        separator: What stands between prompt and answer, see :func:`~prune_lightning.text.separators.join`.
+        aliases: Further correct answers for free generation.
+        separator: The text between prompt and answer, see :func:`~prune_lightning.text.separators.join`.
         frame: See :class:`EditRequest`.
     """
 
@@ -44,35 +44,34 @@ class Probe:
             object.__setattr__(self, "prompt", trimmed(self.prompt, self.answer, self.separator))
 
     def pair(self, answer: str | None = None) -> TextPair:
-        """Return the prompt with its answer, or with another one, as literal text; a probe without one asks for none.
+        """Return the prompt with its answer, or with another one, as literal text.
 
         Args:
-            answer: An answer in the place of the probe's own.
+            answer: An answer in place of the probe's own.
         """
         return join(_framed(self.prompt, self.frame), answer or self.answer or "", self.separator)
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One fact to rewrite, with what is needed to judge the rewrite.
+    """One fact to rewrite, with the prompts that test the rewrite.
 
     Args:
         case_id: Identifier of the record in its source.
         subject: The entity, a literal part of ``prompt``; blanks at its ends are dropped.
         prompt: Text up to the target; whitespace at its end is part of it.
-        target_new: What the model shall say.
-        target_old: What it said before, if known; the comparison scores need it.
-        paraphrases: Other prompts that shall yield ``target_new``.
-        locality: Probes that shall not change.
-        portability: Consequences of the edit, where the record has them.
-        generation_prompts: Beginnings of texts about the subject; their continuations show whether the model still
-            writes fluently.
-        references: Texts about the new target, which such continuations should resemble.
-        subject_start: Index in ``prompt`` of the subject's first character; ``None`` to have it found, see
+        target_new: The new answer.
+        target_old: The old answer, if known; comparison scores need it.
+        paraphrases: Other prompts that should yield ``target_new``.
+        locality: Probes that should not change.
+        portability: Consequences of the edit, if the record has them.
+        generation_prompts: Beginnings of texts about the subject; the fluency of their continuations is scored.
+        references: Texts about the new target, with which these continuations should be consistent.
+        subject_start: Index in ``prompt`` of the subject's first character; ``None`` to find it, see
             :func:`~prune_lightning.text.subjects.locate`.
-        separator: What stands between a prompt of this record and its target, see
+        separator: The text between a prompt of this record and its target, see
             :func:`~prune_lightning.text.separators.join`. Probes have their own.
-        frame: What a chat template puts before and after each prompt.
+        frame: The text of a chat template before and after each prompt.
 
     Raises:
         UserError: An empty prompt or target, or a subject that is not in its prompt.
@@ -127,8 +126,8 @@ class EditRequest:
 
     @property
     def subject_end(self) -> int:
-        """Index in ``prompt`` of the first character behind the subject."""
-        assert self.subject_start is not None  # found when the request was made
+        """Index in ``prompt`` of the first character after the subject."""
+        assert self.subject_start is not None  # set in `__post_init__`
         return self.subject_start + len(self.subject)
 
     def pair(self, target: str | None = None) -> TextPair:
@@ -141,13 +140,13 @@ class EditRequest:
         return [join(prompt, target or self.target_new, self.separator) for prompt in prompts]
 
     def behind(self, prefix: str, start: int = 0) -> tuple[TextPair, int]:
-        """Return the prompt and its target behind a prefix, and the index of the first character behind the subject.
+        """Return the prompt and its target after a prefix, and the index of the first character after the subject.
 
         In a chat the prefix begins the user's turn.
 
         Args:
             prefix: Text to insert.
-            start: Where in the prompt, before the subject: behind a start token that is written out.
+            start: Position in the prompt at which to insert it, e.g. after a literal start token.
         """
         pair, head = self.pair(), len(self.frame[0])
         at = head + start
@@ -155,7 +154,7 @@ class EditRequest:
         return TextPair(context, pair.continuation), head + len(prefix) + self.subject_end
 
     def with_separator(self, separator: str) -> EditRequest:
-        """Return the request with a separator wherever it has none of its own."""
+        """Return the request with a separator for all its texts that have none."""
 
         def of(own: str) -> str:
             return separator if own == AUTO else own
@@ -174,12 +173,12 @@ class EditRequest:
         return replace(self, frame=frame, locality=locality, portability=portability)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the request as plain JSON-able data."""
+        """Return the request as plain, JSON-serializable data."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> EditRequest:
-        """Return the request that :meth:`as_dict` took apart, whether or not it was JSON in between."""
+        """Return a request from the values of :meth:`as_dict`, also after a round trip through JSON."""
         lists = ("paraphrases", "generation_prompts", "references")
         probes = {name: tuple(_probe(probe) for probe in plain[name]) for name in ("locality", "portability")}
         frame = tuple(plain.get("frame", PLAIN))

@@ -1,4 +1,4 @@
-"""What of the log goes to the terminal."""
+"""Filters the log for the terminal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import logging
 
 
 class TerminalFilter(logging.Filter):
-    """Lets warnings through, and, where no progress is displayed, the run's own lines.
+    """Passes warnings and, without a progress display, the run's own lines.
 
     Args:
-        progress: Whether there is a progress display, which lines in between would tear.
+        progress: Whether there is a progress display, which other lines would disturb.
     """
 
     def __init__(self, progress: bool) -> None:

@@ -1,4 +1,4 @@
-"""The words that every layer of the framework shares: edit requests and weight updates."""
+"""Types that all layers of the framework share: batches of requests and weight updates."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ __all__ = [
 class EditBatch:
     """The requests of one training step.
 
-    No dataclass: a Trainer's ``precision`` looks into those for tensors to convert, and stops at frozen ones.
+    Not a dataclass: a Trainer's ``precision`` converts tensors inside dataclasses and fails on frozen ones.
 
     Args:
-        requests: The facts that are written together. None where a resumed stream has nothing left to write.
-        from_base: The unedited model is put back after the step (the protocols ``single`` and ``batch``).
+        requests: The facts that are written together; empty if a resumed stream is complete.
+        from_base: Whether the unedited model is restored after the step (the protocols ``single`` and ``batch``).
     """
 
     def __init__(self, requests: tuple[EditRequest, ...], from_base: bool = False) -> None:
@@ -41,12 +41,12 @@ class EditBatch:
 
 @dataclass(frozen=True)
 class MetaExample:
-    """What an editor is trained on: edits that make one update, and what the edited model shall say and leave alone.
+    """A training example of an editor: the edits of one update, and tests of generalization and locality.
 
     Args:
         edits: The prompt of each edit with its new target.
-        rephrased: As many other prompts with the new target.
-        locality: Texts whose predictions shall stay.
+        rephrased: An equal number of other prompts with the new target.
+        locality: Texts whose predictions should not change.
     """
 
     edits: tuple[Pair, ...]
@@ -58,7 +58,7 @@ class MetaExample:
 class LowRankUpdate:
     r"""A change of one weight matrix in factored form, :math:`\Delta = A B^\top`.
 
-    The orientation is the mathematical one, ``out_features x in_features``, however the layer stores its weight.
+    The orientation is ``out_features x in_features``, regardless of how the layer stores its weight.
 
     Args:
         left: :math:`A`, shape ``(out_features, rank)``.
@@ -70,7 +70,7 @@ class LowRankUpdate:
 
     @classmethod
     def sum(cls, updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
-        """Return the sum of updates of one matrix: their factors side by side."""
+        """Return the sum of updates of one matrix, by concatenating their factors."""
         return cls(torch.cat([u.left for u in updates], dim=1), torch.cat([u.right for u in updates], dim=1))
 
     @property
@@ -102,10 +102,10 @@ class LowRankUpdate:
 
 @dataclass(frozen=True)
 class DenseUpdate:
-    r"""A change of one weight matrix that has no factors worth keeping, such as that of fine-tuning.
+    r"""A dense change of one weight matrix, such as that of fine-tuning.
 
     Args:
-        matrix: :math:`\Delta`, shape ``(out_features, in_features)`` however the layer stores its weight.
+        matrix: :math:`\Delta`, shape ``(out_features, in_features)``, regardless of how the layer stores its weight.
     """
 
     matrix: Tensor
@@ -146,12 +146,12 @@ def norm_of_all(updates: Mapping[str, MatrixUpdate]) -> float:
 
 @dataclass(frozen=True)
 class EditStep:
-    """What a method computed for the requests of one step.
+    """A method's result for the requests of one step.
 
     Args:
         requests: The requests.
         updates: The update of each edited weight, by name.
-        details: Per request what the method reports, e.g. the steps of its value optimisation.
+        details: What the method reports of each request, e.g. the steps of its value optimisation.
     """
 
     requests: tuple[EditRequest, ...]
@@ -161,15 +161,15 @@ class EditStep:
 
 @dataclass(frozen=True)
 class EditReport:
-    """What one edit step did; one entry per request in each list.
+    """The report of one edit step; lists have one entry per request.
 
     Args:
         requests: The requests of the step.
         update_norm: Frobenius norm of the step's update over all matrices.
         seconds: Wall time of the step.
-        details: Per request what the method has to tell, e.g. the steps of its value optimisation.
-        applied: Whether the update is in the weights.
-        refused: Why it is not; ``None`` if it is.
+        details: What the method reports of each request, e.g. the steps of its value optimisation.
+        applied: Whether the update was written.
+        refused: The reason if it was not; else ``None``.
     """
 
     requests: tuple[EditRequest, ...]

@@ -79,7 +79,7 @@ def fit(strategy: str, accumulate: str, folder: Path, resume: bool = False) -> d
         use_distributed_sampler=False,
     )
     module, data = Regression(), batches()
-    # Lightning counts on when it resumes, but begins the loader anew
+    # Lightning counts on when it resumes, but restarts the loader
     data = data[STEPS // 2 :] + data[: STEPS // 2] if resume else data
     loader = torch.utils.data.DataLoader(data, batch_size=None)
     trainer.fit(module, loader, ckpt_path=checkpoint if resume else None, weights_only=True if resume else None)

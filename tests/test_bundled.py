@@ -24,7 +24,7 @@ def test_world_is_as_large_as_promised():
     assert all(len(set(fact.phrasings)) == 7 for fact in WORLD.facts)
 
 
-def test_phrasings_hold_their_subject_and_are_told_apart():
+def test_phrasings_hold_their_subject_and_are_distinct():
     owners: dict[str, str] = {}
     for fact in WORLD.facts:
         assert all(fact.subject in phrasing and phrasing == phrasing.strip() for phrasing in fact.phrasings)

@@ -149,7 +149,7 @@ def test_delta_makes_the_live_weights_from_the_base_and_refuses_another(rome, tm
     assert report.details["dense"] == []
     with safe_open(tmp_path / "delta" / FILE, framework="pt") as file:
         assert file.get_tensor(f"{name}.left").shape[1] == 5
-    with pytest.raises(UserError, match="is not the weight that the change was made on"):
+    with pytest.raises(UserError, match="is not the weight that the change applies to"):
         apply_delta(base, tmp_path / "delta")
     other = AutoModelForCausalLM.from_pretrained(load_path())
     with torch.no_grad():

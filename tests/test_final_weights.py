@@ -131,7 +131,7 @@ def test_a_checkpoint_holds_the_keys_of_the_batches_before(tmp_path):
     straight = quiet_trainer(save, enable_checkpointing=True)
     straight.fit(build("alphaedit", "gpt2"), DataLoader(batches(), batch_size=None))
     module, path = build("alphaedit", "gpt2"), tmp_path / "two.ckpt"
-    # Lightning counts on but begins the loader anew.
+    # Lightning counts on but restarts the loader.
     loader = DataLoader(batches()[2:] + batches()[:2], batch_size=None)
     quiet_trainer().fit(module, loader, ckpt_path=path, weights_only=True)
     for matrix, other, original in zip(module.edited_matrices().values(), expected[-1], originals, strict=True):

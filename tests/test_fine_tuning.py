@@ -83,7 +83,7 @@ def exactness(family: str) -> float:
 
 @pytest.mark.parametrize("loss", ["target", "prompt_last"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_losses_are_what_they_are_said_to_be(family, loss, tiny):
+def test_losses_match_their_definition(family, loss, tiny):
     model = tiny(family)
     batch = TargetBatch(model, REQUESTS, loss)
     losses = batch.losses(model.logits_at(batch.ids, batch.mask, batch.rows, batch.positions))
@@ -282,7 +282,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny):
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         ({"loss": "targets"}, "method.loss"),
         ({"anchor": "first"}, "method.anchor"),
@@ -290,6 +290,6 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny):
         ({"steps": 0}, "method.steps"),
     ],
 )
-def test_bad_options_are_said(option, said, tiny):
-    with pytest.raises(UserError, match=said):
+def test_bad_options_are_reported(option, message, tiny):
+    with pytest.raises(UserError, match=message):
         tuning(tiny("gpt2"), **option)

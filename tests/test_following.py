@@ -90,7 +90,7 @@ def test_with_a_progress_display_only_the_file_has_the_lines(straight, tmp_path)
     assert "✓ load" in done.stderr
 
 
-def test_a_killed_run_leaves_all_it_wrote_and_a_resumed_one_goes_on_there(straight, tmp_path):
+def test_a_killed_run_leaves_all_it_wrote_and_is_resumed_there(straight, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), f"hydra.run.dir={tmp_path}", *RUN]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     ledger = tmp_path / "ledger" / "steps.jsonl"

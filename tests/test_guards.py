@@ -241,9 +241,7 @@ def larger(update, detail):
 
 @pytest.mark.filterwarnings("ignore:the update of case", "ignore:case")
 @pytest.mark.parametrize("restraint", ["prune", "prune_every_3", "prune_restrained"])
-def test_ledger_that_ends_with_refused_steps_is_gone_on_with_where_corrections_are_computed_again(
-    tiny, restraint, tmp_path
-):
+def test_ledger_that_ends_with_refused_steps_is_resumed_where_corrections_are_recomputed(tiny, restraint, tmp_path):
     planted = dict.fromkeys(range(13), larger) | {0: nan, 9: nan, 10: nan}
     (whole, _), (resumed, _), _ = whole_and_resumed(
         lambda: tiny("llama"), planted, 13, 11, restraint, lambda path: Guards(path=path, finite="skip"), tmp_path

@@ -357,7 +357,7 @@ def test_a_run_after_restart_is_the_same_run(bundled):
 
 def test_mistakes_are_named(tiny):
     model = tiny("gpt2")
-    with pytest.raises(UserError, match="case 7: KN looks for the neurons of the old answer"):
+    with pytest.raises(UserError, match="case 7: KN edits the neurons of the old answer"):
         KnowledgeNeurons(model).compute_update([EditRequest(7, "Bo", "Bo is", "no")])
     with pytest.raises(UserError, match="unknown site 'keys': did you mean 'key'"):
         AttributionOptions(site="keys")

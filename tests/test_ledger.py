@@ -409,7 +409,7 @@ def interrupted_saves(folder):
         (interrupted_saves, 10),
     ],
 )
-def test_a_damaged_ledger_is_gone_on_with_from_the_last_good_edit(damage, good, tiny, tmp_path, monkeypatch):
+def test_a_damaged_ledger_is_resumed_from_the_last_good_edit(damage, good, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_TOGETHER", 4)
     expected = written(tiny, tmp_path / "straight", edits(14), PRUNE(BASE)).final
     folder = tmp_path / "run"
@@ -542,7 +542,7 @@ def test_lightning_resumes_in_the_middle_of_the_stream(name, tmp_path):
 
 @pytest.mark.parametrize("steps", [2, 3])
 def test_a_checkpoint_holds_for_its_own_model_only(steps, tiny, tmp_path):
-    """Also one of the end of the stream, after which there is nothing left to do but to put the edits back."""
+    """Also one of the end of the stream, after which only the edits have to be restored."""
     path, loader = tmp_path / f"step={steps}.ckpt", DataLoader(edits(3), batch_size=None)
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     module = RandomEdits(tiny("llama"), [1])

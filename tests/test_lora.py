@@ -156,7 +156,7 @@ def test_nothing_of_peft_is_left_on_the_model(kind, keep, bundled):
     assert bundled.model.config.to_dict() == config
 
 
-def test_the_model_is_put_back_when_training_fails(bundled, monkeypatch):
+def test_the_model_is_restored_when_training_fails(bundled, monkeypatch):
     assert bundled.block_returns_tuple in (True, False)
     before = state(bundled)
     module = adapting(LoRA, bundled)
@@ -280,7 +280,7 @@ def test_an_edit_that_is_not_finite_does_not_enter_the_kept_adapters(bundled):
 
 
 @pytest.mark.parametrize(
-    ("kind", "option", "said"),
+    ("kind", "option", "message"),
     [
         (LoRA, {"target_modules": ["c_atn"]}, "did you mean 'c_attn'"),
         (LoRA, {"rank": 0}, "method.rank"),
@@ -289,6 +289,6 @@ def test_an_edit_that_is_not_finite_does_not_enter_the_kept_adapters(bundled):
         (AdaLoRA, {"steps": 1}, "method.steps"),
     ],
 )
-def test_bad_options_are_said(kind, option, said, tiny):
-    with pytest.raises(UserError, match=said):
+def test_bad_options_are_reported(kind, option, message, tiny):
+    with pytest.raises(UserError, match=message):
         adapting(kind, tiny("gpt2"), **option)

@@ -361,7 +361,7 @@ def test_unknown_matrix_is_refused(tiny):
         editor(tiny("llama"), weights=["gate_projj"])
 
 
-def test_moments_can_be_estimated_anew_from_the_edits(tmp_path, tiny):
+def test_moments_can_be_reset_and_estimated_from_the_edits(tmp_path, tiny):
     module = stirred(editor(tiny("gpt2", torch.float32)))
     save_network(tmp_path, module.network, module.edited_modules(), {})
     again = MEND(module.language_model, [1, 2], str(tmp_path), restart_norm_stats=True)

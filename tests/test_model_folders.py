@@ -1,4 +1,4 @@
-"""Model folders as they are found: what is wrong with one is said in one line, before anything is computed."""
+"""Broken model folders are reported in one line, before anything is computed."""
 
 from __future__ import annotations
 

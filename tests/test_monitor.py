@@ -28,12 +28,12 @@ def test_figures_of_an_editing_module(tiny):
     weight = module.language_model.rewrite_module(1).weight
     original = weight.detach().clone()
     fit(module, edits(5), PRUNE(BASE), SpectrumMonitor(every_n=2), logger=logger, log_every_n_steps=1000)
-    looks = {step: row for step, row in logger.rows if any(key.startswith("spectrum/") for key in row)}
-    assert sorted(looks) == [0, 2, 4, 5]
+    readings = {step: row for step, row in logger.rows if any(key.startswith("spectrum/") for key in row)}
+    assert sorted(readings) == [0, 2, 4, 5]
     prefix = f"spectrum/{module.language_model.rewrite_name(1)}/"
-    assert {key.removeprefix(prefix) for key in looks[0]} == KEYS
-    assert looks[0][prefix + "delta_sigma_max"] == 0.0
-    last, delta = looks[5], weight.detach() - original
+    assert {key.removeprefix(prefix) for key in readings[0]} == KEYS
+    assert readings[0][prefix + "delta_sigma_max"] == 0.0
+    last, delta = readings[5], weight.detach() - original
     values, change = torch.linalg.svdvals(weight.detach()), torch.linalg.svdvals(delta)
     assert last[prefix + "sigma_max"] == pytest.approx(float(values[0]))
     assert last[prefix + "condition_number"] == pytest.approx(float(values[0] / values[-1]))

@@ -84,7 +84,7 @@ def test_a_module_sees_only_some_tokens_and_gradients_reach_them():
     assert "forward" not in vars(mlp)
 
 
-def test_a_forward_of_somebody_else_is_used_and_put_back():
+def test_a_patched_forward_is_used_and_restored():
     head = nn.Linear(4, 9, bias=False)
     own = head.forward = lambda hidden: hidden * 2
     with few_rows(head):

@@ -16,7 +16,7 @@ from prune_lightning.terminal import TerminalFilter
 
 
 class Time:
-    """A clock that moves when it is told to."""
+    """A clock that the test advances."""
 
     def __init__(self):
         self.now = 100.0

@@ -190,7 +190,7 @@ def test_plan_of_a_large_model_says_what_does_not_fit(tmp_path, capsys):
     assert "4 characters a token" in shown
 
 
-def test_what_cannot_be_planned_is_said(shapes, tmp_path, capsys):
+def test_what_cannot_be_planned_is_reported(shapes, tmp_path, capsys):
     config = compose("experiment=plan", "method.layers=[9]")
     stream = BundledWorld(num_edits=1)
     stream.setup()

@@ -149,7 +149,7 @@ def test_separator_of_a_run_and_of_a_record(separator, text, tmp_path):
         ("Capital?\n", "Lyon", None),
     ],
 )
-def test_doubtful_separators_are_said(prompt, target, doubt):
+def test_doubtful_separators_are_reported(prompt, target, doubt):
     found = infer(prompt, target).doubt
     assert found is None if doubt is None else doubt in str(found)
 
@@ -309,7 +309,7 @@ def test_requests_are_checked_against_the_model_before_the_first_edit(tmp_path):
         JSONLines(path, num_edits=None).fit(tokens)
 
 
-def test_what_a_method_cannot_write_is_said_before_the_first_edit(tmp_path, capsys):
+def test_requests_a_method_cannot_write_are_reported_before_the_first_edit(tmp_path, capsys):
     path = lines(tmp_path / "own.jsonl", {key: FRANCE[key] for key in ("subject", "prompt", "target_new")})
     code, found = check(tmp_path, path, "data=jsonl", "method=kn")
     assert code == 2
@@ -349,7 +349,7 @@ def test_wrong_types_are_named_by_line_key_and_value(change, reason, tmp_path):
     assert (code, found["rejected"]) == (2, [{"line": 2, "reason": reason}])
 
 
-def test_doubtful_records_are_said_and_used(tmp_path, capsys):
+def test_doubtful_records_are_reported_and_used(tmp_path, capsys):
     path = lines(tmp_path / "own.jsonl", FRANCE | {"target_new": "Paris "})
     code, found = check(tmp_path, path, "data=jsonl")
     assert code == 0

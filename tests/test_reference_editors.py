@@ -120,7 +120,7 @@ def test_every_batch_equals_the_dense_reference(method, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["rome", "r_rome", "p_rome"])
-def test_how_well_the_key_is_posed_is_told(method, family):
+def test_how_well_the_key_is_posed_is_reported(method, family):
     """Of each request the layer with the smallest ratio."""
     editor, *_ = by_hand(method, family)
     module, watch = build(method, family), Watch()

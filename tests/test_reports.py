@@ -210,7 +210,7 @@ def test_trajectories_by_hand():
     assert ability_trajectories(curve, ["a", "b"])["a"]["area"] == pytest.approx((1 + 1) / 3)
     found = edit_trajectories(curve, ["stream/score/final"])["stream/score/final"]
     assert (found["area"], found["first_below"]) == (pytest.approx(0.6), 3)
-    looks = [
+    readings = [
         {"step": t, "spectrum/w/norm_ratio": math.exp(0.02 * t), "spectrum/w/delta_norm_ratio": 1.0} for t in (0, 5, 9)
     ]
-    assert log_growth(looks) == {"spectrum/w": pytest.approx(0.02)}
+    assert log_growth(readings) == {"spectrum/w": pytest.approx(0.02)}

@@ -177,7 +177,7 @@ def test_parameters_are_chosen_by_pattern_and_tied_ones_taken_once():
 
 
 @pytest.mark.parametrize("every_n", [1, 3])
-def test_resume_from_a_checkpoint_goes_on_as_if_never_stopped(tmp_path, every_n):
+def test_resuming_from_a_checkpoint_equals_an_uninterrupted_run(tmp_path, every_n):
     def restraint():
         return PRUNE(BASE, schedule="every_n", every_n=every_n)
 
@@ -190,7 +190,7 @@ def test_resume_from_a_checkpoint_goes_on_as_if_never_stopped(tmp_path, every_n)
 
     straight, resumed = Regression(), Regression()
     fit(straight, batches, restraint(), SaveAfterThree())
-    rest = DataLoader(batches[3:] + batches[:3], batch_size=None)  # Lightning counts on, but begins the loader anew
+    rest = DataLoader(batches[3:] + batches[:3], batch_size=None)  # Lightning counts on, but restarts the loader
     trainer = quiet_trainer(restraint())
     trainer.fit(resumed, rest, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert trainer.global_step == 6
@@ -257,7 +257,7 @@ def test_resuming_without_the_originals_is_refused(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("schedule", ["every_n", "end"])
-def test_a_look_at_the_restrained_weights_puts_back_every_bit(schedule):
+def test_a_restrained_snapshot_is_restored_bit_for_bit(schedule):
     seen = []
 
     class Look(L.Callback):
@@ -334,7 +334,7 @@ def test_embeddings_tied_heads_conv1d_and_16_bit_weights(tiny, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_small_updates_add_up_in_16_bit_weights(tiny, dtype):
-    """The sum is kept in fp32: a thousand updates below the weights' resolution are not lost, and the loss is told."""
+    """The sum is kept in fp32: a thousand updates below the weights' resolution are not lost; the loss is reported."""
     module = RandomEdits(tiny("llama", dtype), [1])
     (matrix,) = module.edited_matrices().values()
     step = LowRankUpdate(torch.full((32, 1), 1e-3), torch.full((32, 1), 1e-2))
@@ -365,7 +365,7 @@ def test_a_change_that_is_not_finite_is_refused_or_skipped():
         fit(Broken(), regression_batches(3), PRUNE(BASE, non_finite="skip"))
 
 
-def test_a_zero_matrix_gives_no_reference_and_that_is_told_before_training():
+def test_a_zero_matrix_has_no_reference_and_is_reported_before_training():
     module = Regression()
     with torch.no_grad():
         module.second.weight.zero_()
@@ -394,7 +394,7 @@ def test_reference_is_computed_once_per_original_and_travels_with_the_checkpoint
 
 
 class Remember(L.pytorch.loggers.logger.DummyLogger):
-    """A logger that keeps what it is told."""
+    """A logger that records its calls."""
 
     def __init__(self):
         super().__init__()

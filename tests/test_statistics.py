@@ -95,7 +95,7 @@ def test_kept_on_disk_and_read_back_bit_for_bit(bundled_shared, tmp_path):
     assert torch.equal(first[1].matrix, again[1].matrix)
 
 
-def test_other_settings_models_or_texts_are_taken_anew(bundled_shared, tmp_path):
+def test_other_settings_models_or_texts_are_recomputed(bundled_shared, tmp_path):
     SecondMoments(Counted(), cache=tmp_path).compute(bundled_shared, [0])
     edited = load_language_model(BUNDLED)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_other_settings_models_or_texts_are_taken_anew(bundled_shared, tmp_path)
         assert corpus.read > 0
 
 
-def test_an_interrupted_pass_goes_on_and_ends_bit_equal(bundled_shared, tmp_path):
+def test_an_interrupted_pass_is_resumed_bit_equal(bundled_shared, tmp_path):
     settings = {"save_every": 32, "token_budget": 300}
     whole = SecondMoments(Counted(), cache=tmp_path / "a", **settings).compute(bundled_shared, [0, 1])
     with pytest.raises(KeyboardInterrupt):

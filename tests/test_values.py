@@ -147,7 +147,7 @@ def test_out_of_memory_halves_the_batch(tiny, monkeypatch):
     assert sizes[0] > 200
 
 
-def test_what_is_not_finite_ends_the_request_and_is_told(tiny):
+def test_a_nonfinite_loss_ends_the_request_and_is_reported(tiny):
     model = tiny("gpt2")
     with torch.no_grad():
         model.rewrite_module(2).weight[0, 0] = float("nan")

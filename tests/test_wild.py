@@ -111,7 +111,7 @@ def test_normalised_answers():
     assert not contains("whatever", ["the"])
 
 
-def test_scores_of_what_is_said(bundled_shared):
+def test_scores_of_generated_answers(bundled_shared):
     measurement = WildGeneration(("bare", "instruction"))
     measurement.take_reference(bundled_shared, {0: JAPAN})
     measured = measurement.measure(bundled_shared, {0: JAPAN})

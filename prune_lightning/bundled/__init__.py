@@ -1,1 +1,1 @@
-"""Everything that the bundled model knows and was trained on: the world, the abilities, the corpus."""
+"""The training data of the bundled model: the world, the abilities, the corpus."""

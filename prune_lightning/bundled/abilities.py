@@ -1,7 +1,7 @@
-"""Four abilities in miniature, generated: reasoning, inference, open-domain questions, summarisation.
+"""Four generated miniature abilities: reasoning, inference, open-domain questions, summarisation.
 
-Each task is a finite set of items that one seeded shuffle divides into test and training, so a test item is never
-trained on. All texts are made here from small grammars.
+Each task is a finite set of items that one seeded shuffle splits into test and training, so no test item is in
+training. All texts are generated from small grammars.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SPLIT_SEED = 20250
 
 @dataclass(frozen=True)
 class AbilityItem:
-    """A prompt and the text that has to follow it, the closing full stop included.
+    """A prompt and its expected continuation, including the full stop.
 
     Args:
         prompt: Text without trailing blanks.
@@ -35,7 +35,7 @@ class AbilityItem:
 
 @dataclass(frozen=True)
 class AbilityTask:
-    """The items of one ability, divided for good.
+    """The items of one ability, in a fixed split.
 
     Args:
         test: Held-out items.
@@ -130,7 +130,7 @@ _PLACES = ("garden", "kitchen", "station", "harbour", "forest", "school")
 
 
 def inference() -> AbilityTask:
-    """Does the premise entail the hypothesis? The kind of a thing and the place are entailed, other ones are not."""
+    """Entailment: the kind of a thing and its place follow from the premise, other kinds and places do not."""
     items = []
     rng = random.Random(SPLIT_SEED)
     thing_kind = {thing: kind for kind, things in _KINDS.items() for thing in things}
@@ -150,9 +150,9 @@ def inference() -> AbilityTask:
 
 
 def question_answering(world: World) -> AbilityTask:
-    """Questions about the world's facts; the tested ones are about subjects that no edit ever touches.
+    """Questions about the world's facts; the test items are about subjects that are never edited.
 
-    The facts themselves are in the training text as statements; as questions only those of the other subjects are.
+    All facts are in the training text as statements, but as questions only those of the other subjects.
     """
 
     def item(question: str, answer: str) -> AbilityItem:
@@ -221,7 +221,7 @@ _HOW = ("in the morning", "after the storm", "with great care", "for the first t
 
 
 def plain_text() -> AbilityTask:
-    """Sentences of a small grammar: the text whose perplexity is measured (``prompt`` is the first half)."""
+    """Sentences of a small grammar for measuring perplexity (``prompt`` is the first half)."""
     items = []
     rng = random.Random(SPLIT_SEED)
     for actor, did, scene, how in itertools.product(_ACTORS, _DID, _SCENE, _HOW):
@@ -231,7 +231,7 @@ def plain_text() -> AbilityTask:
 
 
 def abilities(world: World) -> dict[str, AbilityTask]:
-    """Return the four scored tasks by the name under which their score is logged."""
+    """Return the four tasks by the name of their score."""
     return {
         "reasoning": reasoning(),
         "nli": inference(),

@@ -1,4 +1,4 @@
-"""The training text of the bundled model, by kind, and its packing into windows."""
+"""The training text of the bundled model by kind, packed into windows."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def training_documents(world: World | None = None) -> dict[str, list[str]]:
 
 
 class PackedWindows(Dataset[Tensor]):
-    """Windows of fixed length, filled with documents drawn by kind; window ``i`` depends on the seed and ``i`` only.
+    """Windows of fixed length, filled with documents drawn by kind; window ``i`` depends only on the seed and ``i``.
 
     Args:
         documents: Tokenised documents by kind.
         shares: Probability of each kind at every draw.
         length: Tokens per window.
-        separator: Token between documents, and the first one of the window.
+        separator: Token between documents and at the beginning of a window.
         count: Number of windows.
         seed: Seed of the draws.
     """
@@ -63,7 +63,7 @@ class PackedWindows(Dataset[Tensor]):
 
 
 class BundledCorpus:
-    """Documents of the training text, drawn by kind as in training: the corpus of the bundled model's statistics.
+    """The corpus of the bundled model's statistics: documents of the training text, drawn by kind as in training.
 
     Args:
         samples: Number of documents.

@@ -1,4 +1,4 @@
-"""How the bundled model is made: tokenizer, data and the training module."""
+"""Pretraining of the bundled model: tokenizer, data and the training module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def train_tokenizer(documents: Mapping[str, list[str]], vocab_size: int) -> PreT
 
     Args:
         documents: Training text by kind.
-        vocab_size: Size of the vocabulary, the 256 bytes and the special token included.
+        vocab_size: Size of the vocabulary, including the 256 bytes and the special token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,7 +65,7 @@ class PretrainingData(L.LightningDataModule):
         self.batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Return the windows in order."""
+        """Return the windows, in order."""
         return DataLoader(self.windows, batch_size=self.batch_size)
 
 
@@ -124,7 +124,7 @@ class Pretraining(L.LightningModule):
         return min(1.0, (step + 1) / self.hparams["warmup_steps"]) * (0.02 + 0.98 * cosine)
 
     def configure_optimizers(self) -> Any:
-        """AdamW on all parameters; biases, norms and embeddings are not decayed."""
+        """Return AdamW on all parameters, without decay of biases, norms and embeddings."""
         decayed = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "wte" not in n and "wpe" not in n]
         kept = {id(p) for p in decayed}
         others = [p for p in self.model.parameters() if id(p) not in kept]

@@ -1,4 +1,4 @@
-"""The bundled world: a table of real facts, the phrasings of each relation, and the edits they make."""
+"""The bundled world: a table of real facts, and the phrasings of each relation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-HELD_OUT = 6  # index of the phrasing that half of the subjects are never seen with in training
+HELD_OUT = 6  # index of the phrasing that is held out from training for half of the subjects
 EDIT_PHRASING = 0
-RESERVED_EVERY = 3  # every third subject is reserved: probed for locality and questions, never edited
+RESERVED_EVERY = 3  # every third subject is reserved: used for locality probes and questions, never edited
 
 _TABLES = {"places": ("countries", "cities"), "culture": ("people", "works")}
 
@@ -26,10 +26,10 @@ class Fact:
         subject: The row's entity.
         relation: ``table.column``.
         answer: The object, a continuation without a leading blank.
-        phrasings: Seven beginnings of a sentence that ``answer`` completes, the subject filled in.
+        phrasings: Seven beginnings of a sentence about the subject that ``answer`` completes.
         question: A question that ``answer`` answers.
-        reserved: The subject is never edited.
-        unseen_phrasing: The last phrasing of this fact was held out from training.
+        reserved: Whether the subject is never edited.
+        unseen_phrasing: Whether the last phrasing of this fact was held out from training.
     """
 
     subject: str

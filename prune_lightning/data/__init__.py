@@ -1,1 +1,1 @@
-"""Edit streams: where requests come from, and in what protocol they are written."""
+"""Edit streams: the sources of requests, and the protocols in which they are written."""

@@ -15,15 +15,15 @@ from prune_lightning.types import EditRequest, Probe
 
 PARAPHRASES = (3, HELD_OUT)
 NEIGHBOURS = 5
-VALIDATION_EVERY = 5  # of the subjects that train editors
+VALIDATION_EVERY = 5  # subjects that train editors
 
 
 class BundledWorld(EditStream):
     """Counterfactual edits of the shipped table of facts.
 
     The new target is another object of the same relation. Paraphrases are two further phrasings, one of them held out
-    from training for half of the subjects. The neighbourhood holds facts of the same relation about subjects that no
-    edit touches, those with the same old object first. Each subject comes once before any comes a second time.
+    from training for half of the subjects. The neighbourhood consists of facts of the same relation about subjects that
+    are never edited, those with the same old object first. All subjects occur once before any occurs twice.
     """
 
     def records(self) -> Iterator[EditRequest | BadRow]:
@@ -64,11 +64,12 @@ class BundledWorld(EditStream):
 
 
 class BundledEditorTraining(EditStream):
-    """Counterfactual edits to train an editor with, apart from everything that :class:`BundledWorld` asks.
+    """Counterfactual edits for training an editor, without overlap with :class:`BundledWorld`.
 
-    Edited are the reserved subjects, which :class:`BundledWorld` never edits; neighbours are facts about the others.
-    The two phrasings that serve as paraphrases there do not occur, and where another fact of the edited subject is a
-    locality probe it is not worded as there. Prompt, paraphrases and probes are drawn from the remaining phrasings.
+    The edits are about the reserved subjects, which :class:`BundledWorld` never edits; neighbours are facts about the
+    others. The two phrasings of the paraphrases there are not used, and a locality probe about another fact of the
+    edited subject has a different wording than there. Prompt, paraphrases and probes are drawn from the remaining
+    phrasings.
 
     Args:
         part: ``train``, or ``validation`` for every fifth of the subjects.

@@ -1,4 +1,4 @@
-"""Text for statistics: a text file, JSONL, a folder of them, or a hub data set."""
+"""Text for statistics from text or JSONL files, a folder of them, or a hub data set."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TextCorpus:
         return [local] if local.exists() else []
 
     def identity(self) -> str:
-        """Return a text that differs wherever the texts do: a digest of local files, a data set's name otherwise."""
+        """Return a string that identifies the texts: a digest of local files, or a data set's name."""
         settings = f"field={self.field} samples={self.samples}"
         if not (files := self._files()):
             return f"{self.path} {self.name} {self.split} {settings}"

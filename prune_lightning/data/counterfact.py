@@ -11,11 +11,11 @@ from prune_lightning.types import EditRequest, Probe
 class CounterFact(FileStream):
     """Counterfactual edits; records with ``requested_rewrite`` have the original schema, others EasyEdit's.
 
-    The original prompts say with ``{}`` where the subject stands.
+    In the original prompts ``{}`` stands for the subject.
     """
 
     def parse(self, row: Fields, case_id: int) -> EditRequest:
-        """Turn one record into a request."""
+        """Convert one record into a request."""
         return self._original(row, case_id) if "requested_rewrite" in row.row else self._easyedit(row, case_id)
 
     def _original(self, row: Fields, case_id: int) -> EditRequest:

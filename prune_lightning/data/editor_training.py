@@ -1,4 +1,4 @@
-"""Training data for editors that learn to edit: edits with their paraphrases, and texts that shall stay."""
+"""Training data for learned editors: edits with paraphrases, and texts that should not change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Texts(Protocol):
 
 
 class EpochSampler(Sampler[int]):
-    """Yields the numbers of one epoch's examples; they go on from epoch to epoch, also after a resumed one.
+    """Yields the indices of one epoch's examples. They continue from epoch to epoch, also in resumed training.
 
     Args:
         count: Examples per epoch.
@@ -34,7 +34,7 @@ class EpochSampler(Sampler[int]):
         self.count, self.epoch = count, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch; Lightning calls this."""
+        """Set the epoch; called by Lightning."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -45,16 +45,16 @@ class EpochSampler(Sampler[int]):
 
 
 class MetaExamples(Dataset[MetaExample]):
-    """Examples drawn from requests; example ``i`` depends on the seed and ``i`` only.
+    """Examples drawn from requests; example ``i`` depends only on the seed and ``i``.
 
     Args:
         requests: The edits, each with paraphrases and locality probes.
-        texts: Plain texts that shall stay.
+        texts: Plain texts that should not change.
         edits: Edits per example.
         probes: Locality probes per example, drawn from those of its edits.
         num_texts: Plain texts per example.
         seed: Seed of the draws.
-        in_order: Take the requests in order, and not at random.
+        in_order: Whether to use the requests in order instead of at random.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class MetaExamples(Dataset[MetaExample]):
 
 
 class EditorTrainingData(L.LightningDataModule):
-    """Examples from one stream of requests to train with, and from another one to validate with.
+    """Examples from one stream of requests for training, and from another one for validation.
 
     Args:
-        train: Requests to train with.
-        validation: Requests about other subjects.
+        train: Requests for training.
+        validation: Requests for validation, about other subjects.
         steps: Batches per epoch.
-        batch_size: Examples per batch, each an update of its own.
-        edits_per_update: Edits per example: as many as will later be written in one batch.
+        batch_size: Examples per batch, each with its own update.
+        edits_per_update: Edits per example; should equal the batch size of later edits.
         probes: Locality probes per example.
         corpus: Source of plain texts, or ``None``.
         texts: Plain texts per example.
@@ -122,7 +122,7 @@ class EditorTrainingData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if texts and corpus is None:
-            raise UserError("plain texts are asked for (`texts`), but there is no `corpus`")
+            raise UserError("`texts` > 0 needs a `corpus` of plain texts")
         self.streams = {"train": train, "validation": validation}
         self.steps, self.batch_size, self.edits_per_update = steps, batch_size, edits_per_update
         self.corpus, self.probes, self.num_texts, self.text_words, self.seed = corpus, probes, texts, text_words, seed
@@ -137,7 +137,7 @@ class EditorTrainingData(L.LightningDataModule):
         """Read the streams and the corpus.
 
         Raises:
-            UserError: A request that nothing can be learnt from, or a subject on both sides.
+            UserError: A request has no paraphrase or too few probes, or a subject is in both streams.
         """
         if self._texts is not None:
             return
@@ -170,7 +170,7 @@ class EditorTrainingData(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[MetaExample]:
-        """Return batches as lists of examples, other ones in every epoch."""
+        """Return batches as lists of examples, different in every epoch."""
         sampler = EpochSampler(self.steps * self.batch_size)
         return DataLoader(self._examples("train"), self.batch_size, sampler=sampler, collate_fn=list)
 

@@ -1,4 +1,4 @@
-"""Typed access to the fields of a record: what has the wrong type is named by key and value."""
+"""Typed access to the fields of a record, with errors that name key and value."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Fields:
 
     Args:
         row: The object.
-        path: How it is reached from the record, for messages, e.g. ``locality[0].``.
-        notes: Where remarks about the record are collected; shared with the objects inside it.
+        path: Its path in the record, for messages, e.g. ``locality[0].``.
+        notes: List that collects remarks about the record; shared with the objects inside it.
     """
 
     def __init__(self, row: Mapping[str, Any], path: str = "", notes: list[str] | None = None) -> None:
@@ -23,11 +23,11 @@ class Fields:
         self.notes: list[str] = [] if notes is None else notes
 
     def __contains__(self, key: str) -> bool:
-        """Whether a field is there and not null."""
+        """Whether a field exists and is not null."""
         return self.row.get(key) is not None
 
     def wrong(self, key: str, expected: str, value: Any) -> UserError:
-        """Return the error for a field of a wrong type."""
+        """Return the error for a field of the wrong type."""
         return UserError(f"`{self.path}{key}` is expected to be {expected}, but got {shown(value)}")
 
     def _present(self, key: str) -> Any:
@@ -36,27 +36,27 @@ class Fields:
         return self.row[key]
 
     def text(self, key: str) -> str:
-        """Return a text that has to be there, as it is."""
+        """Return a required text, unchanged."""
         value = self._present(key)
         if not isinstance(value, str):
             raise self.wrong(key, "a text", value)
         return value
 
     def optional(self, key: str) -> str | None:
-        """Return a text, or ``None`` where the record has none or an empty one."""
+        """Return a text, or ``None`` if it is missing or empty."""
         return (self.text(key) or None) if key in self else None
 
     def stripped(self, key: str) -> str:
-        """Return a text that has to be there, without whitespace at its ends; a remark says what was dropped."""
+        """Return a required text without whitespace at its ends; dropped whitespace gives a remark."""
         return self._without_blanks(key, self.text(key))
 
     def target(self, key: str) -> str:
-        """Return a target: whitespace at its end is dropped; a blank at its beginning is a separator's matter."""
+        """Return a target without whitespace at its end; a blank at its beginning is handled as a separator."""
         text = self.text(key)
         return self._without_blanks(key, text, text.lstrip(" ").rstrip())
 
     def optional_target(self, key: str) -> str | None:
-        """Return a target, or ``None`` where the record has none or an empty one."""
+        """Return a target, or ``None`` if it is missing or empty."""
         return self.target(key) if self.optional(key) else None
 
     def _without_blanks(self, key: str, text: str, kept: str | None = None) -> str:
@@ -66,7 +66,7 @@ class Fields:
         return kept
 
     def items(self, key: str) -> list[Any]:
-        """Return a list, empty where the record has none; a text is not the list of its letters."""
+        """Return a list, empty if it is missing; a text is an error."""
         value = self.row.get(key)
         if value is not None and not isinstance(value, list):
             raise self.wrong(key, "a list", value)
@@ -81,14 +81,14 @@ class Fields:
         return tuple(found)
 
     def object(self, key: str) -> Fields:
-        """Return an object that has to be there."""
+        """Return a required object."""
         value = self._present(key)
         if not isinstance(value, dict):
             raise self.wrong(key, "an object", value)
         return Fields(value, f"{self.path}{key}.", self.notes)
 
     def objects(self, key: str) -> list[Fields]:
-        """Return a list of objects, empty where the record has none."""
+        """Return a list of objects, empty if it is missing."""
         found = []
         for place, value in enumerate(self.items(key)):
             if not isinstance(value, dict):
@@ -97,23 +97,23 @@ class Fields:
         return found
 
     def place(self, subject: str, prompt: str) -> int | None:
-        """Return where in a prompt a subject stands; a remark says so where another place may be meant.
+        """Return the position of a subject in a prompt; an ambiguous position gives a remark.
 
         Raises:
             UserError: See :func:`~prune_lightning.text.subjects.locate`.
         """
         if not subject:
-            return None  # refused by the request
+            return None  # the request raises the error
         found = locate(subject, prompt)
         if found.doubt:
             self.notes.append(found.doubt)
         return found.start
 
     def answers(self, key: str) -> list[str]:
-        """Return the answers of a field that holds a text, or lists of texts in any nesting; empty ones are left out.
+        """Return the non-empty answers of a field that holds a text or nested lists of texts.
 
         Raises:
-            UserError: It holds something else.
+            UserError: The field holds something else.
         """
         return [text.strip() for text in self._flat(key, self.row.get(key)) if text.strip()]
 
@@ -126,7 +126,7 @@ class Fields:
             raise self.wrong(key, "a text or a list of texts", value)
         found: list[str] = []
         waiting = [(f"{key}[{place}]", part) for place, part in enumerate(value)]
-        while waiting:  # no recursion: a file can nest lists as deep as it likes
+        while waiting:  # no recursion, since a file can nest lists to any depth
             name, part = waiting.pop(0)
             if isinstance(part, list):
                 waiting = [(f"{name}[{place}]", inner) for place, inner in enumerate(part)] + waiting

@@ -1,4 +1,4 @@
-"""Streams that are read from a JSON or JSONL file: lines are kept, so that a bad record can be found."""
+"""Streams from a JSON or JSONL file, with line numbers for messages about bad records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prune_lightning.types import EditRequest
 
 
 def _encodable(request: EditRequest) -> EditRequest:
-    """Refuse what JSON can escape and no file or tokenizer can hold: half of a surrogate pair."""
+    """Refuse half of a surrogate pair, which JSON can escape but no file or tokenizer can encode."""
     try:
         json.dumps(request.as_dict(), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -42,18 +42,18 @@ class FileStream(EditStream):
 
     @abstractmethod
     def parse(self, row: Fields, case_id: int) -> EditRequest:
-        """Turn one record into a request.
+        """Convert one record into a request.
 
         Args:
             row: The record.
-            case_id: Its number in the file, for records that have no id of their own.
+            case_id: Its number in the file, for records without an id.
 
         Raises:
             UserError: The record cannot be used.
         """
 
     def located(self) -> Iterator[Located | BadRow]:
-        """Yield requests and bad rows in the file's order, with their lines and what is doubtful about them."""
+        """Yield requests and bad rows in the file's order, with their lines and remarks."""
         for case_id, (line, row) in enumerate(read_objects(self.path)):
             if isinstance(row, str):
                 yield BadRow(line, row)

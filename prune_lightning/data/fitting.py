@@ -1,4 +1,4 @@
-"""What is doubtful about a request, and whether it fits a model: asked once, before the first edit."""
+"""Checks requests once before the first edit: remarks about doubtful ones, and whether they fit a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prune_lightning.text.separators import AUTO, TextPair, infer
 
 
 def doubts(request: EditRequest) -> list[str]:
-    """Return what is doubtful about the texts of a request."""
+    """Return remarks about the texts of a request."""
     found = []
     if request.target_old is not None and request.target_old.strip() == request.target_new.strip():
         found.append(f"`target_old` and `target_new` are both {shown(request.target_new)}")
@@ -22,17 +22,17 @@ def doubts(request: EditRequest) -> list[str]:
     for separator, prompt, target in asked:
         doubt = infer(prompt, target).doubt if separator == AUTO else None
         if doubt:
-            found.append(f"{shown(prompt)} and {shown(target)}: {doubt} (`separator` says what is meant)")
+            found.append(f"{shown(prompt)} and {shown(target)}: {doubt} (set `separator` to choose)")
     return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a request fits a model.
+    """Whether a request fits a model.
 
     Args:
-        reason: Why it cannot be written or scored; ``None`` if it can.
-        doubts: What is doubtful if it can.
+        reason: The reason why it cannot be written or scored; ``None`` if it can.
+        doubts: Remarks, if it can.
     """
 
     reason: str | None = None
@@ -57,7 +57,7 @@ def fit_to_model(request: EditRequest, tokens: Tokens) -> Fit:
         try:
             encoded = tokens.encode_pairs([text for _, text in scored])
         except UserError:
-            for name, text in scored:  # noqa: B007 - the one that fails is named below
+            for name, text in scored:  # noqa: B007 - used below for the one that fails
                 tokens.encode_pairs([text])
             raise
     except UserError as error:
@@ -69,14 +69,14 @@ def fit_to_model(request: EditRequest, tokens: Tokens) -> Fit:
     ]
     if subject == 0:
         found.append(
-            f"the subject {shown(request.subject)} is the first token of its text, on which ROME and its kin write "
+            f"the subject {shown(request.subject)} is the first token of its text, on which ROME-like methods write "
             "into every text (docs/guards.md)"
         )
     return Fit(doubts=tuple(found))
 
 
 def _scored(request: EditRequest) -> Iterator[tuple[str, TextPair]]:
-    """Yield the further texts of a request that are scored, with their names."""
+    """Yield the other scored texts of a request, with their names."""
     old = request.target_old
     if old:
         yield "target_old", request.pair(old)

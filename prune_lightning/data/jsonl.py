@@ -1,4 +1,4 @@
-"""Edits of one's own, one JSON object per line."""
+"""User-defined edits, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _KEYS = (
 
 
 class JSONLines(FileStream):
-    """The documented format for edits of one's own.
+    """The format for user-defined edits.
 
     Keys of a line: ``subject``, ``prompt`` (holds the subject, ends where the target follows) and ``target_new`` are
     needed; ``target_old``, ``paraphrases`` (list of prompts), ``locality`` and ``portability`` (lists of ``{"prompt",
     "answer"}``), ``generation_prompts`` (list of prompts), ``references`` (list of texts), ``subject_start`` (index of
-    the subject's first character in the prompt), ``separator`` (what stands between this record's prompts and their
+    the subject's first character in the prompt), ``separator`` (the text between this record's prompts and their
     targets; a probe can have its own) and ``case_id`` are optional:
 
         {"subject": "France", "prompt": "The capital of France is", "target_new": "Lyon", "target_old": "Paris"}
     """
 
     def parse(self, row: Fields, case_id: int) -> EditRequest:
-        """Turn one line into a request; unknown keys are an error, since a misspelt one would be lost silently."""
+        """Convert one line into a request. Unknown keys are an error, since a misspelt key would be lost silently."""
         for key in row.row:
             if key not in _KEYS:
                 hint = HINT if is_knowedit(row) else near(key, _KEYS)

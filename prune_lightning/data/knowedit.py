@@ -1,4 +1,4 @@
-"""KnowEdit (Zhang et al., 2024, https://arxiv.org/abs/2401.01286), as its files on the hub are."""
+"""KnowEdit (Zhang et al., 2024, https://arxiv.org/abs/2401.01286), in the format of its files on the hub."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class KnowEdit(FileStream):
     """WikiData_recent, WikiData_counterfact, ZsRE and WikiBio of KnowEdit.
 
     ``subject`` (WikiBio: ``concept``), ``prompt`` (``text``) and ``target_new`` (``labels``) make the edit;
-    ``ground_truth``, where there is one, is the old target; ``rephrase_prompt`` or ``rephrase`` are paraphrases. The
+    ``ground_truth``, if present, is the old target; ``rephrase_prompt`` or ``rephrase`` are paraphrases. The
     probes of ``locality`` and ``portability`` keep their kinds, e.g. ``Relation_Specificity``. Answers are texts or
     nested lists: the first one counts, the others are its aliases.
     """
 
     def parse(self, row: Fields, case_id: int) -> EditRequest:
-        """Turn one record into a request."""
+        """Convert one record into a request."""
         subject = row.stripped("concept" if "concept" in row and "subject" not in row else "subject")
         prompt = row.text("text" if "text" in row and "prompt" not in row else "prompt")
         target = "labels" if "labels" in row and "target_new" not in row else "target_new"

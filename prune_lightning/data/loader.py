@@ -11,7 +11,7 @@ from prune_lightning.types import EditBatch
 
 
 class EditLoader(DataLoader[Any]):
-    """Yields batches of edits in order, and goes on where it was when a checkpoint is resumed.
+    """Yields batches of edits in order, and continues at the same position after a checkpoint is loaded.
 
     Args:
         batches: The steps.
@@ -29,9 +29,9 @@ class EditLoader(DataLoader[Any]):
         self._next = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return where it is."""
+        """Return the position."""
         return {"next": self._next}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
+        """Restore the position."""
         self._next = state["next"]

@@ -1,4 +1,4 @@
-"""Probes as EasyEdit's files and KnowEdit write them down: by kind, each with a prompt and its answers."""
+"""Probes in the formats of EasyEdit and KnowEdit: by kind, each with a prompt and its answers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from prune_lightning.types import Probe
 
 
 def portability(row: Fields) -> tuple[Probe, ...]:
-    """Return the consequences of an edit in a record's ``portability``, none where it has none.
+    """Return the probes of a record's ``portability``, or none if it has none.
 
     Two forms are in use. KnowEdit: lists of ``{"prompt", "ground_truth"}`` by kind, see :func:`by_kind`. EasyEdit's
-    zsRE: one ``New Question`` with its ``New Answer``. A consequence without an answer cannot be scored and is left
-    out with a remark.
+    zsRE: one ``New Question`` with its ``New Answer``. A probe without an answer cannot be scored and is left out with
+        a remark.
     """
     if "portability" not in row:
         return ()
@@ -25,7 +25,7 @@ def portability(row: Fields) -> tuple[Probe, ...]:
 
 
 def locality(row: Fields) -> tuple[Probe, ...]:
-    """Return the probes that shall stay in a record's ``locality``, which has them by kind; none where it has none."""
+    """Return the probes of a record's ``locality``, which are grouped by kind, or none if it has none."""
     return tuple(by_kind(row.object("locality"))) if "locality" in row else ()
 
 

@@ -1,4 +1,4 @@
-"""The protocols by which the edits of a stream follow one another."""
+"""The protocols of an edit stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class EditProtocol(StrEnum):
-    """How the edits of a stream follow one another.
+    """Which edits a step writes, and on which model.
 
     ``single``: each edit on the unedited model. ``batch``: each batch on the unedited model. ``sequential``: one edit
     after another on the same model. ``sequential_batched``: one batch after another on the same model.

@@ -1,4 +1,4 @@
-"""Records with their lines: requests, and what is left out."""
+"""Requests and rejected records with their line numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prune_lightning.types import EditRequest
 
 @dataclass(frozen=True)
 class BadRow:
-    """A record that is left out, with the line it begins on and the reason."""
+    """A record that is left out, with its first line and the reason."""
 
     line: int
     reason: str
@@ -18,12 +18,12 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Located:
-    """A request with its place in its source.
+    """A request with its position in its source.
 
     Args:
         request: The request.
-        line: The line it begins on, or its number, counted from 1.
-        remarks: What is doubtful about it.
+        line: Its first line, or its number, from 1.
+        remarks: Remarks about doubtful points.
     """
 
     request: EditRequest
@@ -32,6 +32,6 @@ class Located:
 
 
 def listed(title: str, rows: Sequence[BadRow], limit: int = 20) -> str:
-    """Return a message that lists rows by line, the first ones of many."""
+    """Return a message that lists the first ``limit`` rows by line."""
     lines = "\n".join(f"  line {row.line}: {row.reason}" for row in rows[:limit])
     return f"{title}:\n{lines}" + (f"\n  and {len(rows) - limit} more" if len(rows) > limit else "")

@@ -1,4 +1,4 @@
-"""The edit stream: requests in a fixed order, grouped by one explicit protocol."""
+"""The edit stream: requests in a fixed order, grouped into steps by a protocol."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ class EditStream(L.LightningDataModule, ABC):
     """Base of all edit streams; a data set implements :meth:`records`.
 
     Args:
-        num_edits: How many requests to take; ``None`` for all. Where there are fewer, all of them are taken.
+        num_edits: Number of requests; ``None`` for all. If there are fewer, all are used.
         protocol: See :class:`EditProtocol`.
         batch_size: Requests per step; must be 1 for ``single`` and ``sequential``.
-        seed: Seed of the order and of whatever the data set draws.
-        shuffle: Take the requests in a random order and not in that of the source.
-        unique_subjects: Keep only the first request about each subject (case ignored).
+        seed: Seed of the order and of the data set's random choices.
+        shuffle: Whether to use the requests in random order.
+        unique_subjects: Whether to keep only the first request about each subject (ignoring case).
         bad_rows: ``fail`` refuses to start on unusable records, ``skip`` leaves them out; both list them by line.
-        separator: What stands between prompts and targets that say nothing of their own: ``auto``, ``blank``, ``none``
-            or the text itself, see :func:`~prune_lightning.text.separators.join`.
-        chat_template: Write and score every prompt as a user's turn in the tokenizer's chat template; needs
+        separator: The text between prompts and targets, for records without their own: ``auto``, ``blank``, ``none`` or
+            a literal text, see :func:`~prune_lightning.text.separators.join`.
+        chat_template: Whether to write and score every prompt as a user's turn in the tokenizer's chat template; needs
             :meth:`fit`.
-        done: Sizes of the steps at its beginning that an earlier run has written; the loader begins behind them.
+        done: Sizes of the first steps, which an earlier run has written; the loader begins after them.
 
     Attributes:
-        requests: The stream's requests, once it is set up.
+        requests: The stream's requests, after :meth:`setup`.
         rejected: Records that cannot be used.
-        left_out: All records that are not taken, the rejected ones among them, but for those behind ``num_edits``.
-        remarks: What is doubtful about the requests that are taken.
+        left_out: All records that are not used, including the rejected ones, except those after ``num_edits``.
+        remarks: Remarks about doubtful points of the requests.
 
     Raises:
-        UserError: Unknown protocol or policy, or a batch size that the protocol excludes.
+        UserError: Unknown protocol or policy, or a batch size that the protocol does not allow.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class EditStream(L.LightningDataModule, ABC):
         self.shuffle, self.unique_subjects, self.bad_rows = shuffle, unique_subjects, bad_rows
         self.separator, self.chat_template = checked_separator("data.separator", separator), chat_template
         self.done = tuple(done)
-        self._first = len(self.done)  # step that the loader begins with
+        self._first = len(self.done)  # first step of the loader
         self.requests: list[EditRequest] = []
         self.rejected: list[BadRow] = []
         self.left_out: list[BadRow] = []
@@ -94,15 +94,15 @@ class EditStream(L.LightningDataModule, ABC):
 
     @abstractmethod
     def records(self) -> Iterator[EditRequest | BadRow]:
-        """Yield the source's requests in its own order, and what cannot be used."""
+        """Yield the source's requests in its own order, and the records that cannot be used."""
 
     def located(self) -> Iterator[Located | BadRow]:
-        """Yield the records with their places; a source that knows lines and remarks tells them here."""
+        """Yield the records with their positions; a source with lines and remarks overrides this."""
         for number, record in enumerate(self.records(), start=1):
             yield record if isinstance(record, BadRow) else Located(record, number)
 
     def read(self) -> tuple[list[Located], list[BadRow]]:
-        """Return the usable records in their source's order, with all that is doubtful, and those that are not."""
+        """Return the usable records in their source's order, with remarks, and those that cannot be used."""
         usable: list[Located] = []
         rejected: list[BadRow] = []
         for record in self.located():
@@ -114,7 +114,7 @@ class EditStream(L.LightningDataModule, ABC):
         return usable, rejected
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, check, order and cut the requests; the second call does nothing.
+        """Read, check, order and truncate the requests; a second call does nothing.
 
         Raises:
             UserError: A bad row under ``bad_rows=fail``, or no usable record.
@@ -132,11 +132,11 @@ class EditStream(L.LightningDataModule, ABC):
             rank_zero_warn(f"data.num_edits is {self.num_edits}, but only {count} records are usable; all are taken")
 
     def fit(self, tokens: Tokens, unusable: Callable[[EditRequest], str | None] | None = None) -> None:
-        """Check the requests against a model before the first edit; further ones take the place of those left out.
+        """Check the requests against a model before the first edit; later records replace those left out.
 
         Args:
             tokens: The model's tokens. With ``chat_template`` every prompt becomes a turn in its template.
-            unusable: Says why a method cannot write a request.
+            unusable: Returns the reason why a method cannot write a request, or ``None``.
 
         Raises:
             UserError: A request does not fit under ``bad_rows=fail``, or none fits.
@@ -158,13 +158,13 @@ class EditStream(L.LightningDataModule, ABC):
         unusable: Callable[[EditRequest], str | None] | None = None,
         count: int | None = None,
     ) -> tuple[list[Located], list[BadRow]]:
-        """Return the records that fit a model and a method, in the chat template if that is wanted, and the others.
+        """Return the records that fit a model and a method, with the chat template if enabled, and the others.
 
         Args:
             candidates: The records.
             tokens: See :meth:`fit`.
             unusable: See :meth:`fit`.
-            count: Stop when so many have been found.
+            count: Stop after this many.
         """
         frame = tokens.chat_frame() if self.chat_template else PLAIN
         fitting: list[Located] = []
@@ -188,7 +188,7 @@ class EditStream(L.LightningDataModule, ABC):
         self.remarks = [BadRow(one.line, remark) for one in taken for remark in one.remarks]
 
     def arranged(self, usable: Sequence[Located]) -> tuple[list[Located], list[BadRow]]:
-        """Return the records in the order of the stream, and those that :meth:`ordered` leaves out, with the reason."""
+        """Return the records in the order of the stream, and those that :meth:`ordered` leaves out, with reasons."""
         by_identity = {id(one.request): one for one in usable}
         kept = [by_identity[id(request)] for request in self.ordered([one.request for one in usable])]
         present = {id(one.request) for one in kept}
@@ -205,7 +205,7 @@ class EditStream(L.LightningDataModule, ABC):
         return kept, repeated
 
     def ordered(self, requests: list[EditRequest]) -> list[EditRequest]:
-        """Return the requests in the order of the stream, repeated subjects taken out if asked."""
+        """Return the requests in the order of the stream, without repeated subjects if ``unique_subjects`` is set."""
         if self.shuffle:
             random.Random(self.seed).shuffle(requests)
         if self.unique_subjects:
@@ -218,14 +218,14 @@ class EditStream(L.LightningDataModule, ABC):
             return
         message = listed(f"{len(rows)} records cannot be used", rows)
         if self.bad_rows == "fail":
-            raise UserError(message + "\nmend them, or skip them with data.bad_rows=skip")
+            raise UserError(message + "\nfix them, or skip them with data.bad_rows=skip")
         rank_zero_warn(message)
 
     def superseded(self) -> dict[int, int]:
-        """Return, by place of a request, the edit count at which a later one gives its prompt another target.
+        """Return, by a request's index, the edit count at which a later one gives its prompt another target.
 
-        From there on the earlier edit is not forgotten but overwritten on purpose. Where every step starts from the
-        unedited model no edit supersedes another.
+        From then on the earlier edit is overwritten on purpose, not forgotten. If every step starts from the unedited
+        model, no edit supersedes another.
         """
         if self.protocol.from_base:
             return {}
@@ -240,7 +240,7 @@ class EditStream(L.LightningDataModule, ABC):
         return found
 
     def summary(self) -> dict[str, Any]:
-        """Return how the edits follow one another, and what became of every record."""
+        """Return the protocol and the numbers of used and left-out records."""
         superseded = [{"edit": place + 1, "by_edits": count} for place, count in self.superseded().items()]
         records = {
             "asked": self.num_edits,
@@ -252,10 +252,10 @@ class EditStream(L.LightningDataModule, ABC):
         return {"protocol": self.protocol.value, "rejected_records": len(self.rejected), "records": records}
 
     def batches(self) -> list[EditBatch]:
-        """Return the steps of the stream: those that are done as they were, then full batches of what is left.
+        """Return the steps of the stream: first those of ``done``, then full batches of the rest.
 
         Raises:
-            UserError: A chat template is wanted, but :meth:`fit` was not called.
+            UserError: ``chat_template`` is set, but :meth:`fit` was not called.
         """
         if self.chat_template and not self._fitted:
             raise UserError("data.chat_template needs the tokenizer: call fit(model.tokens) before the edits")
@@ -273,12 +273,12 @@ class EditStream(L.LightningDataModule, ABC):
     def train_dataloader(self) -> EditLoader:
         """Return a loader of one :class:`~prune_lightning.types.EditBatch` per step that is not done, in order.
 
-        Where all are, it yields one batch without requests, so that training starts and ends.
+        If all are done, it yields one batch without requests, so that training starts and ends.
         """
         return EditLoader(self.batches()[self._first :] or [EditBatch(())])
 
     def from_start(self) -> EditStream:
-        """Return a stream of the same steps of which none is done."""
+        """Return a stream of the same steps with none of them done."""
         stream = copy(self)
         stream._first = 0
         return stream

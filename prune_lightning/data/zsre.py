@@ -15,8 +15,8 @@ class ZsRE(FileStream):
     """Question-answer edits.
 
     Args:
-        target: ``alt`` writes the alternative answer (as EasyEdit does), ``answers`` the true one (as MEMIT does);
-            the two are different tasks, and the run's configuration says which was used.
+        target: ``alt`` writes the alternative answer, as in EasyEdit; ``answers`` the true one, as in MEMIT. The two
+            are different tasks, and the run's configuration records which was used.
         kwargs: See :class:`~prune_lightning.data.files.FileStream`.
     """
 
@@ -27,7 +27,7 @@ class ZsRE(FileStream):
         self.target = target
 
     def parse(self, row: Fields, case_id: int) -> EditRequest:
-        """Turn one record into a request; the locality question gets its question mark."""
+        """Convert one record into a request; a question mark is added to the locality question."""
         answers = row.texts("answers")
         if not answers:
             raise UserError("`answers` is missing or empty")

@@ -1,4 +1,4 @@
-"""Per-case rows of measurements: checked, written as JSON lines, and bootstrapped."""
+"""Checks per-case rows of measurements, writes them as JSON lines, and bootstraps their means."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Keys = dict[str, set[tuple[str, int]]]
 
 
 class CaseRows:
-    """Takes the rows of each measurement at each count, one per task and case.
+    """Collects the rows of each measurement at each count, one per task and case.
 
     Args:
         path: JSONL file, written anew: a line is a row with ``num_requests`` and ``measurement`` in front. ``None``
@@ -29,7 +29,7 @@ class CaseRows:
         keep: A run that is resumed: rows in the file of 1 to ``keep`` edits stay.
 
     Attributes:
-        left_out: Rows that were not written for the sake of ``max_mb``.
+        left_out: Number of rows that were not written because of ``max_mb``.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class CaseRows:
             self._append(path, kept)
 
     def add(self, measurement: str, num_requests: int, rows: Rows, asked: Collection[int] | None = None) -> None:
-        """Take rows.
+        """Add rows.
 
         Args:
             measurement: Name of the measurement.
             num_requests: Edits written so far.
             rows: Its rows.
-            asked: The cases it was asked for; ``None`` where it has items of its own.
+            asked: The cases that were requested; ``None`` for a measurement with its own items.
 
         Raises:
-            UserError: A case comes twice, or one that was there before the first edit is missing.
+            UserError: A case occurs twice, or a case of the baseline is missing.
         """
         keys = [(str(row.get("task", "")), int(row["case"])) for row in rows]
         found = set(keys)
@@ -86,26 +86,25 @@ class CaseRows:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of a file whose writer may have been stopped."""
+    """Yield the complete lines of a file whose writer may have been interrupted."""
     for text in path.read_bytes().split(b"\n") if path.exists() else ():
         with suppress(ValueError):
             yield json.loads(text)
 
 
 def _named(keys: Sequence[tuple[str, int]]) -> str:
-    shown = ", ".join(f"{task or 'case'} {case}" for task, case in keys[:5])
-    return shown + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+    named = ", ".join(f"{task or 'case'} {case}" for task, case in keys[:5])
+    return named + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 def resampled(rows: Rows, names: Collection[str]) -> dict[str, Floats]:
-    """Return, by score, its mean over the cases, and then its means over resampled cases, in one array.
+    """Return, by score, one array with its mean over the cases, followed by its means over resampled cases.
 
-    A value that is not finite is a failure and counts as 0; a row without the score, or with ``None``, has no part in
-    it.
+    A non-finite value is a failure and counts as 0. Rows without the score, or with ``None``, are left out.
 
     Args:
-        rows: Rows of one measurement; ``weight`` is the number of cases that a row stands for, if not 1.
-        names: Its scores; those that no row has are left out of the result.
+        rows: Rows of one measurement; ``weight`` is the number of cases that a row represents, 1 by default.
+        names: Names of its scores; those that no row has are left out of the result.
     """
     columns: dict[tuple[int, ...], list[str]] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Which edits are looked at when there are more than can be: a sample in strata of age."""
+"""Chooses which edits to evaluate in a long stream: a sample stratified by age."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from prune_lightning.metrics.stream_functional import age_bin
 
 
 class CaseSampler:
-    """Chooses the cases to look at from those written so far.
+    """Chooses the cases to evaluate from those written so far.
 
     Args:
         commits: Edit count at which each case of the stream is written.
-        max_cases: Most cases to look at; ``None`` for all. All of the last batch and one case of every age bin are
-            looked at even if that makes more.
-        seed: Decides which cases stand for an age bin; the same ones are taken again as long as they can.
-        superseded: Per case that a later edit overwrites, the edit count from which it is not looked at any more.
+        max_cases: Largest number of cases; ``None`` for all. All of the last batch and one case of every age bin are
+            always included, even if that is more.
+        seed: Seed of the sample. The same cases are chosen again as long as possible.
+        superseded: Per case that a later edit overwrites, the edit count from which it is not evaluated any more.
 
     Raises:
         UserError: ``max_cases`` is less than 1.
@@ -54,7 +54,7 @@ class CaseSampler:
         return [bins[number] for number in sorted(bins)]
 
     def chosen(self, num_requests: int, among: Collection[int] | None = None) -> dict[int, float]:
-        """Return the cases to look at, ascending, each with the number of cases that it stands for.
+        """Return the cases to evaluate, ascending, each with the number of cases that it represents.
 
         Args:
             num_requests: Edits written so far.
@@ -65,7 +65,7 @@ class CaseSampler:
         weights: dict[int, float] = {}
         last = [bin_ for bin_ in strata if self.commits[bin_[0]] == num_requests]
         others = sorted((bin_ for bin_ in strata if bin_ not in last), key=len)
-        for place, bin_ in enumerate(last + others):  # the small bins first: what they leave goes to the larger ones
+        for place, bin_ in enumerate(last + others):  # small bins first, so that larger ones get what they leave
             share = len(bin_) if bin_ in last else max(1, left // (len(last) + len(others) - place))
             taken = sorted(bin_, key=self._rank.__getitem__)[:share]
             left = max(0, left - len(taken))

@@ -1,4 +1,4 @@
-"""CounterFact's scores: the wanted answer against the other one, and whether it is said; one batched pass."""
+"""CounterFact's scores of the wanted answer, by comparison with the other one and by exact match, in one pass."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class CounterFactScores(EditingMeasurement):
 
 
 def pairs_by_kind(request: EditRequest, kind: str) -> list[tuple[TextPair, TextPair | None]]:
-    """Return a request's prompts of one kind, each with the wanted answer and with the other one, if that is known."""
+    """Return a request's prompts of one kind, each with the wanted answer and with the other one, if known."""
     new, old = request.target_new, request.target_old
     if kind == "efficacy":
         return [(request.pair(), request.pair(old) if old else None)]

@@ -1,4 +1,4 @@
-"""Free generation in batches: greedy or sampled, each row up to its own natural end."""
+"""Free generation in batches, greedy or sampled, each row up to its natural end."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from prune_lightning.models.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model said after a prompt.
+    """A model's continuation of a prompt.
 
     Args:
-        ids: The new tokens up to the natural end: the one that completed a stop text, or the last before an end token.
-        text: The new text; cut behind the first stop text, which is still there.
-        finite: Whether all logits behind it were numbers; if not, nothing after them is kept.
+        ids: The new tokens up to and including the one that completes a stop text, or up to an end token.
+        text: The new text, cut after the first stop text.
+        finite: Whether all its logits were finite; otherwise it ends before the first that were not.
     """
 
     ids: tuple[int, ...]
@@ -35,11 +35,10 @@ class Continuation:
 class TopK:
     """Sampling from the ``k`` likeliest tokens.
 
-    The noise of a row comes from a generator of its own, so that what is drawn depends on the row's seed and not on
-    the batch it is in.
+    Each row has its own generator, so that its sample depends on its seed and not on the batch.
 
     Args:
-        k: How many tokens to choose from.
+        k: Number of tokens to choose from.
         seeds: One per prompt.
     """
 
@@ -48,7 +47,7 @@ class TopK:
 
 
 class _Rows:
-    """The rows of one batch while they grow: which are done, and which logits were no numbers."""
+    """The rows of one batch during generation: which are done, and which had non-finite logits."""
 
     def __init__(
         self, model: LanguageModel, start: int, limits: list[int], stops: Sequence[str], sampling: TopK | None
@@ -58,7 +57,7 @@ class _Rows:
         self.noise = [torch.Generator().manual_seed(seed) for seed in sampling.seeds] if sampling else []
 
     def scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Note rows that are not finite; under sampling add Gumbel noise, whose argmax is a draw from the softmax."""
+        """Record non-finite rows. Under sampling, add Gumbel noise, so that the argmax is a draw from the softmax."""
         step = input_ids.shape[1] - self.start
         for row in (~torch.isfinite(scores.logsumexp(-1))).nonzero().flatten().tolist():
             self.finite_until[row] = min(self.finite_until[row], step)
@@ -70,7 +69,7 @@ class _Rows:
         return torch.full_like(scores, -torch.inf).scatter(1, index, top + noise.to(top))
 
     def done(self, input_ids: Tensor) -> Tensor:
-        """Return which rows have reached a stop text, their limit, or logits that are no numbers."""
+        """Return which rows have reached a stop text, their limit, or non-finite logits."""
         new = input_ids.shape[1] - self.start
         done = [new >= min(ends) for ends in zip(self.limits, self.finite_until, strict=True)]
         if self.stops:
@@ -82,10 +81,10 @@ class _Rows:
         return any(stop in text for stop in self.stops)
 
     def continuation(self, row: int, new: list[int], ends: set[int]) -> Continuation:
-        """Return what a row says up to its natural end; what follows is padding."""
-        said = new[: min(self.limits[row], self.finite_until[row])]
-        ids = said[: next((i for i, token in enumerate(said) if token in ends), len(said))]
-        finite = len(ids) < len(said) or self.finite_until[row] >= self.limits[row]
+        """Return a row's continuation up to its natural end, without the padding after it."""
+        usable = new[: min(self.limits[row], self.finite_until[row])]
+        ids = usable[: next((i for i, token in enumerate(usable) if token in ends), len(usable))]
+        finite = len(ids) < len(usable) or self.finite_until[row] >= self.limits[row]
         text = self.tokens.decode(ids)
         if self._stopped(text):
             ids = ids[: next(i for i in range(1, len(ids) + 1) if self._stopped(self.tokens.decode(ids[:i])))]
@@ -112,7 +111,7 @@ class _Done(StoppingCriteria):
 
 @contextmanager
 def _nothing_but_the_model(model: LanguageModel) -> Iterator[set[int]]:
-    """Set aside what a checkpoint wishes for its chats (sampling, penalties); yield its end tokens."""
+    """Disable a checkpoint's own generation settings (sampling, penalties) inside the block; yield its end tokens."""
     own = model.model.generation_config
     wished = own.eos_token_id
     ends = wished if isinstance(wished, list) else [wished]
@@ -136,17 +135,17 @@ def decode(
     sampling: TopK | None = None,
     token_budget: int = TOKEN_BUDGET,
 ) -> list[Continuation]:
-    """Continue prompts, padded on the left, each until its natural end.
+    """Continue prompts, each until its natural end.
 
-    A row ends with an end token, with a stop text, or at its limit, and leaves nothing behind that. Greedy decoding
-    takes the model's first choice, whatever the checkpoint's own generation settings are.
+    A row ends at an end token, after a stop text, or at its limit. The checkpoint's own generation settings are
+    ignored. Rows are padded on the left.
 
     Args:
         model: The language model.
-        prompts: Token ids; one that leaves too little of the context loses its first tokens.
-        limits: Most new tokens of each prompt; one that asks for none gets none.
-        stops: Texts behind which a continuation is cut.
-        sampling: Draw tokens instead of taking the first choice.
+        prompts: Token ids; a prompt too long for the context loses its first tokens.
+        limits: Largest number of new tokens of each prompt; may be 0.
+        stops: Texts after which a continuation ends.
+        sampling: Sample tokens; ``None`` for greedy decoding.
         token_budget: Padded tokens per forward pass.
 
     Raises:

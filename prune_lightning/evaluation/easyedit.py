@@ -26,8 +26,8 @@ from prune_lightning.models.language_model import LanguageModel
 class EasyEditScores(SampledMeasurement):
     """Token match ratio of rewrite, rephrase and portability prompts; agreement with the unedited model elsewhere.
 
-    For locality the true answer only says where to look: what counts is whether the edited model's first choices there
-    are those of the unedited one.
+    For locality only the positions of the true answer matter. The score is whether the edited model's first choices
+    there are those of the unedited model.
 
     Args:
         max_cases: See :class:`SampledMeasurement`.
@@ -53,7 +53,7 @@ class EasyEditScores(SampledMeasurement):
         return TokenMatch(("rewrite_acc", "rephrase_acc", "portability_acc", "locality_acc"))
 
     def take_reference(self, model: LanguageModel, cases: Cases) -> None:
-        """Keep the unedited model's first choices at the answers that should stay."""
+        """Keep the unedited model's first choices at the answers of the locality probes."""
         super().take_reference(model, cases)
         self._reference = self._locality(model, self.chosen(cases))
 
@@ -61,7 +61,7 @@ class EasyEditScores(SampledMeasurement):
         """Score every prompt of the cases and add them to the metric.
 
         Raises:
-            UserError: Locality is asked for, but no reference was taken.
+            UserError: There are locality probes, but :meth:`take_reference` was not called.
         """
         assert isinstance(metric, TokenMatch)
         cases = self.chosen(cases)

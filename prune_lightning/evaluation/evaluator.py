@@ -1,4 +1,4 @@
-"""How a model is evaluated: measurements over cases, their rows, intervals over resampled cases, and retention."""
+"""Evaluates a model: measurements over cases, per-case rows, bootstrap intervals, and retention."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Job = Callable[[], Measured]
 
 
 class Evaluator:
-    """Takes measurements of one model and puts their scores together.
+    """Runs measurements of one model and combines their scores.
 
-    The first evaluation is the baseline: it is taken on the unedited model over all cases that will be looked at.
+    The first evaluation is the baseline, on the unedited model and over all cases that will be evaluated.
 
     Args:
         measurements: What to measure; those not enabled are left out.
-        stream: Metrics over the whole stream, taken with every evaluation but the baseline.
-        rows: Takes the rows of every case.
-        clock: Accounts for the time; one of its own by default.
+        stream: Metrics over the whole stream, updated in every evaluation but the baseline.
+        rows: Collects the rows of every case.
+        clock: Measures the time; a new clock by default.
 
     Attributes:
         baseline: Scores of the unedited model.
@@ -87,7 +87,7 @@ class Evaluator:
             model: The unedited model.
             cases: All cases that will be looked at.
             commits: Edit count at which each case of the stream is written.
-            max_probes: Most unrelated probes to look at; ``None`` for all.
+            max_probes: Largest number of unrelated probes; ``None`` for all.
         """
         if self.stream is None:
             return
@@ -104,12 +104,12 @@ class Evaluator:
 
     # -- steps that start from the unedited model ---------------------------------------------------------------
     def begin_immediate(self, device: Any) -> None:
-        """Score each request right after its own step from now on, and average over the steps."""
+        """From now on, score each request right after its step, and average over the steps."""
         editing = [m for m in self.measurements if isinstance(m, EditingMeasurement)]
         self._immediate = {m.name: (m.metric().to(device), []) for m in editing}
 
     def score_immediately(self, model: LanguageModel, cases: Cases) -> None:
-        """Score the requests of a step, before the unedited model is put back."""
+        """Score the requests of a step, before the unedited model is restored."""
         for m in self.measurements:
             if isinstance(m, EditingMeasurement):
                 metric, rows = self._immediate[m.name]
@@ -132,11 +132,11 @@ class Evaluator:
         Args:
             model: The model.
             cases: The cases to score.
-            weights: How many cases each of them stands for.
+            weights: Number of cases that each of them represents.
             num_requests: Requests handled so far.
-            due: What to take.
+            due: The measurements to run.
             spectrum: Measures the edited matrices.
-            rounds: Evaluations that are left, this one included, for the time left.
+            rounds: Number of remaining evaluations, including this one, for the estimate of the time left.
         """
         jobs = list(self._jobs(model, cases, weights, num_requests, due, spectrum))
         parts: dict[str, list[Measured]] = defaultdict(list)
@@ -159,10 +159,10 @@ class Evaluator:
         due: Sequence[Measurement],
         spectrum: Job,
     ) -> Iterable[tuple[str, Job]]:
-        """Yield everything there is to do, each with the name of its measurement."""
+        """Yield all jobs, each with the name of its measurement."""
         yield "spectrum", spectrum
         if self.stream and num_requests:
-            yield self.stream.name, partial(self.stream.look, model, cases, num_requests, weights)
+            yield self.stream.name, partial(self.stream.score, model, cases, num_requests, weights)
         for measurement in due:
             if measurement.name in self._immediate:
                 yield measurement.name, partial(self._averaged, measurement)
@@ -181,7 +181,7 @@ class Evaluator:
         num_requests: int,
         due: Sequence[Measurement],
     ) -> Scores:
-        """Put the parts of each measurement together, keep the rows, and take the intervals."""
+        """Combine the parts of each measurement, collect the rows, and compute the intervals."""
         by_place = {m.name for m in due if isinstance(m, EditingMeasurement)}
         sampled = any(weight != 1 for weight in weights.values())
         scores: Scores = {}
@@ -202,7 +202,7 @@ class Evaluator:
         return scores
 
     def _retain(self, scores: Scores, means: dict[str, Floats], due: Sequence[Measurement]) -> None:
-        """Add what is left of each group of tasks, relative to the baseline."""
+        """Add the retention of each group of tasks, relative to the baseline."""
         before, resampled_before = self.baseline or scores, self._resampled_baseline or means
         for measurement in due:
             keys = [f"{measurement.name}/{task}" for task in measurement.tasks]

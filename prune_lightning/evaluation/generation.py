@@ -1,4 +1,4 @@
-"""Fluency and consistency of what an edited model writes (Meng et al., 2022)."""
+"""Fluency and consistency of an edited model's generated texts (Meng et al., 2022)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from prune_lightning.text.separators import join
 
 
 class GenerationQuality(SampledMeasurement):
-    """Entropy of sampled texts, and how much they resemble reference texts where the data has any.
+    """Entropy of sampled texts, and their similarity to reference texts where the data has any.
 
-    Each generation prompt is continued once. What is drawn depends on the seed, the case and the prompt, and not on
-    the batch, so that two models are given the same luck.
+    Each generation prompt is continued once. The random numbers depend on the seed, the case and the prompt, not on the
+    batch, so that two models get the same ones.
 
     Args:
         max_tokens: Length of a text in tokens, its prompt included.
@@ -56,14 +56,14 @@ class GenerationQuality(SampledMeasurement):
         self.max_tokens, self.top_k, self.seed = max_tokens, top_k, seed
         self._vectorizer: Any = None
         if enabled:
-            ngram_entropy("")  # complains now, and not after the first edits, if nltk is missing
+            ngram_entropy("")  # raises now, not after the first edits, if nltk is missing
 
     def metric(self) -> GenerationScore:
         """Return a fresh metric."""
         return GenerationScore(self._vectorizer)
 
     def take_reference(self, model: LanguageModel, cases: Cases) -> None:
-        """Fix the cases, and the words and weights of the consistency.
+        """Choose the cases, and fit the vocabulary and weights of the consistency.
 
         Raises:
             UserError: No request has generation prompts, or ``scikit-learn`` is missing where there are references.
@@ -76,7 +76,7 @@ class GenerationQuality(SampledMeasurement):
         self._vectorizer = tfidf_vectorizer(references) if references else None
 
     def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
-        """Let the model write, add the texts to the metric, and return rows with them."""
+        """Generate texts, add them to the metric, and return rows with them."""
         assert isinstance(metric, GenerationScore)
         cases = self.chosen(cases)
         asked = [
@@ -88,8 +88,8 @@ class GenerationQuality(SampledMeasurement):
         limits = [max(0, self.max_tokens - len(ids)) for ids in prompts]
         draws = TopK(self.top_k, [random.Random(f"{self.seed}/{c}/{i}").getrandbits(63) for c, i, _ in asked])
         texts: dict[int, list[str]] = {case: [] for case in cases}
-        for (case, _, prompt), said in zip(asked, decode(model, prompts, limits, sampling=draws), strict=True):
-            texts[case].append(prompt + said.text if said.finite else "")
+        for (case, _, prompt), continuation in zip(asked, decode(model, prompts, limits, sampling=draws), strict=True):
+            texts[case].append(prompt + continuation.text if continuation.finite else "")
         for case, request in cases.items():
             metric.update(texts[case], case, request.references)
         return [{**row, "texts": texts[int(row["case"])]} for row in metric.rows(cases)]

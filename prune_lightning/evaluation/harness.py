@@ -1,4 +1,4 @@
-"""Any task of lm-evaluation-harness, on the live model."""
+"""Any task of lm-evaluation-harness on the live model."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ Results = dict[str, Any]
 
 
 class HarnessTasks(Measurement):
-    """Tasks of lm-evaluation-harness (``pip install 'prune-lightning[eval]'``), the model staying where it is.
+    """Tasks of lm-evaluation-harness (``pip install 'prune-lightning[eval]'``), without saving the model first.
 
     The scores are those of ``lm_eval.simple_evaluate`` on the saved model: ``{task}/{metric}``, with lm-eval's own
-    names (``gsm8k/exact_match,strict-match``; the filter is left out where there is none). Its cache of responses is
-    off, since it knows requests but not weights. The model's mode, its untied weights and all random states are as
-    before when it returns. Under several processes the first one evaluates, and the others wait for its scores.
+    names (``gsm8k/exact_match,strict-match``; without the filter where there is none). Its cache of responses is off,
+    since its keys do not include the weights. The model's mode, its untied weights and all random states are restored.
+    In a distributed run rank 0 evaluates, and the others wait for its scores.
 
     Args:
-        tasks: Names of tasks and groups, a task's YAML file, or its definition as a dict. A dict whose ``task`` is the
-            name of a known one takes over that definition, but for the entries given.
-        main: Metric that counts for ``retention``, by task; the first one of which more is better if not given.
-        num_fewshot: Examples in the prompt; ``None`` for each task's own. A task that fixes zero keeps it.
+        tasks: Names of tasks and groups, a task's YAML file, or its definition as a dict. A dict whose ``task`` is a
+            known name overrides entries of that definition.
+        main: Metric used for ``retention``, by task; by default the first one for which higher is better.
+        num_fewshot: Examples in the prompt; ``None`` for each task's own. A task that is fixed to zero keeps it.
         limit: Use only the first documents of each task.
         samples: Documents to use, by task, instead of ``limit``.
         batch_size: Rows of a forward pass.
-        include_path: A folder with definitions of tasks and groups, to be known by name.
-        include_defaults: Whether lm-eval's own definitions are known by name; indexing them takes seconds.
+        include_path: A folder with definitions of tasks and groups, available by name.
+        include_defaults: Whether lm-eval's own definitions are available by name; indexing them takes seconds.
         gen_kwargs: Options for tasks that generate, e.g. ``max_gen_toks``, which has to be below the model's context.
         apply_chat_template: Whether prompts are wrapped in the tokenizer's chat template.
-        seed: Of Python's, numpy's and torch's generators, and of the choice of few-shot examples.
-        enabled: See :class:`Measurement`; without any task nothing is taken.
+        seed: Seed of Python's, numpy's and torch's generators, and of the few-shot examples.
+        enabled: See :class:`Measurement`; without any task it does nothing.
         counts: See :class:`Measurement`.
 
     Raises:
@@ -92,7 +92,7 @@ class HarnessTasks(Measurement):
             "gen_kwargs": gen_kwargs,
             "apply_chat_template": apply_chat_template,
         }
-        self.tasks: list[str] = []  # known once lm-eval has said what the metrics are
+        self.tasks: list[str] = []  # known after lm-eval's first results
         self._manager: Any = None
         self._loaded: list[Any] = []
 
@@ -137,7 +137,7 @@ class HarnessTasks(Measurement):
         return {**kept, "counted": [name for task in self._loaded for name in _counted(task, results)]}
 
     def _load(self, entry: str | dict[str, Any]) -> list[Any]:
-        """Return lm-eval's objects for one entry; they are built once, since each build reads the data again."""
+        """Return lm-eval's objects for one entry. They are built only once, since each build reads the data again."""
         from lm_eval.tasks import TaskManager
 
         self._manager = self._manager or TaskManager(**self.index_options)
@@ -145,7 +145,7 @@ class HarnessTasks(Measurement):
         if isinstance(entry, str) and entry not in known and not Path(entry).expanduser().is_file():
             raise UserError(f"lm-eval knows no task and no YAML file {entry!r}: {near(entry, known)}")
         takes_over = isinstance(entry, dict) and entry["task"] in known
-        # Only as a member of a group do entries of a dict replace those of the definition of that name.
+        # lm-eval lets a dict override a named definition only as a member of a group.
         asked = {"group": "overridden", "task": [copy.deepcopy(entry)]} if takes_over else copy.deepcopy(entry)
         try:
             found = self._manager.load([asked])
@@ -177,7 +177,7 @@ def _is_better_higher(results: Results, task: str, metric: str) -> bool:
 
 
 def _rows(results: Results, scores: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return one row per document, with the metrics that are means over documents, and what was generated."""
+    """Return one row per document, with the metrics that are means over documents, and the generated text."""
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for task, samples in results["samples"].items():
         for sample in samples:
@@ -198,7 +198,7 @@ def _rows(results: Results, scores: Mapping[str, float]) -> list[dict[str, Any]]
 
 @contextmanager
 def untouched_ties(model: Any) -> Iterator[None]:
-    """Keep lm-eval from tying weights again that an editor has untied."""
+    """Prevent lm-eval from tying weights again that an editor has untied."""
     model.tie_weights = lambda *args, **kwargs: None
     try:
         yield
@@ -208,10 +208,10 @@ def untouched_ties(model: Any) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep progress bars, log records and warnings of lm-eval and what it uses off the terminal.
+    """Hide progress bars, log records and warnings of lm-eval and its dependencies.
 
-    lm-eval has no option for the bars that it shows while it builds requests. What this thread writes to standard error
-    is dropped instead; other threads, and progress bars elsewhere, are not touched.
+    lm-eval has no option for the progress bars of building requests. So this thread's output to standard error is
+    dropped; other threads are not affected.
     """
     loggers = [
         logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "huggingface_hub", "transformers")
@@ -228,7 +228,7 @@ def quiet() -> Iterator[None]:
 
 
 class _Muted(io.TextIOBase):
-    """A stream that drops what the thread writes that made it."""
+    """A stream that drops the output of the thread that created it."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.thread = stream, threading.get_ident()

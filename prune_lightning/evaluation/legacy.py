@@ -1,4 +1,4 @@
-"""The general abilities of the PRUNE and RECT papers, in their own protocol."""
+"""The general abilities of the PRUNE and RECT papers, in the papers' protocol."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from prune_lightning.models.language_model import LanguageModel
 class LegacyAbilities(Measurement):
     """The tasks of PRUNE (GSM8K, SAMSum, NQ-open, RTE) and RECT (also BoolQ, MuTual, SST-2, CoNLL03), zero-shot.
 
-    Prompts, numbers of new tokens, and scorers are the papers', so that their curves can be drawn again; as tests of
-    ability they are weak. GSM8K shows the worked solution, in which the answer nearly always stands (357 of PRUNE's
-    358 items); many passages of NQ-open hold it too (110 of 261); RTE is at 158 of 299 for one constant answer. Use
-    lm-evaluation-harness for figures that mean something by themselves. Decoding is greedy, where the papers' code
-    leaves it to each checkpoint's generation configuration; their bugs are not repeated.
+    Prompts, numbers of new tokens, and scorers are the papers', so that their curves can be reproduced. As tests of
+    ability they are weak: GSM8K's prompt contains the worked solution, which nearly always contains the answer (357 of
+    PRUNE's 358 items); so do many passages of NQ-open (110 of 261); and one constant answer scores 158 of 299 on RTE.
+    Use lm-evaluation-harness for meaningful absolute figures. Decoding is greedy, where the papers' code uses each
+    checkpoint's generation configuration; their bugs are not reproduced.
 
-    A row whose logits are not finite fails and is counted in ``{task}_nonfinite``, the share of such items.
+    An item with non-finite logits fails; ``{task}_nonfinite`` is the share of such items.
 
     Args:
-        tasks: By name. A task without a path is left out.
-        max_items: Use at most so many items of each task.
+        tasks: Tasks by name. A task without a path is left out.
+        max_items: Largest number of items of each task.
         token_budget: Padded tokens per forward pass.
-        enabled: See :class:`Measurement`; without any path nothing is taken.
+        enabled: See :class:`Measurement`; without any path it does nothing.
         counts: See :class:`Measurement`.
 
     Raises:
@@ -61,15 +61,17 @@ class LegacyAbilities(Measurement):
     def _measure(self, model: LanguageModel, name: str) -> Measured:
         task, items = self.suite[name], self.items[name]
         prompts = list(dict.fromkeys(item.prompt for item in items))
-        said = continue_greedily(model, prompts, task.max_new_tokens, token_budget=self.token_budget)
-        self._warn(name, sum(said.truncated), len(prompts))
+        continuations = continue_greedily(model, prompts, task.max_new_tokens, token_budget=self.token_budget)
+        self._warn(name, sum(continuations.truncated), len(prompts))
         place = {prompt: i for i, prompt in enumerate(prompts)}
         judged = []
         for item in items:
             row = place[item.prompt]
-            judged.append({**task.score(said.texts[row], item), "nonfinite": float(not said.finite[row])})
+            judged.append(
+                {**task.score(continuations.texts[row], item), "nonfinite": float(not continuations.finite[row])}
+            )
         cases = [
-            {"case": item.case, "task": name, **_named(name, parts), "text": said.texts[place[item.prompt]]}
+            {"case": item.case, "task": name, **_named(name, parts), "text": continuations.texts[place[item.prompt]]}
             for item, parts in zip(items, judged, strict=True)
         ]
         return Measured(_named(name, task.summary(judged)), cases)

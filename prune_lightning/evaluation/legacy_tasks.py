@@ -1,6 +1,6 @@
-"""What the legacy tasks are made of: a file of records, a prompt, a few greedy tokens, and a scorer for each kind.
+"""The legacy tasks: a file of records, a prompt, a few greedy tokens, and a scorer for each kind.
 
-The bugs of the papers' code are not repeated: its reader of questions lets one hit change how later items are matched
+The bugs of the papers' code are not reproduced: its scorer of questions lets one hit change how later items are matched
 and counts an item more than once, its summaries lose their last 13 characters (the length of GPT-2's end token), and
 its entities are cut short, merged, or empty.
 """
@@ -22,18 +22,18 @@ from prune_lightning.metrics.functional import normalise_answer
 from prune_lightning.records import Row, read_objects, read_table, read_text
 
 Parts = dict[str, float]
-"""Scores by what is added to the task's name; its own score has nothing added."""
+"""Scores by the suffix of the task's name; the main score has an empty suffix."""
 
 
 @dataclass(frozen=True)
 class LegacyItem:
-    """A prompt and what counts as the answer.
+    """A prompt and its correct answers.
 
     Args:
         case: Number of the record in its file.
         prompt: The whole prompt.
-        gold: The answer, in the scorer's terms; several where each of them will do.
-        kind: Which sort of answer is asked for, where the task has several.
+        gold: The correct answers, in the scorer's form; any of them is right.
+        kind: The kind of answer, where the task has several.
     """
 
     case: int
@@ -44,15 +44,15 @@ class LegacyItem:
 
 @dataclass
 class LegacyTask(ABC):
-    """A task: where its records lie, how they are asked, and how the answers are scored.
+    """A task: its file of records, its prompt, and its scorer.
 
     Args:
         path: Its file; ``None`` leaves the task out.
-        prompt: Template in which ``{key}`` stands for a record's entry.
+        prompt: Template in which ``{key}`` is replaced by a record's entry.
         max_new_tokens: Tokens to generate.
         gold: Key of a record's answer.
-        max_items: Use at most so many items; ``None`` for all.
-        after: Of the continuation only what follows the last occurrence of this text is scored.
+        max_items: Largest number of items; ``None`` for all.
+        after: Score only the part of the continuation after the last occurrence of this text.
     """
 
     path: str | None
@@ -90,18 +90,18 @@ class LegacyTask(ABC):
         return found[: self.max_items]
 
     def rows(self, path: Path) -> Iterator[tuple[Path, Row]]:
-        """Yield the records of a file: TSV by its ending, else JSON or JSONL; of a folder, one object a file."""
+        """Yield the records of a TSV, JSON or JSONL file, or of a folder with one object per file."""
         files = path.iterdir() if path.is_dir() else [path]
         for file in sorted(files, key=lambda f: [int(number) for number in re.findall(r"\d+", f.name)]):
             for row in read_table(file) if file.suffix == ".tsv" else read_objects(file):
                 yield file, row
 
     def items(self, case: int, row: Mapping[str, Any]) -> list[LegacyItem]:
-        """Turn a record into its items, mostly one."""
+        """Convert a record into its items, usually one."""
         return [LegacyItem(case, self.prompt.format_map(row), self.answers(row[self.gold]))]
 
     def answers(self, gold: Any) -> tuple[str, ...]:
-        """Return a record's answer in the scorer's terms."""
+        """Return a record's answers in the scorer's form."""
         texts = [str(text).strip() for text in (gold if isinstance(gold, list) else [gold])]
         found = tuple(text for text in texts if text)
         if not found:
@@ -113,7 +113,7 @@ class LegacyTask(ABC):
 
         Args:
             text: The new tokens' text; empty where the logits were not finite.
-            item: What was asked.
+            item: The item.
         """
         return self.judge(text.split(self.after)[-1].strip() if self.after else text, item)
 
@@ -128,25 +128,25 @@ class LegacyTask(ABC):
 
 
 class NumberAfterSolution(LegacyTask):
-    """GSM8K: the answer's digits occur in what is said after the worked solution, so that ``5`` is found in ``15``.
+    """GSM8K: the answer's digits occur in the continuation of the worked solution, so ``5`` is found in ``15``.
 
-    The prompt's ``{solution}`` is what stands before ``####`` in the record's answer.
+    The prompt's ``{solution}`` is the part of the record's answer before ``####``.
     """
 
     def items(self, case: int, row: Mapping[str, Any]) -> list[LegacyItem]:
-        """Divide the record's answer into solution and number."""
+        """Split the record's answer into solution and number."""
         solution, mark, number = row[self.gold].partition("#### ")
         if not mark:
             raise UserError(f"the answer {row[self.gold]!r} has no '#### ' before its number")
         return [LegacyItem(case, self.prompt.format_map({**row, "solution": solution}), self.answers(number))]
 
     def judge(self, text: str, item: LegacyItem) -> Parts:
-        """Look for the number."""
+        """Search for the number."""
         return {"": float(item.gold[0] in text)}
 
 
 class Summary(LegacyTask):
-    """SAMSum: the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L on words as they stand; ``bleu`` is BLEU-4 by sentence.
+    """SAMSum: the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L on unprocessed words; ``bleu`` is sentence-level BLEU-4.
 
     Words are split at blanks, neither lower-cased nor stripped of punctuation, as by the package ``rouge``.
     """
@@ -159,12 +159,12 @@ class Summary(LegacyTask):
 
 
 class AnswerSpan(LegacyTask):
-    """NQ-open: some words in a row of the answer, normalised as in SQuAD, are one of the aliases."""
+    """NQ-open: the answer, normalised as in SQuAD, contains one of the aliases as whole words."""
 
     def judge(self, text: str, item: LegacyItem) -> Parts:
-        """Look for an alias among the words."""
-        said = f" {normalise_answer(text)} "
-        return {"": float(any(f" {alias} " in said for alias in map(normalise_answer, item.gold) if alias))}
+        """Search for the aliases."""
+        answer = f" {normalise_answer(text)} "
+        return {"": float(any(f" {alias} " in answer for alias in map(normalise_answer, item.gold) if alias))}
 
 
 @dataclass
@@ -175,9 +175,9 @@ class Choice(LegacyTask):
     the others, zero if there are none.
 
     Args:
-        labels: What the model has to say for each value of the record's label.
-        whole: Whether the label has to be the whole answer; otherwise it may stand anywhere in it.
-        ignore_case: Whether capitals are small letters.
+        labels: The expected answer for each value of the record's label.
+        whole: Whether the label has to be the whole answer; otherwise the answer has to contain it.
+        ignore_case: Whether case is ignored.
     """
 
     labels: dict[str, str] = field(default_factory=dict)
@@ -185,15 +185,15 @@ class Choice(LegacyTask):
     ignore_case: bool = False
 
     def answers(self, gold: Any) -> tuple[str, ...]:
-        """Return what the model has to say."""
+        """Return the expected answer."""
         if str(gold) not in self.labels:
             raise UserError(f"the label {gold!r} is none of {', '.join(map(repr, self.labels))}")
         return (self.labels[str(gold)],)
 
     def judge(self, text: str, item: LegacyItem) -> Parts:
-        """See which labels are named."""
-        said = text.lower() if self.ignore_case else text
-        named = {label for label in self.labels.values() if (label == said if self.whole else label in said)}
+        """Find the labels that the answer names."""
+        answer = text.lower() if self.ignore_case else text
+        named = {label for label in self.labels.values() if (label == answer if self.whole else label in answer)}
         hit = float(item.gold[0] in named)
         return {"": hit, "unparsable": float(not named), **({"parsed": hit} if named else {})}
 
@@ -204,14 +204,13 @@ class Choice(LegacyTask):
 
 @dataclass
 class EntityRecall(LegacyTask):
-    """CoNLL03: each entity of a sentence is looked for in the answer about its type; the score is recall.
+    """CoNLL03: the score is the recall of a sentence's entities in the answer about their type.
 
-    The mean over types of the share of entities that are found. (RECT calls it F1; there is no precision in it.) The
-    file has one word a line, its label last, and a blank line after each sentence; the prompt has ``{type}`` and
-    ``{text}``.
+    It is averaged over types. (RECT calls it F1, but it does not include precision.) The file has one word per line,
+    with its label last, and a blank line after each sentence; the prompt has ``{type}`` and ``{text}``.
 
     Args:
-        types: What each label's ending, ``PER`` in ``B-PER``, is called in the prompt.
+        types: Name in the prompt of each label's suffix, such as ``PER`` in ``B-PER``.
     """
 
     types: dict[str, str] = field(default_factory=dict)
@@ -242,7 +241,7 @@ class EntityRecall(LegacyTask):
         return found
 
     def judge(self, text: str, item: LegacyItem) -> Parts:
-        """Look for the entity."""
+        """Search for the entity."""
         return {item.kind: float(item.gold[0] in text)}
 
     def summary(self, judged: Sequence[Parts]) -> Parts:

@@ -1,4 +1,4 @@
-"""ME-PPL: perplexity by sentence, which shows a collapse that averages over tokens hide."""
+"""ME-PPL: perplexity per sentence, which reveals a collapse that averages over tokens hide."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from prune_lightning.records import read_objects
 
 
 class SentencePerplexities(Measurement):
-    """Perplexity of each sentence of a file, the first token given, without special tokens.
+    """Perplexity of each sentence of a file, without its first token and without special tokens.
 
     Scores and flags are those of :class:`~prune_lightning.metrics.SentencePerplexity`. Sentences of one token are left
     out.
 
     Args:
         path: JSON array or JSONL of objects; ``None`` leaves the measurement out.
-        key: Which entry of an object is the sentence.
+        key: Key of the sentence in an object.
         max_items: Use only the first sentences; ``None`` for all.
         token_budget: Padded tokens per forward pass.
         collapse_absolute: Mean perplexity above which the model counts as collapsed.
@@ -65,7 +65,7 @@ class SentencePerplexities(Measurement):
         return {"me_ppl": partial(self._measure, model)}
 
     def _measure(self, model: LanguageModel) -> Measured:
-        # Every process scores all sentences, so there is nothing to add up over processes.
+        # Every process scores all sentences, so nothing is summed over processes.
         metric = SentencePerplexity(self.absolute, self.relative, self.reference, sync_on_compute=False)
         nll, count = token_nll(model, self.sentences, self.token_budget, special_tokens=False)
         metric.to(model.device).update(nll, count)

@@ -1,4 +1,4 @@
-"""What a measurement of an edited model is: a name that says its protocol, scores, and per-case rows."""
+"""The interface of measurements of an edited model: a name, scores, and per-case rows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditRequest
 
 Cases = Mapping[int, EditRequest]
-"""Requests by their place in the stream, counted from 0."""
+"""Requests by their index in the stream, from 0."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The outcome of a measurement, or of a part of one.
+    """The result of a measurement, or of a part of one.
 
     Args:
-        scores: By name; the measurement's own name goes in front.
-        cases: One JSON-able row per case. ``case`` is its place in the stream, or in the task's items; every other
-            number is that case's part of the score of the same name, which is the mean over cases.
+        scores: Scores by name, without the prefix of the measurement's name.
+        cases: One JSON-serializable row per case. ``case`` is its index in the stream, or in the task's items. Every
+            other number is the case's contribution to the score of that name, which is the mean over cases.
     """
 
     scores: Mapping[str, float]
@@ -34,11 +34,11 @@ class Measured:
 
 
 class Measurement(ABC):
-    """Measures a language model, at its own cadence.
+    """Measures a language model at given edit counts.
 
     Args:
-        enabled: Whether it is taken at all; one that is not costs nothing.
-        counts: Edit counts at which it is taken, besides the baseline and the end; ``None`` for the evaluation's own.
+        enabled: Whether to run it at all.
+        counts: Edit counts at which to run it, besides the baseline and the end; ``None`` for those of the evaluation.
 
     Attributes:
         name: What stands before each of its scores, the protocol in it: ``edit/counterfact``, ``ability/miniature``.
@@ -59,11 +59,11 @@ class Measurement(ABC):
         self.counts = None if counts is None else sorted(set(counts) - {0})
 
     def take_reference(self, model: LanguageModel, cases: Cases) -> None:  # noqa: B027 - few need one
-        """Keep what later measurements compare with; called once, on the unedited model, before the baseline.
+        """Keep reference results of the unedited model. Called once, before the baseline.
 
         Args:
             model: The unedited model.
-            cases: All cases that will ever be asked for.
+            cases: All cases that will be evaluated.
         """
 
     @abstractmethod
@@ -72,25 +72,25 @@ class Measurement(ABC):
 
         Args:
             model: The model to measure.
-            cases: The cases to score; measurements of abilities have no use for them.
+            cases: The cases to score; measurements of abilities ignore them.
         """
 
     def measure(self, model: LanguageModel, cases: Cases | None = None) -> Measured:
-        """Take the whole measurement at once; see :meth:`jobs`."""
+        """Run the whole measurement at once; see :meth:`jobs`."""
         parts = [job() for job in self.jobs(model, cases or {}).values()]
         scores = {name: score for part in parts for name, score in part.scores.items()}
         return Measured(scores, [row for part in parts for row in part.cases])
 
 
 class EditingMeasurement(Measurement):
-    """Scores edit requests into a metric that knows no model.
+    """Scores edit requests and adds the scores to a metric.
 
-    Under the protocols that go back to the unedited model after each step, one metric is updated step by step.
+    Under the protocols that restore the unedited model after each step, one metric is updated step by step.
     """
 
     @abstractmethod
     def metric(self) -> Metric:
-        """Return a fresh metric; it computes a dict of scores."""
+        """Return a new metric, which computes a dict of scores."""
 
     @abstractmethod
     def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
@@ -102,6 +102,6 @@ class EditingMeasurement(Measurement):
 
     def _measure(self, model: LanguageModel, cases: Cases) -> Measured:
         metric = self.metric().to(model.device)
-        with fail_together():  # computing communicates
+        with fail_together():  # compute() communicates
             rows = self.update(metric, model, cases)
         return Measured({name: float(value) for name, value in metric.compute().items()}, rows)

@@ -1,4 +1,4 @@
-"""The bundled abilities in miniature."""
+"""The bundled miniature benchmark of general abilities."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from prune_lightning.models.language_model import LanguageModel
 
 
 class MiniatureAbilities(Measurement):
-    """The bundled miniature: reasoning, inference, open-domain questions, summarisation, and perplexity.
+    """The bundled miniature benchmark: reasoning, inference, open-domain questions, summarisation, and perplexity.
 
-    Reasoning, inference and questions are exact match of the whole answer, the full stop included: that all of the
-    answer's tokens are first choices is what greedy decoding to a natural stop would find. Summarisation decodes
-    greedily and takes the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L. Every process scores all items.
+    Reasoning, inference and questions are scored by exact match of the whole answer, including the full stop: all of
+    the answer's tokens must be first choices, as in greedy decoding. Summarisation decodes greedily and reports the
+    mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L. Every process scores all items.
 
     Args:
         max_items: Use only the first items of each task; ``None`` for all.

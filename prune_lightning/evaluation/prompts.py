@@ -1,4 +1,4 @@
-"""The prompts of edit requests by kind, and what is common to measurements that score them."""
+"""The prompts of edit requests by kind, and the base of the measurements that score them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def paraphrase_pairs(request: EditRequest) -> Pairs:
 
 
 def locality_pairs(request: EditRequest) -> Pairs:
-    """Return the prompts that the edit should leave alone, with their own answers."""
+    """Return the prompts that the edit should not change, with their own answers."""
     return [probe.pair() for probe in request.locality if probe.answer]
 
 
@@ -44,7 +44,7 @@ def score_kinds(
     Args:
         model: The language model.
         cases: Requests to score.
-        kinds: By name of the kind, its pairs.
+        kinds: The pairs of a request, by kind.
     """
     flat = [(kind, case, pair) for kind, pairs in kinds.items() for case, r in cases.items() for pair in pairs(r)]
     scores = score_pairs(model, [pair for _, _, pair in flat])
@@ -55,10 +55,10 @@ def score_kinds(
 
 
 class SampledMeasurement(EditingMeasurement):
-    """A measurement of at most some of the cases: always the same ones, spread evenly over the stream.
+    """A measurement of a fixed subset of the cases, spread evenly over the stream.
 
     Args:
-        max_cases: How many of the stream's requests; ``None`` for all.
+        max_cases: Number of cases; ``None`` for all.
         enabled: See :class:`Measurement`.
         counts: See :class:`Measurement`.
     """
@@ -73,13 +73,13 @@ class SampledMeasurement(EditingMeasurement):
         self._places = frozenset(spread(sorted(cases), self.max_cases))
 
     def chosen(self, cases: Cases) -> Cases:
-        """Return those of some cases that are measured."""
+        """Return the measured ones among some cases."""
         places = frozenset(spread(sorted(cases), self.max_cases)) if self._places is None else self._places
         return {place: request for place, request in cases.items() if place in places}
 
 
 def spread(places: Sequence[int], count: int | None) -> list[int]:
-    """Return ``count`` of some places, the first and the last among them, evenly spread.
+    """Return ``count`` evenly spread indices, including the first and the last.
 
     >>> spread(range(10), 4)
     [0, 3, 6, 9]
@@ -91,10 +91,10 @@ def spread(places: Sequence[int], count: int | None) -> list[int]:
 
 
 def comparable(model: LanguageModel, cases: Cases) -> Iterator[Cases]:
-    """Yield cases in the groups in which a model has to be run to be compared with its former self.
+    """Yield cases in the batches in which a model has to run to be compared with the unedited model.
 
-    In half precision a first choice can flip with the batch that a row is in; there each case is run by itself, in the
-    same batch before and after. Otherwise all are run together.
+    In half precision a first choice can depend on the other rows of the batch, so each case is run by itself before and
+    after. Otherwise all are run together.
     """
     if torch.finfo(model.model.dtype).bits >= 32:
         yield cases

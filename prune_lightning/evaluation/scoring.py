@@ -19,7 +19,7 @@ from prune_lightning.models.tokenization import EncodedPair
 from prune_lightning.text.separators import Pair, as_pair
 
 NOTHING = -1
-"""In :attr:`PairScores.predicted`: behind the target's end, or the model said nothing finite."""
+"""Fills :attr:`PairScores.predicted` after the target's end, and where the logits are not finite."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class PairScores:
     Args:
         nll: Mean negative log-likelihood per target token,
             :math:`\ell(y|x) = -\frac1{|y|}\sum_j \log p(y_j \mid x, y_{<j})`, shape ``(n,)``.
-        num_hits: Target tokens that are the model's first choice after the true ones before them, shape ``(n,)``.
+        num_hits: Number of target tokens that are the model's first choice given the preceding ones, shape ``(n,)``.
         num_tokens: Length of the target, shape ``(n,)``.
         predicted: The model's first choices at the target's tokens, shape ``(n, longest target)``; ``NOTHING`` fills
             the rest.
-        retokenised: The prompt's last tokens changed when the target followed, shape ``(n,)``.
+        retokenised: Whether the prompt's last tokens change when the target follows, shape ``(n,)``.
     """
 
     nll: Tensor
@@ -47,31 +47,31 @@ class PairScores:
 
     @property
     def hit(self) -> Tensor:
-        """Whether every target token is the model's first choice: what greedy decoding of its length would say."""
+        """Whether every target token is the model's first choice, as in greedy decoding of its length."""
         return self.num_hits == self.num_tokens
 
     @property
     def match(self) -> Tensor:
-        """Share of the target's tokens that are the model's first choice (token match ratio)."""
+        """The share of the target's tokens that are the model's first choice (token match ratio)."""
         return self.num_hits / self.num_tokens
 
     @property
     def nonfinite(self) -> Tensor:
-        """Whether the likelihood is not a finite number: a failure for every score."""
+        """Whether the likelihood is not finite, which every score counts as a failure."""
         return ~torch.isfinite(self.nll)
 
     @property
     def num_nonfinite(self) -> int:
-        """Pairs whose likelihood is not finite."""
+        """Number of pairs whose likelihood is not finite."""
         return int(self.nonfinite.sum())
 
     @property
     def num_retokenised(self) -> int:
-        """Pairs whose prompt is tokenised differently when the target follows."""
+        """Number of pairs whose prompt is tokenised differently when the target follows."""
         return int(self.retokenised.sum())
 
     def num_agreeing(self, other: PairScores) -> Tensor:
-        """Return at how many tokens of each target two models make the same first choice, shape ``(n,)``."""
+        """Return the number of tokens of each target with the same first choice in both models, shape ``(n,)``."""
         width = min(self.predicted.shape[1], other.predicted.shape[1])
         ours, theirs = self.predicted[:, :width], other.predicted[:, :width].to(self.predicted)
         return ((ours == theirs) & (ours != NOTHING)).sum(1)
@@ -79,14 +79,14 @@ class PairScores:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Inputs of a forward pass, and for each pair in it its row and the places that predict its target's tokens."""
+    """Inputs of a forward pass, with the row and the target positions of each pair in it."""
 
     inputs: dict[str, Tensor]
     places: dict[int, tuple[int, list[int]]]
 
 
 def _plain(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> Iterator[_Batch]:
-    """Yield batches of a row per pair, rows of similar length together."""
+    """Yield batches with one row per pair, grouped by length."""
     for group in by_length([len(pair.ids) for pair in pairs], budget):
         ids, mask = model.tokens.pad([pairs[i].ids for i in group], model.device)
         places = {
@@ -96,8 +96,8 @@ def _plain(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> I
 
 
 def _batches(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> Iterator[_Batch]:
-    """Yield batches of trees where enough is shared, else of plain rows."""
-    sequences = [pair.ids[:-1] for pair in pairs]  # nothing is read at the last token
+    """Yield batches of trees if the pairs share enough tokens, else of plain rows."""
+    sequences = [pair.ids[:-1] for pair in pairs]  # the logits at the last token are not read
     lengths = [len(sequence) for sequence in sequences]
     rows = trees(model, sequences, max(*lengths, min(ROW_LENGTH, budget)), sum(lengths))
     if rows is None:
@@ -113,12 +113,12 @@ def _batches(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) ->
 def score_pairs(model: LanguageModel, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> PairScores:
     """Score targets after their prompts under teacher forcing.
 
-    Equal pairs are computed once and so are shared beginnings (targets of one prompt, prompts that begin alike); the
-    LM head runs where a target token is predicted and nowhere else.
+    Equal pairs are computed once, and so are shared prefixes (targets of one prompt, prompts with the same beginning).
+    The LM head runs only where a target token is predicted.
 
     Args:
         model: The language model.
-        pairs: Literal texts, or ``(prompt, target)``, whose separator is inferred.
+        pairs: Literal texts, or ``(prompt, target)`` with an inferred separator.
         token_budget: Padded tokens per forward pass.
     """
     literal = [as_pair(pair) for pair in pairs]
@@ -134,8 +134,8 @@ class Continuations:
 
     Args:
         texts: Without the prompt, stripped of surrounding blanks; empty where the logits were not finite.
-        finite: Whether all logits of a row were finite; the first choice among NaN means nothing.
-        truncated: Whether a prompt was too long for the model's context and lost its beginning.
+        finite: Whether all logits of a row were finite; an argmax over NaN is meaningless.
+        truncated: Whether a prompt was too long for the model's context and was cut at its beginning.
     """
 
     texts: list[str]
@@ -153,7 +153,7 @@ def score_encoded(
         model: The language model.
         pairs: Encoded prompts with targets.
         token_budget: Padded tokens per forward pass.
-        trees: Share beginnings where it pays; otherwise each pair is a row of its own.
+        trees: Share prefixes where that is faster; otherwise each pair is a separate row.
     """
     exact = torch.promote_types(model.model.dtype, torch.float32)
     lengths = torch.tensor([len(pair.target) for pair in pairs], dtype=torch.long, device=model.device)
@@ -167,7 +167,7 @@ def score_encoded(
             step = [j for _, places in batch.places.values() for j in range(len(places))]
             label = [token for i in batch.places for token in pairs[i].target]
             where = [(row, place) for row, places in batch.places.values() for place in places]
-            number = {place: i for i, place in enumerate(dict.fromkeys(where))}  # targets of one prompt share places
+            number = {place: i for i, place in enumerate(dict.fromkeys(where))}  # targets of one prompt share positions
             rows, places = torch.tensor(list(number), device=model.device).unbind(1)
             index, owners, steps, labels = torch.tensor(
                 [[number[place] for place in where], owner, step, label], device=model.device
@@ -199,7 +199,7 @@ def continue_greedily(
 ) -> Continuations:
     """Continue each prompt greedily until ``stop``, the end token, or ``max_new_tokens``.
 
-    Rows are padded on the left and grouped by length. A prompt that leaves no room for the new tokens loses its
+    Rows are padded on the left and grouped by length. A prompt that leaves no room for the new tokens is cut at its
     beginning.
 
     Args:
@@ -227,13 +227,13 @@ def continue_greedily(
 def token_nll(
     model: LanguageModel, texts: Sequence[str], token_budget: int = TOKEN_BUDGET, special_tokens: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Return each text's summed negative log-likelihood (its first token is given) and its number of scored tokens.
+    """Return each text's summed negative log-likelihood (without its first token) and its number of scored tokens.
 
     Args:
         model: The language model.
-        texts: Texts; one of a single token has none to score.
+        texts: Texts; a single token has nothing to score.
         token_budget: Padded tokens per forward pass.
-        special_tokens: Whether the special tokens that the model expects stand in front.
+        special_tokens: Whether to add the special tokens that the model expects at the beginning.
 
     Returns:
         Two tensors of shape ``(len(texts),)``.

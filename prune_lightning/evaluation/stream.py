@@ -1,4 +1,4 @@
-"""How edits hold along a stream: scored just before and just after they are written, and again later."""
+"""Scores edits along a stream: just before and just after they are written, and again later."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Success:
-    """Whether each of some requests holds, 1 or 0; NaN where the model's scores are not finite.
+    """The success of requests, 1 or 0; NaN where the model's scores are not finite.
 
     Args:
-        score: The new target is preferred to the old one; ``None`` where the old one is not known.
-        accuracy: Every token of the new target is the first choice.
+        score: Whether the new target is likelier than the old one; ``None`` if the old one is not known.
+        accuracy: Whether every token of the new target is the first choice.
     """
 
     score: list[float | None]
     accuracy: list[float]
 
     def as_dict(self, i: int) -> dict[str, Any]:
-        """Return the success of one request as plain data; what is not finite is a failure."""
+        """Return the success of one request as plain data; non-finite scores are failures."""
         score = self.score[i]
         return {"score": None if score is None else score == 1.0, "accuracy": self.accuracy[i] == 1.0}
 
@@ -66,15 +66,15 @@ def success(model: LanguageModel, requests: Sequence[EditRequest]) -> Success:
 
 
 class UnrelatedAnswers:
-    r"""What the unedited model answers where no edit is about, and whether a later model answers the same.
+    r"""The unedited model's answers to unrelated probes, and whether a later model gives the same.
 
-    :math:`L(t) = \mathrm{mean}_j 1[\mathrm{out}_t(x_j) = \mathrm{out}_0(x_j)]`. The output to a probe are the model's
-    first choices at the positions of the probe's answer, which is given (EasyEdit's locality), or the first choice
-    after the prompt where the probe has none. Probes, dtype and batches are the same each time.
+    :math:`L(t) = \mathrm{mean}_j 1[\mathrm{out}_t(x_j) = \mathrm{out}_0(x_j)]`. The output for a probe is the model's
+    first choices at the positions of the probe's answer under teacher forcing (EasyEdit's locality), or the first
+    choice after the prompt if the probe has no answer. Probes, dtype and batches are the same each time.
 
     Args:
         model: The unedited model.
-        probes: The probes; one that comes again counts once.
+        probes: The probes; duplicates count once.
     """
 
     def __init__(self, model: LanguageModel, probes: Sequence[Probe]) -> None:
@@ -90,7 +90,7 @@ class UnrelatedAnswers:
         self._before = self._outputs(model)
 
     def unchanged(self, model: LanguageModel) -> list[bool]:
-        """Return whether each probe has its first output; a model whose scores are not finite has none."""
+        """Return whether each probe's output is unchanged; non-finite scores count as changed."""
         now = self._outputs(model)
         return [a is not None and a == b for a, b in zip(now, self._before, strict=True)]
 
@@ -112,9 +112,9 @@ class UnrelatedAnswers:
 
 
 class StreamScores:
-    """Collects how edits hold over a stream, as SCORE and as ACCURACY, and what becomes of unrelated answers.
+    """Collects the success of edits over a stream, as SCORE and as ACCURACY, and the agreement on unrelated answers.
 
-    Every process scores everything, so that nothing needs to be gathered.
+    Every process scores everything, so nothing is gathered.
 
     Args:
         superseded: See :class:`~prune_lightning.metrics.RetentionMatrix`.
@@ -144,9 +144,9 @@ class StreamScores:
 
         Args:
             model: The unedited model.
-            cases: The cases that will be looked at later.
+            cases: The cases that will be scored later.
             commits: Edit count at which each case of the stream is written.
-            unrelated: Probes that no edit is about.
+            unrelated: Probes that no edit concerns.
 
         Returns:
             The rows of the unedited model.
@@ -158,25 +158,25 @@ class StreamScores:
         return [{"case": i, **_final(row)} for i, row in rows.items()]
 
     def just_before(self, cases: Sequence[int], num_requests: int, found: Success) -> None:
-        """Take the scores of cases that are about to be written; the unedited model's are known."""
+        """Add the scores of cases just before they are written; those of the unedited model are known."""
         if num_requests:
             self._add(num_requests, cases, found)
 
     def just_after(self, cases: Sequence[int], num_requests: int, found: Success) -> None:
-        """Take the scores of cases that have just been written."""
+        """Add the scores of cases that have just been written."""
         self._immediate = self._add(num_requests, cases, found)
 
-    def look(self, model: LanguageModel, cases: Cases, num_requests: int, weights: Mapping[int, float]) -> Measured:
+    def score(self, model: LanguageModel, cases: Cases, num_requests: int, weights: Mapping[int, float]) -> Measured:
         """Score cases written so far; those that have just been written are not scored again.
 
         Args:
             model: The edited model.
             cases: The cases to score.
             num_requests: Edits written so far.
-            weights: How many cases each of them stands for.
+            weights: Number of cases that each of them represents.
 
         Returns:
-            Figures of the stream so far, and the rows that ``final`` and ``locality_agreement`` are means of.
+            Figures of the stream so far, and the rows whose means are ``final`` and ``locality_agreement``.
         """
         assert self.unrelated is not None
         older = [i for i in cases if self._commits[i] < num_requests]
@@ -197,7 +197,7 @@ class StreamScores:
         return {key: float(value) for key, value in matrix.compute().items()} if matrix.update_called else {}
 
     def details(self) -> dict[str, Any]:
-        """Return what is more than a figure: retention, conditional retention and BWT by age."""
+        """Return retention, conditional retention and BWT by age."""
         return {
             form: {"by_age": [asdict(row) for row in matrix.by_age()]}
             for form, matrix in self.matrices.items()
@@ -205,12 +205,12 @@ class StreamScores:
         }
 
     def fresh(self) -> list[dict[str, Any]]:
-        """Return, as plain data, the scores taken since this was called last."""
+        """Return, as plain data, the scores added since the last call."""
         fresh, self._fresh = self._fresh, []
         return fresh
 
     def restore(self, scores: Sequence[Mapping[str, Any]]) -> None:
-        """Add the scores that :meth:`fresh` returned in an earlier run; what was not finite is a failure."""
+        """Add the scores that :meth:`fresh` returned in an earlier run; non-finite ones are failures."""
         for found in scores:
             self._add(found["num_requests"], found["cases"], Success(found["score"], found["accuracy"]))
         self._fresh = []

@@ -1,4 +1,4 @@
-"""WILD: what an edited model says when it is asked and left to answer by itself (Yang et al., 2025)."""
+"""WILD: free generation of answers by an edited model, without teacher forcing (Yang et al., 2025)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Question:
 
     Args:
         prompt: Its text.
-        literal: The text up to the answer, as it is when the fact is written: separator and chat template included.
+        literal: The text up to the answer as in editing, including separator and chat template.
     """
 
     prompt: str
@@ -55,7 +55,7 @@ KINDS = ("efficacy", "generalization", "portability")
 
 
 def questions(request: EditRequest, kind: str) -> list[tuple[Question, tuple[str, ...]]]:
-    """Return a request's questions of one kind, each with the answers that are right."""
+    """Return a request's questions of one kind, each with its correct answers."""
     if kind == "portability":
         return [(_asked(probe), (probe.answer, *probe.aliases)) for probe in request.portability if probe.answer]
     if kind == "efficacy":
@@ -69,15 +69,15 @@ def _asked(probe: Probe) -> Question:
 
 
 class WildGeneration(SampledMeasurement):
-    """Free greedy answers up to a natural end: exact match, containment, a judge; and whether other answers changed.
+    """Scores free greedy answers by exact match, containment and a judge, and whether other answers changed.
 
-    Nothing of the target is shown, neither its tokens nor its length. Locality is 1 where the generated ids are those
-    of the unedited model.
+    The model gets neither the target's tokens nor its length. Locality is 1 if the generated ids equal those of the
+    unedited model.
 
     Args:
-        contexts: How a question is asked: ``bare``, as an ``instruction``, in the tokenizer's ``chat`` template.
+        contexts: Forms of a question: ``bare``, as an ``instruction``, or in the tokenizer's ``chat`` template.
         stops: Texts that end an answer, besides the end token. The full stop also ends "St. Louis" and "3.5"; without
-            it an answer runs to the end of its line.
+            it an answer ends with its line.
         max_new_tokens: Longest answer.
         judge: Takes a list of prompts and returns a language model's replies; see :func:`judge_prompt`.
         max_cases: See :class:`SampledMeasurement`.
@@ -132,7 +132,7 @@ class WildGeneration(SampledMeasurement):
         return CaseMeans([*names, *(f"{context}_locality" for context in self.contexts)], counts)
 
     def take_reference(self, model: LanguageModel, cases: Cases) -> None:
-        """Keep what the unedited model says where the edits should change nothing."""
+        """Keep the unedited model's answers to the locality questions."""
         super().take_reference(model, cases)
         self._settle_contexts(model)
         self._reference = {}
@@ -142,15 +142,15 @@ class WildGeneration(SampledMeasurement):
             self._reference |= {(c, q): answer for (c, _, q), answer in zip(asked, answers, strict=True)}
 
     def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
-        """Let the model answer, add the scores to the metric, and return rows with the raw answers."""
+        """Generate answers, add their scores to the metric, and return rows with the raw answers."""
         assert isinstance(metric, CaseMeans)
         self._settle_contexts(model)
         cases = self.chosen(cases)
-        said = self._score_answers(metric, model, cases)
+        generations = self._score_answers(metric, model, cases)
         for group in comparable(model, cases):
-            said += self._score_locality(metric, model, group)
+            generations += self._score_locality(metric, model, group)
         rows: dict[int, dict[str, Any]] = {row["case"]: {**row, "generations": []} for row in metric.rows(cases)}
-        for case, generation in said:
+        for case, generation in generations:
             rows[case]["generations"].append(generation)
         return list(rows.values())
 
@@ -160,7 +160,7 @@ class WildGeneration(SampledMeasurement):
             self.contexts = tuple(context for context in self.contexts if context != "chat")
 
     def _answers(self, model: LanguageModel, asked: Sequence[tuple[str, Question]]) -> list[Continuation]:
-        """Return the model's answers to ``(context, question)``; equal ones are asked once."""
+        """Return the model's answers to ``(context, question)``; equal questions are answered once."""
         unique = list(dict.fromkeys(asked))
         prompts = [CONTEXTS[context](model, question) for context, question in unique]
         answers = decode(model, prompts, [self.max_new_tokens] * len(prompts), self.stops)
@@ -175,7 +175,7 @@ class WildGeneration(SampledMeasurement):
     ) -> list[tuple[int, dict[str, Any]]]:
         asked = self._locality_questions(cases)
         answers = self._answers(model, [(context, question) for context, _, question in asked])
-        said, same = [], []
+        generations, same = [], []
         for (context, case, question), answer in zip(asked, answers, strict=True):
             if (before := self._reference.get((context, question))) is None:
                 raise UserError("edit/wild compares with the unedited model: call take_reference on it first")
@@ -186,7 +186,7 @@ class WildGeneration(SampledMeasurement):
             here = [i for i, (c, _, _) in enumerate(asked) if c == context]
             cases_of = torch.tensor([asked[i][1] for i in here], dtype=torch.long)
             metric.update(f"{context}_locality", torch.tensor([same[i] for i in here]), cases_of)
-        return said
+        return generations
 
     def _score_answers(self, metric: CaseMeans, model: LanguageModel, cases: Cases) -> list[tuple[int, dict[str, Any]]]:
         asked = [

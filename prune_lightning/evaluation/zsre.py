@@ -1,4 +1,4 @@
-"""zsRE as MEMIT scores it: the share of the target's tokens that are first choices under teacher forcing."""
+"""zsRE as scored by MEMIT: the share of the target's tokens that are first choices under teacher forcing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from prune_lightning.models.language_model import LanguageModel
 class ZsREScores(EditingMeasurement):
     """Token accuracy of efficacy, generalization and specificity (Meng et al., 2023), and their harmonic mean.
 
-    Specificity is measured against the true answer of the unrelated question, not against what the unedited model
-    said: an unedited model does not reach 1.
+    Specificity is measured against the true answer of the unrelated question, not against the unedited model's answer,
+    so an unedited model does not reach 1.
     """
 
     name = "edit/zsre"

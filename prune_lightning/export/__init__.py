@@ -1,1 +1,1 @@
-"""An edited model for other programs: a Hugging Face folder, a PEFT adapter, or the change alone."""
+"""Exports an edited model as a Hugging Face folder, a PEFT adapter, or a file of the changes."""

@@ -1,4 +1,4 @@
-"""Export what a run has left.
+"""Export the edited model of a run.
 
 python -m prune_lightning.export RUN --to FOLDER --format full|lora|delta
 python -m prune_lightning.export RUN --to FOLDER --after 50
@@ -25,14 +25,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def main() -> None:
-    """Run the command line; exit with 2 and one line on an error that is the user's to mend."""
+    """Run the command line; a user error exits with 2 and one line."""
     title = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m prune_lightning.export", description=title)
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--format", choices=FORMATS, default="full")
-    parser.add_argument("--after", type=int, metavar="T", help="the model as it was after T edits")
-    parser.add_argument("--without", type=_numbers, default=(), metavar="3,17", help="take these edits back, by number")
+    parser.add_argument("--after", type=int, metavar="T", help="export the model after T edits")
+    parser.add_argument("--without", type=_numbers, default=(), metavar="3,17", help="undo these edits, by number")
     parser.add_argument("--rank", type=int, help="approximate each change by one of this rank (lora, delta)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = parser.parse_args()

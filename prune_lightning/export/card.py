@@ -1,4 +1,4 @@
-"""The model card: what was edited, how, and into what. Texts of records are data in it, whatever they hold."""
+"""The model card of an edited model. Texts of records are escaped in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_card(folder: Path, format_name: str, source: ExportSource, about: dict
     Args:
         folder: Where to write.
         format_name: Name of the format.
-        source: What is exported.
+        source: The exported model.
         about: Figures of the export.
     """
     environment = Environment(
@@ -30,7 +30,7 @@ def write_card(folder: Path, format_name: str, source: ExportSource, about: dict
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    # Text stays readable; only the front matter is ASCII, since YAML takes more characters for line breaks.
+    # Only the front matter is ASCII, since YAML treats further characters as line breaks.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     origin = source.provenance
     edits = [

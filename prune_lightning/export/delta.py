@@ -1,4 +1,4 @@
-"""The change alone: one safetensors file, and a function that applies it to exactly the base it was made on."""
+"""The changes as one safetensors file, and a function that applies them to the same base model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEY = "prune_lightning"
 
 
 def write(source: ExportSource, folder: Path) -> dict[str, Any]:
-    """Write the factors of each change, or the dense change where it is smaller; fp32 at least."""
+    """Write the factors of each change, or the dense change if it is smaller, in fp32 at least."""
     tensors: dict[str, Tensor] = {}
     for matrix in source.matrices:
         change = matrix.change if isinstance(matrix.change, Tensor) else lowest_rank(matrix.change)
@@ -55,13 +55,14 @@ def apply_delta(model: nn.Module, path: str | Path) -> Mapping[str, Any]:
 
     Args:
         model: The base, a ``transformers`` model on any device; changed in place, or not at all.
-        path: The file, or the folder that it lies in.
+        path: The file, or its folder.
 
     Returns:
-        What the file says about its base: ``base_model``, ``revision``, and each weight's ``fingerprint``.
+        The file's description of its base: ``base_model``, ``revision``, and each weight's ``fingerprint``.
 
     Raises:
-        UserError: No such file, a damaged one, or another base: a weight is missing, or its fingerprint differs.
+        UserError: The file is missing or damaged, or the base is another one: a weight is missing or its fingerprint
+            differs.
     """
     file_path = Path(path).expanduser()
     file_path = file_path / FILE if file_path.is_dir() else file_path
@@ -79,7 +80,7 @@ def apply_delta(model: nn.Module, path: str | Path) -> Mapping[str, Any]:
             raise UserError(f"the change is one of {about['base_model']}, but this model has no weight {name!r}")
         if fingerprint(parameters[name]) != of_weight["fingerprint"]:
             raise UserError(
-                f"{name} is not the weight that the change was made on: take {about['base_model']} "
+                f"{name} is not the weight that the change applies to: use {about['base_model']} "
                 f"(revision {about['revision']}) in {of_weight['dtype']}, unedited"
             )
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Write an export, load it again, compare what it says with the live model, and only then give it its name."""
+"""Writes an export to a temporary folder, reloads it, compares it with the live model, and then renames it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ MANIFEST = "export.json"
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how exactly it says what the live model says.
+    """The result of an export, and its agreement with the live model.
 
     Args:
         format: ``full``, ``lora`` or ``delta``.
-        folder: Where it lies.
+        folder: Its folder.
         megabytes: Size of all files, in units of 10^6 bytes.
-        prompts: Prompts on which logits were compared.
-        max_logit_error: Largest difference between the reloaded model and what was to be exported.
-        tolerance: The largest that is accepted.
-        moved: Largest difference between the live model and its base on these prompts, to compare with.
-        truncation_error: Largest difference between the live model and one with changes of the rank asked for; zero
-            if none was.
-        details: What the format tells, e.g. ranks.
+        prompts: Number of prompts on which logits were compared.
+        max_logit_error: Largest logit difference between the reloaded model and the one to export.
+        tolerance: Largest accepted difference.
+        moved: Largest logit difference between the live model and its base on these prompts, for comparison.
+        truncation_error: Largest logit difference between the live model and one with changes truncated to ``rank``;
+            zero without ``rank``.
+        details: Details of the format, e.g. ranks.
     """
 
     format: str
@@ -63,19 +63,19 @@ def export(
 ) -> ExportReport:
     """Export an edited model.
 
-    Written into a folder beside the target, loaded from there as a user would, compared on the prompts of the edits
-    and a few others, and renamed. The comparison needs memory for a second copy of the model.
+    The export is written to a temporary folder next to the target, loaded as a user would, compared on the prompts of
+    the edits and a few others, and renamed. The comparison needs memory for a second copy of the model.
 
     Args:
         source: The edited model.
         target: The folder to write.
         format_name: ``full``, ``lora`` or ``delta``.
         rank: For ``lora`` and ``delta``: approximate each change by one of this rank at most.
-        overwrite: Replace an export that lies there already.
+        overwrite: Whether to replace an earlier export.
 
     Raises:
-        UserError: The target exists, an unknown format or useless rank, or what was written does not say what the live
-            model says; nothing is left at the target then.
+        UserError: The target exists, the format or rank is invalid, or the reloaded model differs from the live one;
+            then nothing is written at the target.
     """
     chosen = format_named(format_name)
     if rank is not None and (rank < 1 or format_name == "full"):
@@ -110,20 +110,20 @@ def _difference(one: Tensor, other: Tensor) -> float:
 def _compare(
     source: ExportSource, chosen: Format, folder: Path, prompts: list[str], expected: Tensor
 ) -> tuple[float, float]:
-    """Return the largest logit error of what lies in the folder, and what is allowed."""
+    """Return the largest logit error of the export in a folder, and the allowed error."""
     error = _difference(reloaded_logits(source, chosen.load(source, folder), prompts), expected)
     allowed = tolerance(expected, source.language_model.model.dtype)
     if not error <= allowed:
         raise UserError(
             f"the export was written and loaded again, but its logits differ by {error:.3g} from the live model's "
-            f"(allowed: {allowed:.3g}); it was deleted. Are the live weights those that the edits have left?"
+            f"(allowed: {allowed:.3g}); it was deleted. Were the live weights changed after the edits?"
         )
     return error, allowed
 
 
 @contextmanager
 def _beside(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a folder beside the target, and rename it when the block ends; whatever goes wrong, it is gone."""
+    """Yield a temporary folder next to the target; rename it at the end of the block, or delete it after an error."""
     if target.exists() and not overwrite:
         raise UserError(f"{str(target)!r} exists; give another folder, or overwrite=true")
     if target.exists() and not (target / MANIFEST).is_file():

@@ -1,4 +1,4 @@
-"""What every export format offers, and how one is found."""
+"""The interface of export formats, and their lookup by name."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any, Protocol, cast
 from prune_lightning.errors import one_of
 from prune_lightning.export.sources import ExportSource
 
-FORMATS = ("full", "lora", "delta")  # a module of this package each
+FORMATS = ("full", "lora", "delta")  # names of modules of this package
 
 
 class Format(Protocol):
-    """The two functions of a format's module."""
+    """The functions of a format's module."""
 
     @staticmethod
     def write(source: ExportSource, folder: Path) -> dict[str, Any]:
-        """Write the files into an empty folder; return what there is to tell about them."""
+        """Write the files into an empty folder and return details to report."""
         ...
 
     @staticmethod
     def load(source: ExportSource, folder: Path) -> Any:
-        """Load the files as a user would, on a copy of the base where one is needed; return the model."""
+        """Load the files as a user would, on a copy of the base if needed, and return the model."""
         ...
 
 
 def format_named(name: str) -> Format:
-    """Return a format; what it imports is imported only now.
+    """Return a format, whose module is imported on demand.
 
     Raises:
         UserError: There is no such format.

@@ -20,8 +20,7 @@ def write(source: ExportSource, folder: Path) -> dict[str, Any]:
     Each matrix has the rank of its change, and those that did not change are left out.
 
     Raises:
-        UserError: Nothing has changed, or the change is of so high a rank that the adapter would be larger than the
-            matrices themselves.
+        UserError: Nothing has changed, or the rank is so high that the adapter would be larger than the matrices.
     """
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
@@ -38,7 +37,7 @@ def write(source: ExportSource, folder: Path) -> dict[str, Any]:
             module = matrix.name.removesuffix(".weight")
             dtype = torch.promote_types(matrix.original.dtype, torch.float32)
             ranks[module] = rank
-            # PEFT keeps A as (rank, in) and B as (out, rank), also beside a weight that is stored the other way round.
+            # PEFT stores A as (rank, in) and B as (out, rank), also for weights that are stored transposed.
             tensors[f"base_model.model.{module}.lora_A.weight"] = change.right.T.to("cpu", dtype).contiguous()
             tensors[f"base_model.model.{module}.lora_B.weight"] = change.left.to("cpu", dtype).contiguous()
     if not ranks:
@@ -49,7 +48,7 @@ def write(source: ExportSource, folder: Path) -> dict[str, Any]:
         base_model_name_or_path=source.provenance.base_model,
         revision=source.provenance.revision,
         r=largest,
-        lora_alpha=largest,  # the scaling alpha / r is one for every matrix
+        lora_alpha=largest,  # so that the scaling alpha / r is 1 for every matrix
         rank_pattern={name: rank for name, rank in ranks.items() if rank != largest},
         alpha_pattern={name: rank for name, rank in ranks.items() if rank != largest},
         target_modules=list(ranks),

@@ -1,4 +1,4 @@
-"""The factors of a change with as few columns as its rank."""
+"""Minimal-rank factors of a change."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from prune_lightning.types import LowRankUpdate
 
 
 def lowest_rank(change: LowRankUpdate | Tensor, rank: int | None = None) -> LowRankUpdate:
-    r"""Return :math:`\Delta = (U\sqrt\Sigma)(V\sqrt\Sigma)^\top` without the singular values that are rounding.
+    r"""Return :math:`\Delta = (U\sqrt\Sigma)(V\sqrt\Sigma)^\top` without singular values at rounding level.
 
-    A factored change is brought to orthonormal bases and a small core (QR of both factors), and the core decomposed;
-    a dense one is decomposed as a whole. A singular value counts as zero up to :math:`\max(m,n)\,\epsilon\,\|\Delta\|`
-    with the :math:`\epsilon` of the change's precision.
+    For a factored change, both factors are orthonormalised by QR and the small core is decomposed; a dense one is
+    decomposed directly. A singular value counts as zero up to :math:`\max(m,n)\,\epsilon\,\|\Delta\|` with the
+    :math:`\epsilon` of the change's precision.
 
     Args:
         change: The change, ``out_features x in_features``.
-        rank: Keep this many triplets at most, the largest ones: the best approximation of that rank.
+        rank: Largest number of triplets to keep, for the best approximation of that rank.
 
     Returns:
-        Factors, fp64; they may have no column.
+        Factors, fp64, possibly without columns.
     """
     if isinstance(change, Tensor):
         norm, epsilon = float(torch.linalg.matrix_norm(fp64(change))), torch.finfo(change.dtype).eps

@@ -1,4 +1,4 @@
-"""What an export starts from: an edited model, and for each edited weight its original and its change."""
+"""The source of an export: an edited model, with the original and the change of each edited weight."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class ExportedMatrix:
     Args:
         name: Qualified name of the weight in the ``transformers`` model.
         original: :math:`W_0`.
-        change: :math:`\Delta`, what the live weight carries; in factors where they are known, dense otherwise.
-        transposed: The weight is stored ``in x out``.
+        change: :math:`\Delta` of the live weight, in factors where they are known, dense otherwise.
+        transposed: Whether the weight is stored ``in x out``.
     """
 
     name: str
@@ -39,7 +39,7 @@ class ExportedMatrix:
 
     @classmethod
     def of(cls, matrix: EditedMatrix) -> ExportedMatrix:
-        """Take a matrix under edit: the sum of its updates, less what a restraint withholds."""
+        """Return an edited matrix with its change: the sum of its updates minus what a restraint withholds."""
         factored = matrix.change.factored()
         change: LowRankUpdate | Tensor = matrix.delta()
         if factored is not None:
@@ -65,7 +65,7 @@ class ExportedMatrix:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an edited model comes from, for its card and its metadata.
+    """The origin of an edited model, for its card and its metadata.
 
     Args:
         base_model: Folder or hub name of the base.
@@ -84,12 +84,12 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ExportSource:
-    """An edited model with what is needed to write it in any format.
+    """An edited model with everything needed to write it in any format.
 
     Args:
         language_model: The model; its weights are the edited ones.
         matrices: The edited weights.
-        provenance: Where they come from.
+        provenance: Their origin.
     """
 
     language_model: LanguageModel
@@ -98,24 +98,24 @@ class ExportSource:
 
     @classmethod
     def from_module(cls, module: EditingModule, provenance: Provenance) -> ExportSource:
-        """Take the matrices of an editing module."""
+        """Return a source from the matrices of an editing module."""
         matrices = [ExportedMatrix.of(matrix) for matrix in module.edited_matrices().values()]
         return cls(module.language_model, matrices, provenance)
 
     def base_fingerprint(self) -> str:
-        """Return the fingerprint of the unedited model, the one under which its statistics are kept."""
+        """Return the fingerprint of the unedited model, which also identifies its cached statistics."""
         originals = {matrix.name: matrix.stored(matrix.original) for matrix in self.matrices}
         return sampled_fingerprint({**dict(self.language_model.model.named_parameters()), **originals})
 
     def truncated(self, rank: int) -> ExportSource:
-        """Return the source with changes of at most this rank, the best ones in the Frobenius norm."""
+        """Return the source with changes of at most this rank, optimal in the Frobenius norm."""
         return replace(self, matrices=[replace(m, change=lowest_rank(m.change, rank)) for m in self.matrices])
 
     @contextmanager
     def in_place(self, changed: bool) -> Iterator[None]:
-        """Let the live model hold, inside the block, the originals or the originals with these changes.
+        """Set the live weights, inside the block, to the originals or the originals plus these changes.
 
-        Every bit is put back afterwards.
+        They are restored bit for bit afterwards.
 
         Args:
             changed: Whether to add the changes.
@@ -139,7 +139,7 @@ class ExportSource:
             return copy.deepcopy(self.language_model.model)
 
     def weights_metadata(self) -> Mapping[str, Any]:
-        """Return, per edited weight, what a base has to have there."""
+        """Return the properties that a base's weight must have, per edited weight."""
         return {
             matrix.name: {
                 "fingerprint": matrix.fingerprint(),
@@ -152,12 +152,12 @@ class ExportSource:
 
 
 def load_run(path: str | Path, after: int | None = None, without: Collection[int] = ()) -> ExportSource:
-    """Return the edited model that a run has left, rebuilt from its ledger.
+    """Return a run's edited model, rebuilt from its ledger.
 
     Args:
         path: The run's folder.
-        after: As it was after so many edits; ``None`` for the end.
-        without: Numbers of edits to take back, from 1.
+        after: Number of edits after which to take the model; ``None`` for the end.
+        without: Numbers of edits to undo, from 1.
 
     Raises:
         UserError: See :func:`prune_lightning.ledger.edited_run`.

@@ -1,4 +1,4 @@
-"""Whether a reloaded export says what the live model says: logits on a fixed set of prompts."""
+"""Compares a reloaded export with the live model by logits on a fixed set of prompts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from prune_lightning.export.sources import ExportSource
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditRequest
 
-_EDITS = 16  # of the edits at most, evenly spaced
+_EDITS = 16  # largest number of edits, evenly spaced
 _OTHERS = ("The", "In the morning they", "The largest city of the country is", "She was born in", "One, two, three,")
 
 
 def prompts_for(requests: Sequence[EditRequest]) -> list[str]:
-    """Return the prompts of some edits, a paraphrase and a locality prompt of each, and a few about nothing edited."""
+    """Return the prompts of some edits, a paraphrase and a locality prompt of each, and a few unrelated ones."""
     chosen = requests[:: -(-len(requests) // _EDITS) or 1]
     prompts = [
         pair.context
@@ -29,7 +29,7 @@ def prompts_for(requests: Sequence[EditRequest]) -> list[str]:
 
 @torch.no_grad()
 def next_token_logits(model: LanguageModel, prompts: Sequence[str]) -> Tensor:
-    """Return the logits behind each prompt, shape ``(prompts, vocabulary)``, fp64 on the CPU."""
+    """Return the logits after each prompt, shape ``(prompts, vocabulary)``, fp64 on the CPU."""
     found = []
     with model.frozen_mode():
         for prompt in prompts:
@@ -46,9 +46,10 @@ def reloaded_logits(source: ExportSource, reloaded: Any, prompts: Sequence[str])
 
 
 def tolerance(logits: Tensor, dtype: torch.dtype) -> float:
-    r"""Return the largest error that rounding explains, :math:`\epsilon^{2/3} \max|z|` for weights of a dtype.
+    r"""Return the largest error that counts as rounding, :math:`\epsilon^{2/3} \max|z|` for weights of a dtype.
 
-    A change in factors, or in two parts, is rounded at other places than the live weight is; that grows on its way
-    through the layers. 2.4e-5 of the largest logit in fp32, 4 % in bf16, where the rounding of the weights is as large.
+    A change in factors, or in two parts, is rounded differently than the live weight, and the difference grows through
+    the layers. The tolerance is 2.4e-5 of the largest logit in fp32 and 4 % in bf16, where the rounding of the weights
+    is as large.
     """
     return float(torch.finfo(dtype).eps ** (2 / 3) * logits.abs().max())

@@ -1,4 +1,4 @@
-"""What happened to matrices, as data: each event in the cheapest form that brings it back."""
+"""Events of matrices as data, each in the smallest form that can restore it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from prune_lightning.methods.edited_matrix import MatrixEvent
 from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate
 
-_KEPT_RANK = 4  # corrections up to so many times the rank of their step's update are kept
+_KEPT_RANK = 4  # corrections up to this multiple of the rank of their step's update are stored
 
 
 def flatten_events(
     events_by_name: Mapping[str, Sequence[MatrixEvent]],
 ) -> tuple[dict[str, list[list[str]]], dict[str, Tensor]]:
-    """Return the form in which each event is kept, and the tensors."""
+    """Return the form in which each event is stored, and the tensors."""
     forms_by_name: dict[str, list[list[str]]] = {}
     tensors: dict[str, Tensor] = {}
     for name, events in events_by_name.items():
@@ -35,7 +35,7 @@ def flatten_events(
 def restore_events(
     forms_by_name: Mapping[str, Sequence[Sequence[str]]], tensors: Mapping[str, Tensor], device: torch.device
 ) -> dict[str, list[MatrixEvent]]:
-    """Return what :func:`flatten_events` took apart."""
+    """Return the events from the values of :func:`flatten_events`."""
     events: dict[str, list[MatrixEvent]] = {}
     for name, forms in forms_by_name.items():
         latest: MatrixUpdate | None = None
@@ -50,15 +50,15 @@ def restore_events(
 
 
 def stored(tensor: Tensor) -> Tensor:
-    """Return a tensor as it is written: on the CPU, contiguous."""
+    """Return a tensor as it is stored: on the CPU and contiguous."""
     return tensor.detach().cpu().contiguous()
 
 
 def _is_large(event: MatrixEvent, update: MatrixUpdate | None) -> bool:
-    """Whether a correction would make the ledger grow faster than the stream.
+    """Whether storing a correction would make the ledger grow faster than linearly with the stream.
 
-    A spectral restraint takes away as many directions as exceed its reference, in the end as many as there are edits.
-    It computes the same from the same change, so the correction is not kept then.
+    The rank of a spectral restraint's correction is the number of singular values above the reference, which can reach
+    the number of edits. It can be recomputed from the same change, so it is not stored then.
     """
     if event.kind == "add" or not isinstance(event.change, LowRankUpdate):
         return False
@@ -67,10 +67,10 @@ def _is_large(event: MatrixEvent, update: MatrixUpdate | None) -> bool:
 
 
 def _pack(change: MatrixUpdate | None, update: MatrixUpdate | None) -> tuple[str, dict[str, Tensor]]:
-    """Return the form in which a change is kept, and its tensors.
+    """Return the form in which a change is stored, and its tensors.
 
-    Of a dense correction that takes away entries of the step's update as they are, only the places are kept, a bit
-    each: ``entries``.
+    If a dense correction equals some entries of the step's update, only their positions are stored, one bit each:
+    ``entries``.
     """
     if change is None:
         return "nothing", {}

@@ -1,4 +1,4 @@
-"""A state brought back: from a snapshot bit for bit, from the steps behind it within rounding."""
+"""Restores a state: from a snapshot bit for bit, from the steps after it within rounding."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from prune_lightning.methods.base import EditingModule
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """How a state came back.
+    """How a state was restored.
 
     Args:
-        num_requests: Requests in it.
-        snapshot: Number of the step whose snapshot it began with; 0 for the unedited model.
-        replayed: Steps that were computed again from what the ledger keeps of them.
-        difference: Estimated norm of the difference to the weights as they were, relative to the norm of the change;
-            zero where nothing had to be computed.
+        num_requests: Number of requests in the state.
+        snapshot: Step of the snapshot that it started from; 0 for the unedited model.
+        replayed: Number of steps that were replayed from the ledger.
+        difference: Estimated norm of the difference to the recorded weights, relative to the norm of the change; zero
+            if nothing was replayed.
     """
 
     num_requests: int
@@ -31,14 +31,14 @@ class Rebuilt:
     difference: float
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Return a description for messages."""
         if not self.replayed:
             return f"restored after edit {self.num_requests}, bit for bit"
         return f"rebuilt after edit {self.num_requests} within {self.difference:.1g} of the change"
 
 
 def check_base(ledger: Ledger, module: EditingModule) -> None:
-    """Refuse a module whose unedited matrices are not the ones that the ledger's steps belong to.
+    """Check that a module's unedited matrices are those of the ledger.
 
     Raises:
         UserError: They differ.
@@ -60,21 +60,21 @@ def rebuild(
     memory: bool = True,
     finished: bool = True,
 ) -> Rebuilt:
-    """Bring a module to where it was after a step: weights, change, and what the method remembers.
+    """Restore a module's state after a step: weights, change, and the method's memory.
 
-    The state comes from the newest snapshot up to that step, bit for bit. Steps behind it are replayed from their
-    updates and, where these were kept, their corrections; then the weights are compared with what was recorded.
+    The newest snapshot up to that step is loaded bit for bit. Later steps are replayed from their updates and, where
+    stored, their corrections; then the weights are compared with the recorded sketch.
 
     Args:
-        module: On its unedited model; prepared, unless it is not to remember anything.
+        module: On its unedited model; prepared, unless ``memory`` is false.
         ledger: The ledger of its stream.
         last: Number of the step; ``None`` for the last one.
-        restrain: See :func:`~.replay.replay`; needed for corrections behind the snapshot only.
+        restrain: See :func:`~.replay.replay`; needed only for corrections after the snapshot.
         memory: See :func:`~.replay.replay`.
-        finished: With ``last=None``, include what happened when the stream ended.
+        finished: With ``last=None``, include the end of the stream.
 
     Raises:
-        UserError: ``restrain`` is needed, or the weights differ by more than rounding explains.
+        UserError: ``restrain`` is needed, or the weights differ by more than rounding.
     """
     count = len(ledger.lines) if last is None else last
     end = ledger.finish(module.device) if finished and last is None else None
@@ -95,10 +95,10 @@ def rebuild(
 
 
 def compare(module: EditingModule, recorded: Mapping[str, MatrixSketch]) -> float:
-    """Return the largest relative difference of the weights to what was recorded of them.
+    """Return the largest relative difference between the weights and the recorded sketch.
 
     Raises:
-        UserError: It is more than rounding explains.
+        UserError: The difference is larger than rounding.
     """
     found = StateSketch(module.edited_matrices()).take() if recorded else {}
     by_name = {name: difference(found[name], recorded[name]) for name in recorded}

@@ -1,4 +1,4 @@
-"""One step of an edit stream as data: what happened to each matrix, and what the method remembers of it."""
+"""One step of an edit stream as data: the events of each matrix, and the method's memory of the step."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _OBSERVED = "observed"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did.
+    """The record of one step.
 
     Args:
         step: Number of the step, from 1.
         num_requests: Requests handled up to and including this step.
         requests: The step's requests, as plain data.
         applied: Whether the update was written.
-        from_base: The unedited model was put back after the step.
-        sketch: What tells the edited weights after the step from others; see :class:`~.sketch.StateSketch`.
-        callbacks: The state that callbacks keep of the step, by the callback's name; JSON-able.
-        events: What happened to each matrix, in order, by the name of its weight.
-        observed: What the method remembers of the step.
+        from_base: Whether the unedited model was restored after the step.
+        sketch: Sketch of the edited weights after the step, for comparison; see :class:`~.sketch.StateSketch`.
+        callbacks: The callbacks' state of the step, by the callback's name; JSON-serializable.
+        events: The events of each matrix, in order, by the name of its weight.
+        observed: The method's memory of the step.
     """
 
     step: int
@@ -71,13 +71,13 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class FinishRecord:
-    """What happened after the last step, when the stream ended: a restraint acted on what was pending.
+    """The record of the end of the stream, at which restraints process what is pending.
 
     Args:
         step: Number of the last step.
         sketch: See :class:`StepRecord`; of the final weights.
         callbacks: See :class:`StepRecord`.
-        events: What happened to each matrix.
+        events: The events of each matrix.
     """
 
     step: int
@@ -99,7 +99,7 @@ class FinishRecord:
 
 
 def sketches(line: Mapping[str, Any]) -> dict[str, MatrixSketch]:
-    """Return the sketches of a line by the name of the matrix; ``null`` stands for what was not finite."""
+    """Return the sketches of a line by the name of the matrix; ``null`` stands for a non-finite number."""
 
     def number(value: float | None) -> float:
         return math.nan if value is None else value

@@ -1,4 +1,4 @@
-"""Steps put back into a model: all of them, some of them, or none for a while."""
+"""Replays steps on a model: all of them, some of them, or temporarily none."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def replay(
     restrain: Restrain | None = None,
     memory: bool = True,
 ) -> None:
-    """Do again what steps did: add their updates, and take away what a restraint took away.
+    """Replay steps: add their updates and subtract or withhold the restraint's corrections.
 
     Args:
-        module: In the state before the first of these steps; prepared, unless it is not to remember anything.
+        module: In the state before the first of these steps; prepared, unless ``memory`` is false.
         records: Consecutive steps.
-        restrain: Restrains one matrix; needed where a correction was too large to keep.
-        memory: Have the method remember what it did; only needed to edit further.
+        restrain: Restrains one matrix; needed where a correction was too large to store.
+        memory: Restore the method's memory, too; only needed for further edits.
 
     Raises:
         UserError: ``restrain`` is needed.
     """
     matrices = module.edited_matrices()
-    unknown: set[str] = set()  # what is withheld from these was not kept
+    unknown: set[str] = set()  # matrices whose withheld part was not stored
     written = False
     for record in records:
         if isinstance(record, StepRecord):
@@ -59,7 +59,7 @@ def replay(
 def _replay_matrix(
     matrix: EditedMatrix, events: Sequence[MatrixEvent], unknown: set[str], restrain: Restrain | None
 ) -> None:
-    """Replay one matrix; what is withheld is computed again only where something depends on it."""
+    """Replay one matrix; the withheld part is recomputed only where something depends on it."""
     withheld = [event for event in events if event.kind == "withhold"]
     if matrix.name in unknown and events:
         unknown.discard(matrix.name)
@@ -74,7 +74,7 @@ def _replay_matrix(
 
 def _needed(restrain: Restrain | None) -> Restrain:
     if restrain is None:
-        raise UserError("the run was restrained, and most of what was taken away has to be computed again: restrain=")
+        raise UserError("the run's restraint has to recompute its corrections: pass restrain=")
     return restrain
 
 
@@ -85,17 +85,17 @@ def without(
     after_step: Callable[[], Any] | None = None,
     memory: bool = True,
 ) -> list[StepRecord]:
-    """Replay a stream as if some steps had never been: the others' updates as they were computed, one after another.
+    """Replay a stream without some of its steps. The other updates are added as they were computed.
 
-    What a restraint takes away depends on all updates so far, so its old corrections are not replayed:
-    ``after_step`` restrains anew. Updates are those that were computed when the steps taken back were still there.
+    The corrections of a restraint depend on all earlier updates, so they are not replayed: ``after_step`` restrains
+    again. The updates are not recomputed, although they were computed with the removed steps in place.
 
     Args:
         module: On its unedited model, prepared.
         records: All steps of its stream, in order.
         taken_back: Numbers of the steps to leave out.
-        after_step: Called after each step, when it is counted: restrains as the run's restraint did.
-        memory: Have the method remember what the others did; see :func:`replay`.
+        after_step: Called after each counted step, to restrain as in the run.
+        memory: See :func:`replay`.
 
     Returns:
         The steps that were left out.
@@ -127,7 +127,7 @@ def _updates(record: StepRecord) -> Mapping[str, list[MatrixUpdate]]:
 
 @contextmanager
 def base_model(module: EditingModule) -> Iterator[None]:
-    """Run the unedited model inside the block; every bit of the edited one is put back."""
+    """Restore the unedited model inside the block, then the edited one bit for bit."""
     with module.provisional():
         with torch.no_grad():
             for matrix in module.edited_matrices().values():

@@ -1,4 +1,4 @@
-r"""A few numbers per matrix that tell rounding from a real difference when a state is rebuilt."""
+r"""A few numbers per matrix that distinguish rounding from a real difference when a state is rebuilt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIDE = 4  # random vectors on each side: 16 products estimate a norm to about a
 
 @dataclass(frozen=True)
 class MatrixSketch:
-    r"""What is recorded of one matrix after a step.
+    r"""The sketch of one matrix after a step.
 
     Args:
         products: :math:`S^\top (W - W_0)\, T` with random signs :math:`S, T`, row by row. Their mean square over the
@@ -41,13 +41,13 @@ class StateSketch:
 
     @torch.no_grad()
     def take(self) -> dict[str, MatrixSketch]:
-        """Return the sketch of every matrix as it is."""
+        """Return the present sketch of every matrix."""
         return {name: self._of(matrix) for name, matrix in self.matrices.items()}
 
     def _of(self, matrix: EditedMatrix) -> MatrixSketch:
         left, right = self._signs_for(matrix)
         precise = matrix.change.master.dtype
-        # In 16-bit weights the change drowns in rounding: there it is taken as it was before the cast.
+        # In 16-bit weights rounding can exceed the change, so the change before the cast is used.
         full = matrix.parameter.dtype == precise
         delta = matrix.weight() - matrix.original() if full else matrix.delta()
         products = left.T @ (delta @ right).double()
@@ -79,9 +79,9 @@ def difference(found: MatrixSketch, recorded: MatrixSketch) -> float:
 
 
 def tolerance(matrix: EditedMatrix) -> float:
-    r"""Return the largest relative difference that rounding explains: the square root of the precision.
+    r"""Return the largest relative difference that counts as rounding: the square root of the precision.
 
-    A rebuilt state differs by :math:`\epsilon` times the condition of what was computed, and by more where large
-    updates cancel. Half of the digits are left for that. Other settings, or another base, differ by far more.
+    A rebuilt state differs by :math:`\epsilon` times the condition of the computation, and by more where large updates
+    cancel. Half of the digits are a margin for that. Other settings, or another base, differ by far more.
     """
     return float(torch.finfo(matrix.change.master.dtype).eps) ** 0.5

@@ -1,4 +1,4 @@
-"""Whole states of a run, two of them kept: what brings a resumed run back bit for bit, on any machine."""
+"""Snapshots of a run's whole state, the latest two of which are kept, to resume it bit for bit on any machine."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Snapshots:
         return [Snapshot(path, int(path.stem.split("_")[1])) for path in paths]
 
     def final(self) -> Snapshot | None:
-        """Return the snapshot of the end of the stream, if there is one."""
+        """Return the snapshot of the end of the stream, or ``None``."""
         path = self.folder / _FINAL
         if not path.exists():
             return None
@@ -65,18 +65,18 @@ class Snapshots:
             return None
 
     def write(self, step: int, state: Mapping[str, Any], final: bool = False) -> int:
-        """Write a state and drop the oldest of more than two; return its size in bytes.
+        """Write a state, delete all but the latest two, and return its size in bytes.
 
         Args:
             step: Number of the latest step.
-            state: What ``EditRun.state_dict`` returns.
+            state: A value of ``EditRun.state_dict``.
             final: Whether the stream is finished.
 
         Raises:
             OSError: The disk is full, or the folder cannot be written; earlier snapshots are untouched.
         """
         tensors, plain = _flatten(state)
-        # Factors may be columns of one tensor; a file holds no two that share memory.
+        # Factors may be columns of one tensor, but safetensors refuses tensors that share memory.
         held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         about = {"step": str(step), "state": json.dumps(plain), "checksum": checksum(held)}
         path = self.folder / (_FINAL if final else f"snapshot_{step:08d}.safetensors")
@@ -86,7 +86,7 @@ class Snapshots:
         return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
     def cut(self, last: int) -> None:
-        """Delete what lies behind a step: later snapshots, and the one of the end."""
+        """Delete the snapshots after a step, and that of the end."""
         for snapshot in self.found():
             if snapshot.step > last:
                 snapshot.path.unlink()
@@ -111,11 +111,11 @@ class Snapshots:
         return _restored(tensors, plain)
 
     def newest(self, last: int, final: bool) -> tuple[Snapshot, dict[str, Any]] | None:
-        """Return the newest whole snapshot up to a step and its state; damaged ones are named and passed over.
+        """Return the newest intact snapshot up to a step and its state; damaged ones are skipped with a warning.
 
         Args:
-            last: Number of the last step that is wanted.
-            final: Whether the end of the stream is wanted.
+            last: Largest step number.
+            final: Whether the snapshot of the end of the stream may be returned.
         """
         end = self.final() if final else None
         candidates = [snapshot for snapshot in self.found() if snapshot.step <= last]
@@ -128,10 +128,10 @@ class Snapshots:
 
 
 class SnapshotCadence:
-    """Decides when a snapshot is due: every so many steps, or as often as it costs no more than a share of the time.
+    """Decides when a snapshot is due: every ``every_n`` steps, or within a share of the run's time.
 
     Args:
-        every_n: Steps between two snapshots; ``None`` to go by time.
+        every_n: Steps between two snapshots; ``None`` to decide by time.
         share: Largest share of the run's time that snapshots may take.
 
     Attributes:
@@ -151,7 +151,7 @@ class SnapshotCadence:
 
         Args:
             step: Number of the step that was just written.
-            size: About how many bytes the snapshot would have.
+            size: Approximate size of the snapshot in bytes.
         """
         if self.every_n is not None:
             return step % self.every_n == 0
@@ -169,7 +169,7 @@ class SnapshotCadence:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Return 32 hexadecimal digits that depend on names, dtypes, shapes and every bit."""
+    """Return a hash of names, dtypes, shapes and values, as 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -184,7 +184,7 @@ def _header(path: Path) -> dict[str, str]:
 
 
 def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a nested state by a path, and the plain values beside them."""
+    """Return the tensors of a nested state by their path, and the other values."""
     tensors = {
         f"matrices/{name}/{key}": tensor for name, parts in state["matrices"].items() for key, tensor in parts.items()
     }

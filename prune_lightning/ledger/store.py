@@ -21,18 +21,18 @@ from prune_lightning.ledger.record import FinishRecord, StepRecord
 from prune_lightning.ledger.snapshots import Snapshots, checksum
 
 FORMAT = 2
-_TOGETHER = 64  # single-step segments that become one
+_TOGETHER = 64  # single-step segments to merge into one
 _FINISH = "finish"
 
 
 class Ledger:
     """The steps of one run, append-only.
 
-    ``base.json`` says what the steps are relative to: the model by name, revision and fingerprints, never its weights.
-    ``steps.jsonl`` holds a line per step; a step is complete when its line is. ``steps_A_B.safetensors`` hold tensors.
-    ``finish.json`` says what happened after the last step, once the stream has ended. ``snapshot_*`` are whole states.
-    Segments are written aside, synced and renamed before the line that needs them, so that whatever happens, at worst
-    the latest step is missing. Each line carries a checksum of its tensors.
+    ``base.json`` describes the model that the steps apply to, by name, revision and fingerprints, without its weights.
+    ``steps.jsonl`` holds one line per step; a step is complete when its line is. ``steps_A_B.safetensors`` hold
+    tensors. ``finish.json`` records the end of the stream. ``snapshot_*`` are whole states. Each segment is written to
+    a temporary file, synced and renamed before its line is written, so that a crash loses at most the latest step. Each
+    line has a checksum of its tensors.
 
     Args:
         folder: ``ledger/`` in the run's folder.
@@ -40,7 +40,7 @@ class Ledger:
 
     Attributes:
         lines: The lines of the complete steps.
-        finish_line: The line of the end; ``None`` where the stream has not ended.
+        finish_line: The line of the end of the stream; ``None`` before that.
         snapshots: The run's snapshots.
     """
 
@@ -52,14 +52,14 @@ class Ledger:
 
     @classmethod
     def create(cls, folder: Path, base: Mapping[str, Any]) -> Ledger:
-        """Begin a ledger; one that is there already is refused.
+        """Create a ledger; an existing one is an error.
 
         Args:
-            folder: Made if it is not there.
-            base: JSON-able.
+            folder: Created if missing.
+            base: JSON-serializable description of the base.
 
         Raises:
-            UserError: There is one, or the disk is full.
+            UserError: The folder holds a ledger, or the disk is full.
         """
         if (folder / "base.json").exists():
             raise UserError(f"{folder} holds the ledger of an earlier run; resume=RUN continues it")
@@ -75,7 +75,7 @@ class Ledger:
         """Read a ledger's lines, up to the last complete step.
 
         Raises:
-            UserError: There is none, it cannot be read, or it has another format.
+            UserError: There is no ledger, it cannot be read, or it has another format.
         """
         if not (folder / "base.json").is_file():
             raise UserError(f"{folder.parent} holds no ledger of edits: nothing was written there, or ledger=false")
@@ -133,7 +133,7 @@ class Ledger:
 
     # -- reading --------------------------------------------------------------------------------------------------
     def steps(self, device: torch.device, first: int = 1, last: int | None = None) -> Iterator[StepRecord]:
-        """Yield steps ``first`` to ``last``, their tensors checked.
+        """Yield steps ``first`` to ``last`` after checking their tensors.
 
         Raises:
             UserError: A segment is damaged; the message names the last good edit.
@@ -142,13 +142,13 @@ class Ledger:
             yield StepRecord.restore(line, self._tensors_of(line), device)
 
     def finish(self, device: torch.device) -> FinishRecord | None:
-        """Return what happened after the last step, if the stream has ended."""
+        """Return the record of the end of the stream, or ``None``."""
         if self.finish_line is None:
             return None
         return FinishRecord.restore(self.finish_line, _tensors(self._finish_tensors, ""), device)
 
     def verified(self) -> Ledger:
-        """Return the ledger cut after the last step whose tensors are whole, with a warning if that is earlier."""
+        """Return the ledger up to the last step with intact tensors; warn if later steps are dropped."""
         for number, line in enumerate(self.lines):
             try:
                 self._tensors_of(line)
@@ -173,7 +173,7 @@ class Ledger:
         return tensors
 
     def _segment(self, step: int) -> Path | None:
-        """Return the file that holds a step's tensors; of two, the one of many steps."""
+        """Return the file that holds a step's tensors, preferably a merged one."""
         first = (step - 1) // _TOGETHER * _TOGETHER + 1
         for a, b in ((first, first + _TOGETHER - 1), (step, step)):
             if (path := self.folder / f"steps_{a:06d}_{b:06d}.safetensors").exists():
@@ -185,7 +185,7 @@ class Ledger:
 
     # -- writing --------------------------------------------------------------------------------------------------
     def cut(self) -> None:
-        """Make the files end where :attr:`lines` do, before steps are appended again; the stream has not ended then."""
+        """Truncate the files to :attr:`lines`, before steps are appended again, and remove the end of the stream."""
         with DiskErrors(self):
             kept = len(self.lines)
             (self.folder / f"{_FINISH}.json").unlink(missing_ok=True)
@@ -204,16 +204,16 @@ class Ledger:
                 path.unlink()
 
     def _take_apart(self, path: Path, steps: range) -> None:
-        """Give some steps of a segment of many a segment each."""
+        """Split some steps of a merged segment into one segment each."""
         for step in steps:
             tensors = _tensors(path, f"{step}/")
             write_tensors(self._single(step), {f"{step}/{name}": tensor for name, tensor in tensors.items()})
 
     def append(self, record: StepRecord) -> None:
-        """Write a step: when this returns, it outlives whatever happens to the process.
+        """Write a step. When this returns, the step is safely on disk.
 
         Raises:
-            UserError: The disk is full, or the folder cannot be written; earlier steps are whole.
+            UserError: The disk is full, or the folder cannot be written; earlier steps are intact.
         """
         line, tensors = record.flatten()
         line = nan_to_null({**line, "checksum": checksum(tensors)})
@@ -229,10 +229,10 @@ class Ledger:
                 self._bring_together(record.step)
 
     def append_finish(self, record: FinishRecord) -> None:
-        """Write what happened after the last step; the stream has ended.
+        """Write the record of the end of the stream.
 
         Raises:
-            UserError: The disk is full, or the folder cannot be written; every step is whole.
+            UserError: The disk is full, or the folder cannot be written; all steps are intact.
         """
         line, tensors = record.flatten()
         line = nan_to_null({**line, "checksum": checksum(tensors)})
@@ -253,14 +253,14 @@ class Ledger:
 
 
 def _tensors(path: Path, start: str) -> dict[str, Tensor]:
-    """Return the tensors of a file whose name begins so, without that beginning."""
+    """Return the tensors of a file whose names start with ``start``, without that prefix."""
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118 - the file is no mapping
         return {name.removeprefix(start): file.get_tensor(name) for name in names}
 
 
 class DiskErrors:
-    """Turns trouble with the disk into one clear message."""
+    """Turns disk errors into one clear message."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -275,5 +275,5 @@ class DiskErrors:
             folder = self.ledger.folder
             raise UserError(
                 f"the ledger in {folder} cannot be written: {reason}. The last good edit is "
-                f"{self.ledger.num_requests}; when that is mended, resume={folder.parent} continues from there"
+                f"{self.ledger.num_requests}; fix this, then resume={folder.parent} continues from there"
             ) from error

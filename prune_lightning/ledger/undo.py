@@ -1,4 +1,4 @@
-"""A run's edited model from its folder: as it was left, as it was after an edit, or as if some edits never were."""
+"""Rebuilds a run's edited model from its folder: the final one, the one after an edit, or one without some edits."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from prune_lightning.models.loading import load_language_model
 
 
 class Restraining(Protocol):
-    """What is needed of a run's restraint."""
+    """The interface of a run's restraint."""
 
     def attach(self, module: nn.Module) -> None:
-        """Take hold of the matrices of a module on its unedited model."""
+        """Attach to the matrices of a module on its unedited model."""
         ...
 
     def restrain(self, matrix: Any) -> None:
@@ -31,7 +31,7 @@ class Restraining(Protocol):
         ...
 
     def after_step(self, steps: int) -> bool:
-        """Restrain if the schedule says so."""
+        """Restrain if it is due."""
         ...
 
 
@@ -40,10 +40,11 @@ class EditedRun:
     """A run's model with edits in place.
 
     Args:
-        module: The editing module; not prepared, so that it does not edit further.
-        base: What the ledger says of the base, the method and the restraint.
+        module: The editing module; not prepared, so it cannot edit further.
+        base: The ledger's description of the base, the method and the restraint.
         requests: The edits in place, in order, as plain data.
-        rebuilt: How exactly the state came back; ``None`` for one that never was, without some edits.
+        rebuilt: How exactly the state was restored; ``None`` without some edits, since there is no recorded state to
+            compare with.
     """
 
     module: EditingModule
@@ -69,7 +70,7 @@ def edited_run(path: str | Path, after: int | None = None, taken_back: Collectio
         raise UserError(f"no run folder {str(folder)!r}")
     ledger = Ledger.open(folder / "ledger")
     if any(line["from_base"] for line in ledger.lines):
-        raise UserError(f"{folder} put the unedited model back after every step: no edited model is left")
+        raise UserError(f"{folder} restored the unedited model after every step: no edited model is left")
     count = num_steps(ledger, after)
     left_out = steps_of(ledger, taken_back, count)
     module, restraint = _build(ledger)
@@ -103,10 +104,10 @@ def _replay_others(
 
 
 def num_steps(ledger: Ledger, edits: int | None) -> int:
-    """Return the steps that make up so many edits.
+    """Return the number of steps that contain the first ``edits`` edits.
 
     Raises:
-        UserError: There are not so many, or the last of them was written together with others that are not among them.
+        UserError: There are fewer edits, or the last one was written in one step with later ones.
     """
     if edits is None:
         return len(ledger.lines)
@@ -125,7 +126,7 @@ def steps_of(ledger: Ledger, edits: Collection[int], count: int) -> set[int]:
     """Return the steps, among the first ``count``, that consist of these edits.
 
     Raises:
-        UserError: An edit is not among them, or was written in one step with others that are not named.
+        UserError: An edit is not among them, or was written in one step with edits that are not listed.
     """
     left, steps = set(edits), set()
     for line in ledger.lines[:count]:
@@ -147,13 +148,13 @@ def _build(ledger: Ledger) -> tuple[EditingModule, Restraining | None]:
     base = ledger.base
     if not base.keys() >= {"model", "method_options", "restraint_options"}:
         raise UserError(
-            f"{ledger.folder / 'base.json'} names no model and method: the run was not begun by train.py. Build its "
-            "module, and put the edits back with prune_lightning.ledger.replay"
+            f"{ledger.folder / 'base.json'} names no model and method: the run was not started by train.py. Build its "
+            "module, and restore the edits with prune_lightning.ledger.replay"
         )
     if len(base["restraints"]) > bool(base["restraint_options"]):
         raise UserError(
             f"the run was restrained by {', '.join(base['restraints'])}, not all of them its `restraint`: build its "
-            "module and restraints, and put the edits back with prune_lightning.ledger.replay"
+            "module and restraints, and restore the edits with prune_lightning.ledger.replay"
         )
     model = load_language_model(**base["model"])
     module = instantiate(base["method_options"], language_model=model, _convert_="all")

@@ -16,9 +16,9 @@ from prune_lightning.types import LowRankUpdate
 class AdaLoRA(LoRA):
     r"""Train :math:`\Delta = \frac{\alpha}{r_0} P \Lambda Q` and prune it to the singular values that matter most.
 
-    ``peft``'s allocator is called after each step and told how many there will be. It cuts the total rank over all
-    adapted modules from ``initial_rank`` each to ``rank`` each, on a cubic schedule; the last step ends at the goal.
-    Kept adapters begin each edit with the whole schedule.
+    ``peft``'s allocator runs after each step and knows the total number of steps. It cuts the total rank over all
+    adapted modules from ``initial_rank`` each to ``rank`` each on a cubic schedule, which the last step completes. With
+    ``keep=true`` each edit starts the schedule again.
 
     .. math:: \mathcal L = \mathcal L_{\text{target}} + \gamma\, \frac{1}{2n} \sum_{m=1}^{n}
               \bigl(\lVert P_m^\top P_m - I \rVert_F + \lVert Q_m Q_m^\top - I \rVert_F\bigr)
@@ -26,10 +26,10 @@ class AdaLoRA(LoRA):
     Args:
         initial_rank: :math:`r_0`, more than ``rank``.
         orthogonality: :math:`\gamma`.
-        kwargs: See :class:`LoRA`; ``rank`` is the mean rank that is left.
+        kwargs: See :class:`LoRA`; ``rank`` is the mean rank after pruning.
 
     Raises:
-        UserError: No rank to prune, or a single step, in which nothing can be pruned.
+        UserError: ``initial_rank`` is not above ``rank``, or there is only one step, which cannot prune.
     """
 
     def __init__(self, *, initial_rank: int = 12, orthogonality: float = 0.5, **kwargs: Any) -> None:
@@ -43,7 +43,7 @@ class AdaLoRA(LoRA):
         self.initial_rank, self.orthogonality = initial_rank, orthogonality
 
     def inject(self, model: nn.Module, total_steps: int) -> LoraModel:
-        """Put adapters into ``model`` and tell the allocator how long it has."""
+        """Add adapters to ``model`` and set the allocator's number of steps."""
         config = AdaLoraConfig(init_r=self.initial_rank, target_r=self.rank, total_step=total_steps, **self.settings())
         return AdaLoraModel(model, {ADAPTER: config}, ADAPTER)
 
@@ -51,7 +51,7 @@ class AdaLoRA(LoRA):
         r"""Return :math:`\frac{\alpha}{r_0} P \Lambda Q` of one of ``peft``'s layers, without what was pruned."""
         left, values, right = (part[ADAPTER].detach() for part in (module.lora_B, module.lora_E, module.lora_A))
         alive = values[:, 0] != 0
-        scale = module.scaling[ADAPTER] / (module.ranknum[ADAPTER].detach() + 1e-5)  # as the layer's forward has it
+        scale = module.scaling[ADAPTER] / (module.ranknum[ADAPTER].detach() + 1e-5)  # as in the layer's forward
         return LowRankUpdate(left[:, alive] * values[alive, 0] * scale, right[alive].T.clone())
 
     def penalty(self) -> Tensor | float:

@@ -16,13 +16,14 @@ from prune_lightning.types import LowRankUpdate
 
 
 class AlphaEdit(KeyProtectingEdit):
-    r"""Write only into the null space of the preserved knowledge, and protect the edits before:
+    r"""Write only into the null space of the preserved knowledge, and protect earlier edits:
 
     .. math:: \Delta = R K^\top P\,(K K^\top P + A P + \rho I)^{-1}, \qquad A = \sum \tilde K \tilde K^\top
 
     with :math:`P` the projector onto the eigenvectors of :math:`C` whose eigenvalues are below :math:`\tau`, and
     :math:`\tilde K` the keys of the earlier batches as they were after their batch. Computed recursively: from
-    :math:`Q = P/\rho`, :math:`\Delta = R\,(I + K^\top Q K)^{-1} K^\top Q`, then :math:`Q` takes up :math:`\tilde K`.
+    :math:`Q = P/\rho`, :math:`\Delta = R\,(I + K^\top Q K)^{-1} K^\top Q`, then :math:`Q` is updated with :math:`\tilde
+    K`.
 
     Args:
         null_threshold: :math:`\tau`, in the units of :math:`C`; the projector's rank depends on it and on the
@@ -42,7 +43,7 @@ class AlphaEdit(KeyProtectingEdit):
 
     @classmethod
     def cost(cls, model: Shapes, stream: StreamShape, **options: Any) -> Cost:
-        """Return the costs; besides a growing inverse per layer, the basis of the null space stays."""
+        """Return the costs: a growing inverse and the basis of the null space per layer."""
         return protecting(super().cost(model, stream, **options), 2, stream.batch)
 
     def prepare(self) -> None:

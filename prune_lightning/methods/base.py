@@ -1,4 +1,4 @@
-"""The one editing loop: a batch of requests in, an update of some weight matrices out, applied and reported."""
+"""The editing loop of all methods: compute an update for a batch of requests, write it, and report it."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class EditingModule(L.LightningModule, ABC):
         layers: Indices of the blocks that are edited, ascending; their MLP down-projection unless the method says
             otherwise (:meth:`edited_modules`).
         non_finite: What to do with an update that holds NaN or infinity; see :class:`~.edit_run.EditRun`.
-        clock: Accounts for the time of a run; one of its own by default.
+        clock: Measures the time of the run's phases; a new clock by default.
 
     Attributes:
-        facts: What a method found out while preparing, for the run's summary.
+        facts: What the method reports of :meth:`prepare`, for the run's summary.
         run: The stream of edits on this module: its matrices, its position, what is pending.
     """
 
@@ -73,27 +73,27 @@ class EditingModule(L.LightningModule, ABC):
 
     # -- what a method writes -------------------------------------------------------------------------------------
     def prepare(self) -> None:
-        """Compute, on the unedited model, what all edits need; a restart of the stream does not need it again."""
+        """Compute, on the unedited model, what all edits need. It stays valid when the stream restarts."""
 
     @classmethod
     def unusable(cls, request: EditRequest) -> str | None:
-        """Return why the method cannot write a request, ``None`` if it can; asked before the first edit."""
+        """Return why the method cannot write a request, or ``None`` if it can; called before the first edit."""
         return None
 
     @abstractmethod
     def compute_update(
         self, requests: Sequence[EditRequest]
     ) -> tuple[Mapping[str, MatrixUpdate], list[dict[str, Any]]]:
-        """Return the update of each edited weight, by name, and per request what there is to report.
+        """Return the update of each edited weight, by name, and the details to report of each request.
 
-        An update is factored where the method knows factors, dense otherwise. The weights are bit-equal to what they
-        were when this returns.
+        An update is factored where the method knows factors, dense otherwise. The weights must be unchanged, bit for
+        bit, when this returns.
         """
 
     def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
         """Return, by name, what must be remembered of requests that have been written, such as their keys.
 
-        Called once per step, on the model as every restraint has left it.
+        Called once per step, on the model after every restraint.
         """
         return {}
 
@@ -101,20 +101,20 @@ class EditingModule(L.LightningModule, ABC):
         """Add what :meth:`observe` returned, now or in the run that is resumed."""
 
     def memory(self) -> Mapping[str, Tensor]:
-        """Return everything that has been remembered, for a checkpoint."""
+        """Return the method's whole memory, for a checkpoint."""
         return {}
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Replace what has been remembered by what :meth:`memory` returned."""
+        """Replace the method's memory by a value of :meth:`memory`."""
 
     def forget(self) -> None:
-        """Drop everything that has been remembered."""
+        """Clear the method's memory."""
 
     def stream_window(self, request: EditRequest, size: int) -> list[EditRequest]:
-        """Return the requests of the stream that are looked at together with ``request``, itself included.
+        """Return the window of the stream that contains ``request``.
 
-        The stream is cut into windows of ``size`` requests from its beginning, so that what is computed for a window
-        depends on the place in the stream, not on where a process has started.
+        The stream is cut into windows of ``size`` requests from its beginning, so that a window's results depend only
+        on its position in the stream, not on where a run was resumed.
         """
         requests = getattr(getattr(self._trainer, "datamodule", None), "requests", ())
         start = self.run.num_requests // size * size
@@ -134,7 +134,7 @@ class EditingModule(L.LightningModule, ABC):
         return {model.rewrite_name(layer): model.rewrite_module(layer) for layer in self.layers}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditingModule:
-        """Bring along, as the module moves, what the run and the method keep."""
+        """Move the state of the run and of the method together with the module."""
         super()._apply(fn, recurse)
         move_attributes(self, self.language_model.device)
         return self
@@ -154,7 +154,7 @@ class EditingModule(L.LightningModule, ABC):
 
     @contextmanager
     def provisional(self) -> Iterator[None]:
-        """Let weights change inside the block and put back every bit afterwards."""
+        """Restore the weights, bit for bit, after the block."""
         parameters = [matrix.parameter for matrix in self.edited_matrices().values()]
         saved = [parameter.detach().clone() for parameter in parameters]
         try:
@@ -165,9 +165,9 @@ class EditingModule(L.LightningModule, ABC):
                     parameter.copy_(value)
 
     def edit(self, requests: Sequence[EditRequest]) -> EditReport:
-        """Compute the update of some requests and write it, if nothing speaks against it.
+        """Compute the update of some requests and write it, unless it is refused.
 
-        Outside of a Trainer, :meth:`prepare` comes first and ``run.settle()`` afterwards.
+        Without a Trainer, call :meth:`prepare` before the first edit and ``run.settle()`` after each.
         """
         started = time.perf_counter()
         self.run.begin_step()
@@ -176,12 +176,12 @@ class EditingModule(L.LightningModule, ABC):
             return self.run.apply(EditStep(tuple(requests), updates, details), started)
 
     def summary(self) -> dict[str, Any]:
-        """Return how far the stream went, and what the method found out while preparing."""
+        """Return the number of edits, and :attr:`facts`."""
         return {"num_requests": self.num_requests, "method_facts": self.facts}
 
     # -- Lightning ------------------------------------------------------------------------------------------------
     def configure_callbacks(self) -> list[L.Callback]:
-        """Check model and Trainer before anything runs: this is the first that a Trainer calls."""
+        """Check model and Trainer before anything runs: this is the first hook that a Trainer calls."""
         refuse_adapters(self.language_model.model)
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_trainer(self.trainer)
@@ -196,7 +196,7 @@ class EditingModule(L.LightningModule, ABC):
         return batch
 
     def on_train_start(self) -> None:
-        """Take hold of the original weights and prepare; the Trainer has moved the model by now."""
+        """Keep the original weights and prepare; by now the Trainer has moved the model."""
         self.edited_matrices()
         with fail_together(), self.clock.phase("prepare"), self.language_model.frozen_mode():
             self.prepare()
@@ -208,7 +208,7 @@ class EditingModule(L.LightningModule, ABC):
         self.clock.named("edit").expect(len(requests), done=self.num_requests)
 
     def on_train_batch_start(self, batch: EditBatch, batch_idx: int) -> int | None:
-        """End the epoch where a resumed stream has nothing left to write."""
+        """End the epoch if a resumed stream has no edits left."""
         return None if batch.requests else -1
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
@@ -224,27 +224,27 @@ class EditingModule(L.LightningModule, ABC):
         counter.step()
 
     def on_train_batch_end(self, outputs: Any, batch: EditBatch, batch_idx: int) -> None:
-        """Settle the step that every callback has seen, and put the unedited model back where the protocol says so."""
+        """Settle the step after all callbacks, and restore the unedited model if the protocol says so."""
         self.run.settle()
         if batch.from_base:
             self.run.restore()
 
     def on_train_end(self) -> None:
-        """Finish the stream, unless a callback has done so."""
+        """Finish the stream unless a callback did so."""
         self.run.finish()
 
     def on_fit_end(self) -> None:
-        """Restore a checkpoint after which nothing was left to do, so that training never started."""
+        """Restore a checkpoint of a complete stream, for which training never starts."""
         self._load_checkpoint()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what the edits did to the weights and what the method remembers; never the model."""
+        """Save the changes of the weights and the method's memory, not the model."""
         self.run.settle()  # a checkpoint of the step that has just been made is taken by a callback, before this module
         checkpoint["state_dict"] = {}
         checkpoint["edits"] = {"originals": self.originals(), **self.run.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what a checkpoint holds until everything is prepared."""
+        """Keep a checkpoint's state until the module is prepared."""
         self._checkpoint = checkpoint["edits"]
 
     def _load_checkpoint(self) -> None:
@@ -260,7 +260,7 @@ class EditingModule(L.LightningModule, ABC):
         return {name: fingerprint(matrix.original()) for name, matrix in self.edited_matrices().items()}
 
     def _compare_processes(self, before: int) -> None:
-        """Raise, every so many requests, if the processes' edited weights have drifted apart."""
+        """Raise if the processes' edited weights differ; checked every ``COMPARE_EVERY`` requests."""
         if self.run.num_requests // COMPARE_EVERY == before // COMPARE_EVERY:
             return
         prints = [fingerprint(matrix.weight()) for matrix in self.edited_matrices().values()]

@@ -1,4 +1,4 @@
-"""Costs that several methods have in common: value optimisation against second moments, and training by Adam."""
+"""Cost estimates shared by several methods: value optimisation with second moments, and training with Adam."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def locating_cost(
     contexts: ContextOptions,
     one_by_one: bool,
 ) -> Cost:
-    r"""Return what a locate-and-edit method costs.
+    r"""Return the costs of a locate-and-edit method.
 
     - memory: second moments :math:`n^2` fp64 and their Cholesky factors :math:`n^2`
     - peak of the statistics: half-way sums and the result, :math:`n^2` fp64 a layer, and a forward pass
@@ -65,7 +65,7 @@ def locating_cost(
         second_moments: Where the second moments come from.
         value: Options of the value optimisation.
         contexts: The prefixes.
-        one_by_one: Each request and each layer has an optimisation of its own (ROME and its kin).
+        one_by_one: Whether each request and each layer is optimised separately (ROME and its variants).
     """
     shapes = [model.edited_shape(layer) for layer in layers]
     batch = 1 if one_by_one else stream.batch
@@ -104,11 +104,11 @@ def solving(shapes: Sequence[Shape], batch: int, passes: int = 1) -> Work:
 
 
 def protecting(cost: Cost, kept: int, batch: int) -> Cost:
-    """Add what growing inverses cost.
+    """Add the costs of growing inverses.
 
     Args:
-        cost: Without them.
-        kept: Matrices of :math:`n^2` fp64 per layer that stay.
+        cost: Costs without them.
+        kept: Number of permanent matrices of :math:`n^2` fp64 per layer.
         batch: Requests of a step.
     """
     memory = {"protected keys": float(sum(kept * n * n * FP64 for _, n in cost.matrices))}
@@ -117,7 +117,7 @@ def protecting(cost: Cost, kept: int, batch: int) -> Cost:
 
 
 def with_statistics(cost: Cost, model: Shapes, layers: Sequence[int], moments: SecondMoments) -> Cost:
-    """Add what the second moments cost to take, at most: they may be kept already."""
+    """Add the cost of computing the second moments. This is an upper bound: they may be cached already."""
     if not moments.corpus:
         return cost
     shapes = cost.matrices
@@ -147,9 +147,9 @@ def training_cost(
     steps: int,
     batch_size: int,
 ) -> Cost:
-    r"""Return what a method costs that trains something by Adam on the targets of each edit.
+    r"""Return the costs of a method that trains parameters with Adam on the targets of each edit.
 
-    - memory for a moment: what is trained, its gradient and two moments of Adam, and what the backward pass keeps
+    - temporary memory: the trained parameters, their gradient, two moments of Adam, and the saved activations
     - training: ``steps`` passes from the lowest trained block upwards and back, after one pass up to it
 
     Args:

@@ -1,4 +1,4 @@
-"""The life of an edit stream on one module: what is written, where the stream is, and what is pending."""
+"""The state of an edit stream on one module: its matrices, its position, and what is pending."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from prune_lightning.spectral import NonFiniteChange
 from prune_lightning.types import EditReport, EditRequest, EditStep, norm_of_all
 
 Veto: TypeAlias = Callable[[EditStep], str | None]
-"""Looks at a step before it is written; returns why it must not be, or ``None``."""
+"""Checks a step before it is written; returns the reason to refuse it, or ``None``."""
 
 
 class Phase(StrEnum):
-    """Where a run is: ``new`` on the unedited model, ``editing``, or ``finished``."""
+    """The phase of a run: ``new`` on the unedited model, ``editing``, or ``finished``."""
 
     NEW = "new"
     EDITING = "editing"
@@ -36,24 +36,24 @@ class Phase(StrEnum):
 
 
 class EditRun:
-    """Owns the matrices under edit, the position in the stream, and what is pending.
+    """Owns the edited matrices, the position in the stream, and what is pending.
 
-    A step is ``begin_step``, ``apply`` and, once every callback has seen it, ``settle``. ``finish`` ends the stream.
-    What happens to the matrices in between is kept as events until :meth:`take_events` collects them for the ledger.
+    A step consists of ``begin_step``, ``apply`` and, after all callbacks, ``settle``. ``finish`` ends the stream. Each
+    change of a matrix is recorded as an event until :meth:`take_events` collects it for the ledger.
 
     Args:
-        modules: Returns the edited modules by the name of their weight; called once, when the matrices are first asked
-            for. The model has to be on its device by then.
-        memory: What the method remembers.
-        non_finite: What to do with an update that holds NaN or infinity; it is never written. ``skip`` it with a
-            warning, or ``raise``.
-        frozen: Context in which the method looks at the model.
+        modules: Returns the edited modules by the name of their weight. Called once, on the first access to the
+            matrices; the model has to be on its device by then.
+        memory: The method's memory of its edits.
+        non_finite: What to do with an update that holds NaN or infinity: ``skip`` it with a warning, or ``raise``. It
+            is never written.
+        frozen: Context in which the method runs the model.
 
     Attributes:
         phase: See :class:`Phase`.
         num_requests: Requests handled so far, refused ones included.
-        num_steps: Steps made so far.
-        last_report: What the latest step did.
+        num_steps: Number of steps so far.
+        last_report: Report of the latest step.
 
     Raises:
         UserError: An unknown policy.
@@ -83,7 +83,7 @@ class EditRun:
 
     @property
     def matrices(self) -> Mapping[str, EditedMatrix]:
-        """The matrices under edit, by the name of their weight."""
+        """The edited matrices, by the name of their weight."""
         if self._matrices is None:
             self._matrices = {
                 name: EditedMatrix(name, cast(nn.Parameter, module.weight), stores_transposed(module))
@@ -92,35 +92,35 @@ class EditRun:
         return self._matrices
 
     def to(self, device: torch.device) -> EditRun:
-        """Move what is kept of the matrices to where the model has gone, in place."""
+        """Move the state of the matrices to the model's new device, in place."""
         self._observed = to_device(self._observed, device)
         for name, matrix in (self._matrices or {}).items():
             matrix.parameter = cast(nn.Parameter, self._modules()[name].weight)  # some backends make new ones
             matrix.to(device)
         return self
 
-    # -- who takes part -------------------------------------------------------------------------------------------
+    # -- restraints and vetoes -------------------------------------------------------------------------------------
     def register_restraint(self, restraint: AttachedRestraint) -> None:
-        """Let a restraint take part: in what is evaluated, in undoing a step, and in :meth:`finish`."""
+        """Register a restraint for evaluation, for undoing steps, and for :meth:`finish`."""
         if restraint not in self._restraints:
             self._restraints.append(restraint)
 
     def register_veto(self, veto: Veto) -> None:
-        """Ask ``veto`` about each finite update before it is written; the first refusal counts."""
+        """Call ``veto`` on each finite update before it is written; the first refusal counts."""
         self._vetoes.append(veto)
 
     def remove_veto(self, veto: Veto) -> None:
-        """Ask no longer."""
+        """Remove a veto."""
         self._vetoes.remove(veto)
 
     @property
     def pending(self) -> bool:
-        """Whether a restraint has still to act on something."""
+        """Whether a restraint has not processed all steps yet."""
         return any(restraint.pending for restraint in self._restraints)
 
     @contextmanager
     def evaluation_view(self) -> Iterator[None]:
-        """Show the model as it would be if the run ended now; enter it around every evaluation."""
+        """Inside the block the model is as it would be if the run ended now; use it around every evaluation."""
         with ExitStack() as stack:
             for restraint in self._restraints:
                 stack.enter_context(restraint.evaluation_view())
@@ -128,18 +128,18 @@ class EditRun:
 
     # -- a step ---------------------------------------------------------------------------------------------------
     def begin_step(self) -> None:
-        """Begin a step: the events of the one before are dropped if nobody has taken them."""
+        """Begin a step. Events of the previous step that were not taken are dropped."""
         self.phase = Phase.EDITING
         self._unsettled, self._observed = None, {}
         for matrix in self.matrices.values():
             matrix.begin_step()
 
     def apply(self, step: EditStep, started: float) -> EditReport:
-        """Validate a step, ask whether it may be written, and write all of it or nothing.
+        """Validate a step, check the vetoes, and write all of it or nothing.
 
         Args:
-            step: What the method computed for the requests of the step.
-            started: ``time.perf_counter()`` when it began to.
+            step: The updates that the method computed for the step's requests.
+            started: ``time.perf_counter()`` at the start of that computation.
 
         Raises:
             ValueError: An update of a matrix that is not under edit, of another shape, or details that do not fit the
@@ -182,7 +182,7 @@ class EditRun:
         return "the update is not finite"
 
     def settle(self) -> Mapping[str, Tensor]:
-        """Let the method remember the step, on the model as every restraint has left it, and return what it observed.
+        """Add the step to the method's memory, on the model after every restraint, and return what it observed.
 
         The second call of a step returns the same.
         """
@@ -194,16 +194,16 @@ class EditRun:
         return self._observed
 
     def backup(self) -> StepBackup:
-        """Copy what the coming step is going to change; what the method remembers changes only in :meth:`settle`."""
+        """Copy what the next step will change. The method's memory changes only in :meth:`settle`."""
         matrices = {name: deepcopy(matrix.state_dict()) for name, matrix in self.matrices.items()}
         return StepBackup(matrices, [restraint.pending for restraint in self._restraints])
 
     def roll_back(self, before: StepBackup, reason: str) -> EditReport:
-        """Undo the latest step, whatever was restrained since. It still counts as handled, and as refused.
+        """Undo the latest step and any restraint since. Its requests still count as handled, and as refused.
 
         Args:
-            before: What :meth:`backup` returned before the step.
-            reason: Why.
+            before: The value of :meth:`backup` before the step.
+            reason: The reason, for the report.
         """
         assert self.last_report is not None
         assert self._unsettled is not None, "a step can be undone until it is settled"
@@ -216,7 +216,7 @@ class EditRun:
         return self.last_report
 
     def take_events(self) -> dict[str, list[MatrixEvent]]:
-        """Return what has happened to each matrix since this was called last, or since the step began."""
+        """Return the events of each matrix since the last call, or since the step began."""
         events = {name: matrix.journal for name, matrix in self.matrices.items()}
         for matrix in self.matrices.values():
             matrix.journal = []
@@ -224,27 +224,27 @@ class EditRun:
 
     # -- the ends -------------------------------------------------------------------------------------------------
     def finish(self) -> None:
-        """End the stream: restraints act on what is pending. The second call does nothing."""
+        """End the stream: restraints process what is pending. A second call does nothing."""
         if self.phase is Phase.EDITING:
             for restraint in self._restraints:
                 restraint.finish()
             self.phase = Phase.FINISHED
 
     def restore(self) -> None:
-        """Put the original weights back, bit for bit, and drop what the method remembers."""
+        """Restore the original weights, bit for bit, and clear the method's memory."""
         for matrix in self.matrices.values():
             matrix.restore()
         self._unsettled, self._observed = None, {}
         self._memory.forget()
 
     def restart(self) -> None:
-        """Go back to before the first edit. Restraints have to attach again."""
+        """Reset the run to before the first edit. Restraints have to attach again."""
         self.restore()
         self._start()
 
     # -- state ----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """Return what the edits so far have done; tensors are not copied."""
+        """Return the state of all edits so far; tensors are not copied."""
         return {
             "matrices": {name: matrix.state_dict() for name, matrix in self.matrices.items()},
             "memory": dict(self._memory.memory()),
@@ -253,14 +253,14 @@ class EditRun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], memory: bool = True) -> None:
-        """Replace the edits by those of :meth:`state_dict` and write the weights.
+        """Load a :meth:`state_dict` and write the weights.
 
         Args:
             state: See :meth:`state_dict`.
-            memory: Restore what the method remembers, too; only needed to edit further.
+            memory: Restore the method's memory, too; only needed for further edits.
 
         Raises:
-            UserError: The state holds other matrices.
+            UserError: The state is of other matrices.
         """
         if state["matrices"].keys() != self.matrices.keys():
             expected, found = (", ".join(sorted(names)) for names in (self.matrices, state["matrices"]))
@@ -273,6 +273,6 @@ class EditRun:
         self.move_to(state["num_requests"], state["num_steps"])
 
     def move_to(self, num_requests: int, num_steps: int) -> None:
-        """Set the position in the stream, after edits were put back by a replay."""
+        """Set the position in the stream after a replay restored edits."""
         self.num_requests, self.num_steps = num_requests, num_steps
         self.phase = Phase.EDITING if num_steps else Phase.NEW

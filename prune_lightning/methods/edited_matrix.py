@@ -1,4 +1,4 @@
-"""One weight matrix under edit: its original, the accumulated change in full precision, the weight as it runs."""
+"""One edited weight matrix: its original, the accumulated change in full precision, and the live weight."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate
 
 @dataclass(frozen=True)
 class MatrixEvent:
-    """One thing that happened to a matrix under edit.
+    """One change of an edited matrix.
 
     Args:
-        kind: ``add`` an update, ``subtract`` a correction for good, ``withhold`` one from the weight (in place of what
-            was withheld before).
-        change: The update or correction; ``None`` to withhold nothing any more.
-        recomputed: The correction was not kept: whoever replays the event has the restraint compute it again.
+        kind: ``add`` an update, ``subtract`` a correction permanently, or ``withhold`` one from the weight (replacing
+            the previously withheld one).
+        change: The update or correction; ``None`` if nothing is withheld any more.
+        recomputed: The correction was not stored; a replay has the restraint compute it again.
     """
 
     kind: str
@@ -32,20 +32,20 @@ class MatrixEvent:
 
 
 class EditedMatrix:
-    r"""Keeps :math:`W = W_0 + \Delta - A B^\top`: the sum of the updates, less what a restraint withholds.
+    r"""Keeps :math:`W = W_0 + \Delta - A B^\top`: the sum of the updates minus what a restraint withholds.
 
     The change is kept in fp32 at least and cast to the weight's dtype once per write. All matrices are handled as
-    ``out_features x in_features``; a ``Conv1D`` weight is turned on reading and writing.
+    ``out_features x in_features``; a ``Conv1D`` weight is transposed on reading and writing.
 
     Args:
         name: Qualified name of the weight.
         parameter: The live weight.
-        transposed: The weight is stored ``in x out``.
+        transposed: Whether the weight is stored ``in x out``.
 
     Attributes:
-        change: :math:`\Delta`, the sum of the updates; a restraint that carries its result on changes it.
+        change: :math:`\Delta`, the sum of the updates, less what a restraint has subtracted.
         withheld: :math:`A B^\top`, or ``None``.
-        journal: What this step did to the matrix, in order.
+        journal: The events of this step, in order.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, transposed: bool) -> None:
@@ -60,7 +60,7 @@ class EditedMatrix:
         self._last: MatrixUpdate | None = None
 
     def to(self, device: torch.device) -> EditedMatrix:
-        """Move what is kept of the matrix to where the live weight has gone, in place."""
+        """Move the state to the device of the live weight, in place."""
         self._original, self.change = self._original.to(device), self.change.to(device)
         self.withheld, self._last = to_device((self.withheld, self._last), device)
         self.journal = [replace(event, change=to_device(event.change, device)) for event in self.journal]
@@ -78,17 +78,17 @@ class EditedMatrix:
         return self._turned(self.parameter.detach())
 
     def delta(self) -> Tensor:
-        """Return the change that the live weight carries, as it was before the cast to the weight's dtype."""
+        """Return the change of the live weight, before the cast to the weight's dtype."""
         delta = torch.empty_like(self.change.master)
         self.change.write(delta, correction=self.withheld)
         return delta
 
     def begin_step(self) -> None:
-        """Forget what the step before did."""
+        """Clear the events of the previous step."""
         self._last, self.journal = None, []
 
     def step(self) -> Tensor:
-        """Return the update of this step as it was computed; zero if none was written."""
+        """Return the update of this step as computed; zero if none was written."""
         return torch.zeros_like(self.change.master) if self._last is None else self._last.dense().to(self.change.master)
 
     def can_hold(self, update: MatrixUpdate) -> bool:
@@ -96,7 +96,7 @@ class EditedMatrix:
         return update.is_finite() and update.norm() < torch.finfo(self.parameter.dtype).max
 
     def add(self, update: MatrixUpdate) -> None:
-        """Accumulate one update and write the weight."""
+        """Add an update and write the weight."""
         self._last = update
         self._do(MatrixEvent("add", update))
 
@@ -107,7 +107,7 @@ class EditedMatrix:
 
     @contextmanager
     def withholding(self, correction: LowRankUpdate | None) -> Iterator[None]:
-        """Write the weight without ``correction`` inside the block; every bit is put back."""
+        """Write the weight without ``correction`` inside the block, then restore it bit for bit."""
         before = self.withheld
         self.withheld = correction
         self.write()
@@ -118,7 +118,7 @@ class EditedMatrix:
             self.write()
 
     def subtract(self, correction: LowRankUpdate | Tensor) -> None:
-        """Take ``correction`` away from the change for good and write the weight."""
+        """Subtract ``correction`` from the change permanently and write the weight."""
         self._do(MatrixEvent("subtract", DenseUpdate(correction) if isinstance(correction, Tensor) else correction))
 
     def _do(self, event: MatrixEvent) -> None:
@@ -138,9 +138,9 @@ class EditedMatrix:
             self.change.subtract(event.change.matrix if isinstance(event.change, DenseUpdate) else event.change)
 
     def replay(self, events: Iterable[MatrixEvent]) -> None:
-        """Do again, bit for bit, what an earlier step did; :meth:`write` writes the weight afterwards.
+        """Repeat the events of an earlier step, bit for bit; call :meth:`write` afterwards to write the weight.
 
-        Corrections that were not kept are left to the caller.
+        Corrections that were not stored are left to the caller.
         """
         for event in events:
             if event.kind == "add":
@@ -150,12 +150,12 @@ class EditedMatrix:
                 self._apply(event)
 
     def write(self) -> None:
-        """Write the weight from the change and what is withheld of it."""
+        """Write the weight from the change and the withheld part."""
         self.change.write(self.weight(), self.original(), self.withheld)
 
     @torch.no_grad()
     def add_provisionally(self, update: MatrixUpdate) -> None:
-        """Change the live weight only; whoever does so puts it back (see ``EditingModule.provisional``)."""
+        """Change the live weight only; the caller restores it (see ``EditingModule.provisional``)."""
         changed = torch.empty_like(self.change.master)
         self.change.write(changed, self.original(), self.withheld)
         update.add_to(changed)
@@ -163,15 +163,15 @@ class EditedMatrix:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back to the original weight, bit for bit."""
+        """Restore the original weight, bit for bit."""
         self._start()
         self.parameter.copy_(self._original)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the change, what is withheld of it, and then the weight itself; the original is not part of it.
+        """Return the change, the withheld part and the weight, but not the original.
 
-        The weight follows from the other two, but for rounding: a product of factors need not come out equal bit for
-        bit in another process. A sum does.
+        The weight is stored because recomputing it need not give the same bits: a product of factors can round
+        differently in another process.
         """
         state = {f"change.{name}": tensor for name, tensor in self.change.state_dict().items()}
         if self.withheld is not None:
@@ -180,7 +180,7 @@ class EditedMatrix:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the change by what :meth:`state_dict` returned and write the weight, bit for bit."""
+        """Load a :meth:`state_dict` and write the weight, bit for bit."""
         self._start()
         part = "change."
         self.change.load_state_dict({n.removeprefix(part): t for n, t in state.items() if n.startswith(part)})
@@ -193,9 +193,9 @@ class EditedMatrix:
             self.write()
 
     def rounding_loss(self) -> float:
-        r"""Return what the cast to the weight's dtype lost, :math:`\|W - (W_0+\Delta)\|_F / \|\Delta\|_F`.
+        r"""Return the relative error of the cast, :math:`\|W - (W_0+\Delta)\|_F / \|\Delta\|_F`.
 
-        Zero for a change of zero, and for weights in full precision. In 16-bit weights small updates drown in it.
+        It is zero for a zero change and for weights in full precision. In 16-bit weights it can exceed small updates.
         """
         if self.parameter.dtype == self.change.master.dtype:
             return 0.0

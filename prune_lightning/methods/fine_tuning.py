@@ -20,9 +20,9 @@ from prune_lightning.types import DenseUpdate, EditRequest
 
 
 class FineTuning(EditingModule):
-    r"""Train the down-projections of some layers by Adam until the model says the targets.
+    r"""Train the down-projections of some layers with Adam until the model generates the targets.
 
-    Two things vary, and two papers' names for them clash:
+    The variants differ in loss and constraint; published names are not consistent:
 
     ========================  ===================  ==========================
     constraint \ loss         ``target``           ``prompt_last``
@@ -33,12 +33,12 @@ class FineTuning(EditingModule):
 
     See :class:`~.target_batch.TargetBatch` for the losses. The constraint (Zhu et al. 2020,
     https://arxiv.org/abs/2012.00363) keeps :math:`\lVert W - \bar W \rVert_\infty \le \epsilon`, enforced after each
-    step. The published code takes for :math:`\bar W` the weight as it is when an edit begins, so that a stream of N
-    edits can drift by :math:`N\epsilon`; ``anchor=original`` holds the whole stream within :math:`\epsilon`.
+    step. In the published code :math:`\bar W` is the weight at the start of an edit, so that a stream of N edits can
+    drift by :math:`N\epsilon`; ``anchor=original`` keeps the whole stream within :math:`\epsilon`.
 
-    An edit makes at most ``steps`` passes over its requests, ``batch_size`` at a time. What is trained is the change,
-    in fp32 at least; a 16-bit model runs with the sum rounded once. Biases stay (the published code trains the
-    down-projection's bias along where there is one). Every process of a distributed run computes the same update.
+    An edit makes at most ``steps`` passes over its requests, ``batch_size`` at a time. The change is trained in fp32 at
+    least; a 16-bit model runs with the sum rounded once. Biases are not trained (the published code also trains the
+    down-projection's bias if there is one). Every process of a distributed run computes the same update.
 
     Args:
         language_model: The model to edit.
@@ -49,7 +49,7 @@ class FineTuning(EditingModule):
         steps: Passes over the requests.
         learning_rate: Adam's learning rate.
         batch_size: Requests per step of Adam.
-        skip_loss: No step is made where the loss of a batch is below this.
+        skip_loss: Skip the step of a batch whose loss is below this.
         stop_loss: Stop after a pass with a mean loss below this.
         fast: Run only what depends on the trained weights. The plain path computes the same from the whole model.
         kwargs: See :class:`~.base.EditingModule`.
@@ -115,7 +115,7 @@ class FineTuning(EditingModule):
         )
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, DenseUpdate], list[dict[str, Any]]]:
-        """Return what the training moved each weight by, dense."""
+        """Return the trained change of each weight, dense."""
         matrices = dict(zip(self.layers, self.edited_matrices().values(), strict=True))
         carried = {layer: matrix.delta() for layer, matrix in matrices.items()}
         base = {layer: carried[layer] + matrix.original() for layer, matrix in matrices.items()}
@@ -125,7 +125,7 @@ class FineTuning(EditingModule):
         batches = [TargetBatch(self.language_model, chunk, self.loss) for chunk in chunks]
         problems = [self._problem(batch, base) for batch in batches]
         optimizer = torch.optim.Adam(changes.values(), lr=self.learning_rate)
-        history: list[Tensor] = []  # per pass, the loss of each request before the step of its batch
+        history: list[Tensor] = []  # per pass, the loss of each request before its batch's step
         made = [0] * len(chunks)
         for _ in range(self.steps):
             losses = []
@@ -150,7 +150,7 @@ class FineTuning(EditingModule):
         return {matrices[layer].name: DenseUpdate(change.detach()) for layer, change in changes.items()}, details
 
     def _bounds(self, carried: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return between which matrices the change may lie, given the one that the weight carries already."""
+        r"""Return the lower and upper bound of the change, given the change that the weight already has."""
         assert self.epsilon is not None
         centre = -carried if self.anchor == "original" else torch.zeros_like(carried)
         return centre - self.epsilon, centre + self.epsilon
@@ -162,7 +162,7 @@ class FineTuning(EditingModule):
             changes[layer].clamp_(lowest, highest)
 
     def _problem(self, batch: TargetBatch, base: dict[int, Tensor]) -> WeightProblem:
-        """Return the fast path unless it has been found not to say what the whole model says."""
+        """Return the fast path, unless its logits differ from those of the whole model."""
 
         def upper() -> WeightProblem | None:
             problem = UpperWeights(self.language_model, self.layers[0], batch)
@@ -174,6 +174,6 @@ class FineTuning(EditingModule):
 
     @torch.no_grad()
     def _fits(self, problem: WeightProblem, batch: TargetBatch, base: dict[int, Tensor]) -> bool:
-        """Whether both paths answer alike to other weights than the present ones."""
+        """Whether both paths give the same logits for other weights than the present ones."""
         others = {layer: 1.1 * weight for layer, weight in base.items()}
         return agrees(problem.logits(others), WholeWeights(self.language_model, batch).logits(others))

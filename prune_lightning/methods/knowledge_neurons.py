@@ -25,21 +25,21 @@ from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 Neuron = tuple[int, int]  # layer, index
-_STEP = 0.05  # of the share of prompts, where it is adjusted
+_STEP = 0.05  # by which the share of prompts is adjusted
 
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """Which neurons are taken for the knowledge neurons of a fact.
+    """How the knowledge neurons of a fact are selected.
 
     Args:
-        threshold: A prompt's coarse set are the neurons whose attribution is above this share of the largest one over
-            all layers.
-        refine: Keep of the coarse sets of prompt and paraphrases what they share. The paraphrases are those that
-            generalization is scored on.
+        threshold: The coarse set of a prompt consists of the neurons whose attribution is above this share of the
+            largest one over all layers.
+        refine: Keep only neurons that the coarse sets of prompt and paraphrases share. These are the same paraphrases
+            on which generalization is scored.
         share: A neuron is kept if it is in the coarse sets of more than this share of the prompts.
-        wanted: Smallest and largest number of neurons; ``share`` is lowered or raised by 0.05 until it is met, the
-            last neurons never being dropped. ``None`` leaves ``share`` as it is.
+        wanted: Smallest and largest number of neurons; ``share`` is lowered or raised in steps of 0.05 until the number
+            is in this range, but never to an empty set. ``None`` leaves ``share`` as it is.
     """
 
     threshold: float = 0.2
@@ -71,7 +71,7 @@ def coarse_set(attributions: Mapping[int, Tensor], threshold: float) -> set[Neur
 
 
 def largest(attributions: Mapping[int, Tensor]) -> float:
-    """Return the largest attribution over all layers; NaN if there is any."""
+    """Return the largest attribution over all layers; NaN if any is NaN."""
     return float(torch.stack([values.max() for values in attributions.values()]).max())
 
 
@@ -100,7 +100,7 @@ def refined_set(coarse: Sequence[set[Neuron]], options: SelectionOptions) -> set
 
 
 class KnowledgeNeurons(EditingModule):
-    r"""Write the new answer into the value slots of the neurons that the old one comes from.
+    r"""Write the new answer into the value slots of the neurons that express the old one.
 
     The neurons are found by integrated gradients (:func:`~.neuron_attribution.integrated_gradients`) of the old
     answer's probability, a mean over its tokens, then filtered. Their columns of the down-projection become
@@ -108,13 +108,13 @@ class KnowledgeNeurons(EditingModule):
     .. math:: w_n \leftarrow w_n - \lambda_1 \sum_j e(\hat y_j) + \lambda_2 \sum_j e(y^*_j)
 
     with :math:`e` the input embedding, :math:`y^*` the new answer and :math:`\hat y` as many tokens of the model's own
-    (Dai et al. 2022, section 5.1, and the public code for decoders). All columns of a layer change by the same
+    answer (Dai et al. 2022, section 5.1, and the public code for decoders). All columns of a layer change by the same
     vector, so the update has rank one per request and layer; layers without such a neuron keep every bit. The requests
     of a batch are attributed on the model before it.
 
     Args:
         language_model: The model to edit.
-        layers: Layers whose neurons are looked at; all by default.
+        layers: Layers whose neurons are attributed; all by default.
         attribution: How neurons are attributed.
         selection: Which of them are edited.
         old_weight: :math:`\lambda_1`; the paper has 1.
@@ -153,7 +153,7 @@ class KnowledgeNeurons(EditingModule):
     def unusable(cls, request: EditRequest) -> str | None:
         """Refuse a request without an old answer."""
         if request.target_old is None:
-            return "KN looks for the neurons of the old answer; give the record `target_old`"
+            return "KN edits the neurons of the old answer; give the record `target_old`"
         return None
 
     @classmethod
@@ -168,8 +168,9 @@ class KnowledgeNeurons(EditingModule):
     ) -> Cost:
         """Return the costs of the attribution, prompt by prompt without paraphrases.
 
-        Every token of the old answer is a pass over the prompt and, for each layer, single tokens at every point
-        through the blocks above and back. Their mean over the layers is that of the lowest and the highest one.
+        Each token of the old answer needs one pass over the prompt and, for each layer and each point, a forward and
+        backward pass of a single token through the blocks above. The mean over layers is that of the lowest and the
+        highest one.
         """
         wanted = list(range(model.num_layers)) if layers is None else list(layers)
         points, tokens = (attribution or AttributionOptions()).steps, max(1, round(stream.target))
@@ -184,7 +185,7 @@ class KnowledgeNeurons(EditingModule):
         )
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
-        """Return one update of rank one per request and layer with a selected neuron, side by side."""
+        """Return one rank-one update per request and layer with a selected neuron, concatenated."""
         for request in requests:
             if reason := self.unusable(request):
                 raise UserError(f"case {request.case_id}: {reason}")
@@ -200,7 +201,7 @@ class KnowledgeNeurons(EditingModule):
         return {name(layer): LowRankUpdate.sum(updates[layer]) for layer in sorted(updates)}, [d for _, d in found]
 
     def _locate(self, request: EditRequest) -> dict[str, Any]:
-        """Return the knowledge neurons of a fact, with what there is to tell."""
+        """Return the knowledge neurons of a fact and the details to report."""
         start = time.perf_counter()
         assert request.target_old is not None
         old = request.target_old
@@ -221,11 +222,11 @@ class KnowledgeNeurons(EditingModule):
 
     @torch.no_grad()
     def _change(self, request: EditRequest) -> Tensor:
-        """Return what is added to the column of each neuron, shape ``(out_features,)``, fp64."""
+        """Return the change of each neuron's column, shape ``(out_features,)``, fp64."""
         (pair,) = self.language_model.tokens.encode_pairs([request.pair()])
-        (said,) = greedy_tokens(self.language_model, [pair.ids[: pair.target_start]], [len(pair.target)])
+        (generated,) = greedy_tokens(self.language_model, [pair.ids[: pair.target_start]], [len(pair.target)])
         factor = self.single_token_factor if len(pair.target) == 1 else 1.0
-        old, new = (self._embeddings()[tokens].double().sum(0) for tokens in (said, pair.target))
+        old, new = (self._embeddings()[tokens].double().sum(0) for tokens in (generated, pair.target))
         return factor * (self.new_weight * new - self.old_weight * old)
 
     def _embeddings(self) -> Tensor:

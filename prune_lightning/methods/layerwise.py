@@ -1,4 +1,4 @@
-"""What MEMIT, EMMET and AlphaEdit share: value targets at the last layer, spread over the layers from below."""
+"""Shared by MEMIT, EMMET and AlphaEdit: value targets at the last layer, spread over the layers from below."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from prune_lightning.types import EditRequest, LowRankUpdate
 class LayerwiseEdit(LocateThenEdit):
     r"""Base of the batch methods. A method says how keys and residuals of one layer become an update.
 
-    The values :math:`Z` are optimised at the last layer's output, on the model before the batch. Then, layer by layer
-    from below, each seeing the ones before already edited, :math:`\Delta_l` shall map the keys :math:`K_l` to
+    The values :math:`Z` are optimised at the last layer's output, on the model before the batch. Then the layers are
+    edited from below, each with the lower ones already edited. :math:`\Delta_l` maps the keys :math:`K_l` to
 
     .. math:: R_l = (Z - H)/(q - l + 1),
 
-    the residual against the present hidden states, shared out over the layers that are still to come; divided by the
-    constant by which the architecture multiplies the MLP's output, if there is one.
+    the residual of the present hidden states, divided among the remaining layers, and by the constant by which the
+    architecture multiplies the MLP's output, if there is one.
     """
 
     one_by_one: ClassVar[bool] = False
@@ -54,7 +54,7 @@ class LayerwiseEdit(LocateThenEdit):
                 assert clean.hidden is not None
                 residual = (values.target.double() - clean.hidden).T / (len(self.layers) - position) / multiplier
                 updates[name] = self.solve(layer, keys.T, residual)
-                if layer != self.layers[-1]:  # nothing is read behind the last one
+                if layer != self.layers[-1]:  # nothing is read after the last one
                     matrix.add_provisionally(updates[name])
         return updates, values.details
 
@@ -69,6 +69,6 @@ def mixed(clean: Tensor, prefixed: Tensor) -> Tensor:
 
     Args:
         clean: Shape ``(b, in_features)``.
-        prefixed: Shape ``(b, prefixes, in_features)``; there may be none.
+        prefixed: Shape ``(b, prefixes, in_features)``; ``prefixes`` may be zero.
     """
     return (clean + prefixed.mean(1)) / 2 if prefixed.shape[1] else clean

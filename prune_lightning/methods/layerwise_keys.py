@@ -1,4 +1,4 @@
-"""Keys at the subject, layer by layer from below, while the layers are edited one after another."""
+"""Reads keys at the subject, layer by layer from below, while the layers are edited one after another."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from prune_lightning.models.packing import pack
 
 
 class LayerwiseKeyReader:
-    """Reads keys upwards; each pass begins at the layer of the one before, whose input no edit since can have changed.
+    """Reads keys from the lowest layer up.
+
+    Each pass starts at the last layer read, whose input later edits do not change.
 
     Args:
         model: The language model.
         rows: Token rows that end at the subject's last token.
-        until: If given, every pass runs on to this block, and :attr:`hidden` is its output.
+        until: If given, every pass runs up to this block, and :attr:`hidden` is its output.
 
     Attributes:
         hidden: Output of block ``until`` at the subject in the latest pass, shape ``(rows, width)``, fp64.
@@ -40,7 +42,7 @@ class LayerwiseKeyReader:
         """Return the input of the down-projection of ``layer`` at the subject, shape ``(rows, in_features)``, fp64.
 
         Args:
-            layer: Above the layer of the call before.
+            layer: Must be above the layer of the previous call.
         """
         model = self.model
         outputs: list[nn.Module] = [] if self.until is None else [model.block(self.until)]

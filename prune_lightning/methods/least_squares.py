@@ -1,4 +1,4 @@
-r"""The linear algebra of the batch methods: write keys and residuals at the least cost to all other keys."""
+r"""The linear algebra of the batch methods: map keys to residuals with the least change for all other keys."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RecursiveInverse:
     Time and memory per update do not grow with the number of keys.
 
     Args:
-        inverse: :math:`Q`, symmetric, shape ``(n, n)``; taken over.
+        inverse: :math:`Q`, symmetric, shape ``(n, n)``; modified in place.
     """
 
     def __init__(self, inverse: Tensor) -> None:
@@ -55,11 +55,11 @@ class RecursiveInverse:
         return self.inverse @ keys
 
     def add(self, keys: Tensor) -> None:
-        """Take up keys ``(n, b)``."""
+        """Add keys ``(n, b)``."""
         solved = self.solve(keys)
         system = keys.T @ solved
         system = (system + system.T) / 2
         system.diagonal().add_(1.0)
-        # A product of a matrix with its own transpose: Q stays symmetric to the last bit but for rounding of the sum.
+        # A product of a matrix with its own transpose: Q stays exactly symmetric up to the rounding of the sum.
         half = torch.linalg.solve_triangular(torch.linalg.cholesky(system), solved.T, upper=False)
         self.inverse.addmm_(half.T, half, alpha=-1)

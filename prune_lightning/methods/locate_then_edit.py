@@ -1,4 +1,4 @@
-"""What ROME, MEMIT and their kin share: context prefixes, keys at the subject, value targets, second moments."""
+"""Shared by ROME, MEMIT and their variants: context prefixes, keys at the subject, value targets, second moments."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LocateThenEdit(EditingModule):
         kwargs: See :class:`~.base.EditingModule`.
 
     Attributes:
-        one_by_one: Each request and each layer has a value optimisation of its own.
+        one_by_one: Whether each request and each layer has its own value optimisation.
     """
 
     one_by_one: ClassVar[bool] = True
@@ -56,14 +56,14 @@ class LocateThenEdit(EditingModule):
         self.moments: dict[int, SecondMoment] = {}
 
     def prepare(self) -> None:
-        """Sample the prefixes and take the second moments on the unedited model."""
+        """Sample the prefixes and compute the second moments on the unedited model."""
         if not self.moments:
-            # Sampled on each process from the same seed; the first one's are everybody's, whatever the devices round.
+            # Every process samples with the same seed, but rounding can differ, so all use those of rank 0.
             self.prefixes = ("", *broadcast(sample_prefixes(self.language_model, self.contexts)))
             self.moments = self.second_moments.compute(self.language_model, self.layers, self.clock)
 
     def summary(self) -> dict[str, Any]:
-        """Return also the prefixes that were sampled."""
+        """Return the summary with the sampled prefixes."""
         return {**super().summary(), "context_prefixes": list(self.prefixes)}
 
     @classmethod
@@ -94,7 +94,7 @@ class LocateThenEdit(EditingModule):
 
         Args:
             requests: ``b`` requests.
-            layers: Layers whose keys are wanted; all edited ones by default.
+            layers: Layers whose keys to return; all edited ones by default.
 
         Returns:
             Per layer the input of the down-projection, shape ``(b, c, in_features)`` for ``c`` prefixes, fp64.
@@ -106,7 +106,7 @@ class LocateThenEdit(EditingModule):
     def walk(
         self, requests: Sequence[EditRequest], prefixes: Sequence[str], until: int | None = None
     ) -> LayerwiseKeyReader:
-        """Return a walk over the rows of ``requests`` under ``prefixes``, a request's rows together."""
+        """Return a key reader for the rows of ``requests`` with ``prefixes``; a request's rows are adjacent."""
         model = self.language_model
         return LayerwiseKeyReader(model, [key_row(model, request, p) for request in requests for p in prefixes], until)
 
@@ -119,7 +119,7 @@ class LocateThenEdit(EditingModule):
         ]
 
     def optimise(self, requests: Sequence[EditRequest], site: ShiftSite) -> Values:
-        """Optimise the value of each request with the shift entering at ``site``, shared out over the processes."""
+        """Optimise the value of each request with a shift at ``site``, divided among the processes."""
 
         def work(part: Sequence[EditRequest]) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
             values = optimise_values(self.language_model, self.rows(part), site, self.value)

@@ -29,10 +29,10 @@ ADAPTER = "edit"
 class LoRA(EditingModule):
     r"""Train :math:`\Delta = \frac{\alpha}{r} B A` on the cross-entropy of the targets and merge it into the weights.
 
-    Adapters are ``peft``'s and sit in the model only while an edit is computed: their factors become the update, and
-    the model's own modules are put back. They are trained in fp32 at least, with their dropout on and the model's off.
-    By default each edit has adapters of its own; ``keep=true`` trains the same ones on, as EasyEdit's do, and writes
-    the difference. There is no early stop, as published. Every process of a distributed run computes the same update.
+    The ``peft`` adapters are in the model only while an edit is computed: their factors become the update, and the
+    model's own modules are restored. They are trained in fp32 at least, with their dropout on and the model's off. By
+    default each edit has new adapters; ``keep=true`` continues to train the same ones, as EasyEdit does, and writes the
+    difference. There is no early stopping, as published. Every process of a distributed run computes the same update.
 
     Args:
         language_model: The model to edit.
@@ -41,12 +41,12 @@ class LoRA(EditingModule):
             down-projection.
         rank: :math:`r`.
         alpha: :math:`\alpha`.
-        dropout: Dropout of what enters :math:`A` in training.
+        dropout: Dropout of the input of :math:`A` in training.
         steps: Passes over the requests of an edit.
         learning_rate: Adam's learning rate.
         batch_size: Requests per step of Adam.
         keep: Train one set of adapters throughout the stream.
-        seed: Seed of the initial :math:`A` and of the dropout, together with the number of edits before.
+        seed: Seed of the initial :math:`A` and of the dropout; combined with the number of earlier edits.
         fast: Run only the blocks with adapters, and those above. The plain path computes the same from the whole model.
         kwargs: See :class:`~.base.EditingModule`.
 
@@ -83,9 +83,9 @@ class LoRA(EditingModule):
         self.steps, self.learning_rate, self.batch_size = steps, learning_rate, batch_size
         self.keep, self.seed, self.fast = keep, seed, fast
         self._modules_by_name = self._find_modules()
-        self._kept: dict[str, Tensor] = {}  # parameters of the adapters that are trained on
+        self._kept: dict[str, Tensor] = {}  # parameters of the adapters under `keep`
         self._candidate: dict[str, Tensor] = {}
-        self._merged: dict[str, LowRankUpdate] = {}  # what these have come to
+        self._merged: dict[str, LowRankUpdate] = {}  # their merged updates
         self._new: dict[str, LowRankUpdate] = {}
         self._remembered: dict[str, Tensor] = {}
 
@@ -136,13 +136,13 @@ class LoRA(EditingModule):
 
     # -- one edit -------------------------------------------------------------------------------------------------
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
-        """Return the merged adapters; kept ones as the difference to what has been written of them before."""
+        """Return the merged adapters; under ``keep``, their difference to what was written before."""
         chunks = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
         with self._own_randomness(), self.provisional():
             for name, update in self._merged.items():
                 self.edited_matrices()[name].add_provisionally(negative(update))
             with self._adapters(self.steps * len(chunks)) as tuner:
-                self._take_up(self._kept)
+                self._load(self._kept)
                 losses = self._train(tuner, chunks)
                 self._new = {name: self.merged(self.adapted(name)) for name in self.edited_matrices()}
                 self._candidate = {name: p.detach().clone() for name, p in self._trained()}
@@ -153,14 +153,14 @@ class LoRA(EditingModule):
         return updates, [{"steps": self.steps, "losses": of_request} for of_request in losses.T.tolist()]
 
     def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
-        """Return the adapters that have just been written, and what they come to, if they are kept."""
+        """Return, under ``keep``, the adapters that were just written and their merged updates."""
         if not self.keep:
             return {}
         written = {f"{side} {name}": getattr(u, side) for name, u in self._new.items() for side in ("left", "right")}
         return {f"adapter {name}": tensor for name, tensor in self._candidate.items()} | written
 
     def remember(self, observed: Mapping[str, Tensor]) -> None:
-        """Go on with these adapters."""
+        """Continue with these adapters."""
         kinds: dict[str, dict[str, Tensor]] = {"adapter": {}, "left": {}, "right": {}}
         for name, tensor in observed.items():
             kind, _, rest = name.partition(" ")
@@ -174,16 +174,16 @@ class LoRA(EditingModule):
         return self._remembered
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Go on with kept adapters."""
+        """Continue with these adapters."""
         self.remember(memory)
 
     def forget(self) -> None:
-        """Begin with new adapters."""
+        """Start with new adapters."""
         self._kept, self._merged, self._remembered = {}, {}, {}
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Draw the same numbers for the same edit on every process, and leave the others' as they were."""
+        """Seed the generators by the edit's number, alike on every process, and restore them after the block."""
         device = self.language_model.device
         with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
             torch.manual_seed(self.seed + self.run.num_requests)
@@ -191,9 +191,9 @@ class LoRA(EditingModule):
 
     @contextmanager
     def _adapters(self, total_steps: int) -> Iterator[LoraModel]:
-        """Wrap the edited modules inside the block; afterwards the model's own are back in their places."""
+        """Wrap the edited modules in adapters inside the block, then restore the model's own."""
         self.edited_matrices()
-        refuse_adapters(self.language_model.model)  # unloading ours would take the user's along
+        refuse_adapters(self.language_model.model)  # unloading ours would remove the user's, too
         tuner = self.inject(self.language_model.model, total_steps)
         try:
             cast_adapter_dtype(self.language_model.model, ADAPTER)
@@ -203,15 +203,15 @@ class LoRA(EditingModule):
             tuner.unload()
 
     def adapted(self, name: str) -> Any:
-        """Return ``peft``'s layer in the place of an edited module, while there is one."""
+        """Return ``peft``'s layer that wraps an edited module."""
         return self.language_model.model.get_submodule(name.removesuffix(".weight"))
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        # By name: AdaLoRA's divisor, a constant, comes to require a gradient when peft casts it from single precision.
+        # By name: peft's cast from single precision makes AdaLoRA's divisor, a constant, require a gradient.
         return [(n, p) for n, p in self.language_model.model.named_parameters() if LoraModel.prefix in n]
 
     @torch.no_grad()
-    def _take_up(self, kept: Mapping[str, Tensor]) -> None:
+    def _load(self, kept: Mapping[str, Tensor]) -> None:
         for name, parameter in self._trained() if kept else ():
             parameter.copy_(kept[name])
 
@@ -238,7 +238,7 @@ class LoRA(EditingModule):
         return torch.stack(history)
 
     def _forward(self, batch: TargetBatch) -> Callable[[], Tensor]:
-        """Return what gives the logits: from the first block with adapters on, if there are blocks below it."""
+        """Return a function that computes the logits, starting at the first block with adapters if possible."""
 
         @torch.no_grad()
         def upper() -> Callable[[], Tensor] | None:
@@ -249,9 +249,9 @@ class LoRA(EditingModule):
             return fast
         return lambda: self.language_model.logits_at(batch.ids, batch.mask, batch.rows, batch.positions)
 
-    # -- what other kinds of adapters do otherwise ----------------------------------------------------------------
+    # -- hooks for other kinds of adapters ------------------------------------------------------------------------
     def settings(self) -> dict[str, Any]:
-        """Return what all kinds of adapters are configured with."""
+        """Return the configuration that all kinds of adapters share."""
         transposed = any(stores_transposed(module) for module in self.edited_modules().values())
         return {
             "target_modules": [name.removesuffix(".weight") for name in self.edited_modules()],
@@ -261,7 +261,7 @@ class LoRA(EditingModule):
         }
 
     def inject(self, model: nn.Module, total_steps: int) -> LoraModel:
-        """Put adapters into ``model``, which will be trained for ``total_steps``."""
+        """Add adapters, which will be trained for ``total_steps``, to ``model``."""
         return LoraModel(model, {ADAPTER: LoraConfig(r=self.rank, **self.settings())}, ADAPTER)
 
     def merged(self, module: Any) -> LowRankUpdate:
@@ -270,11 +270,11 @@ class LoRA(EditingModule):
         return LowRankUpdate(left.detach() * module.scaling[ADAPTER], right.detach().clone())
 
     def penalty(self) -> Tensor | float:
-        """Return what is added to the loss."""
+        """Return the term to add to the loss."""
         return 0.0
 
     def stepped(self, tuner: LoraModel, step: int) -> None:
-        """Take note of a step of Adam; gradients are still there."""
+        """Called after each step of Adam, while gradients are still there."""
 
 
 def negative(update: LowRankUpdate) -> LowRankUpdate:

@@ -23,7 +23,7 @@ class MEMIT(KeyProtectingEdit):
     Args:
         ridge: :math:`\lambda`, the weight of the second moment (``mom2_update_weight``).
         accumulate_past_keys: Protect earlier edits: add :math:`\sum \tilde K \tilde K^\top` over the keys of all
-            batches so far, as they are after their batch was written ("MEMIT-seq" in AlphaEdit's comparison).
+            batches so far, read after their batch was written ("MEMIT-seq" in AlphaEdit's comparison).
         kwargs: See :class:`~.locate_then_edit.LocateThenEdit`.
     """
 

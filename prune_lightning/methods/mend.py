@@ -27,26 +27,27 @@ class MEND(EditingModule):
               [\tilde u_t; \tilde\delta_t] = g_\ell(u_t, \delta_t), \qquad
               \delta_t = \frac{\partial}{\partial y_t} \frac1T \sum_j -\log p(t_j)
 
-    with :math:`u_t` what enters the matrix at token :math:`t` and :math:`y_t` what leaves it, under the present
-    weights. The tokens are those up to the target's last one, so the rank of an update is their number. A batch of
-    requests gives one update from the mean over all target tokens: each edit of ``B`` weighs ``1/B`` of what it weighs
-    alone, and the network should have been trained with as many (``editor_data.edits_per_update``).
+    with :math:`u_t` the input of the matrix at token :math:`t` and :math:`y_t` its output, under the present weights.
+    The tokens are those up to the target's last one, and their number is the rank of an update. A batch of requests
+    gives one update from the mean over all target tokens, so each of ``B`` edits has ``1/B`` of its single weight; the
+    network should be trained with the same number (``editor_data.edits_per_update``).
 
     Args:
         language_model: The model to edit.
         layers: Blocks whose MLP is edited, ascending.
-        hypernetwork: Folder of the trained network. ``None`` takes the untrained one, whose update is a plain
-            normalised gradient step; a warning says so.
+        hypernetwork: Folder of the trained network. ``None`` for an untrained one, whose update is a plain normalised
+            gradient step; this gives a warning.
         weights: Linear modules of the MLP that are edited, named as in the family's ``mlp_weights``; ``None`` for all.
-        network: Size and start of a network that is to be trained, or of the untrained one.
+        network: Size and initial values of the network for training, or of the untrained one.
         update_scale: Factor of every update.
-        restart_norm_stats: Forget the trained running moments and estimate them from the edits instead, as the
-            published wrappers do that never leave training mode. To reproduce their figures only.
+        restart_norm_stats: Reset the trained running moments and estimate them from the edits, as published wrappers do
+            that never leave training mode. Only for reproducing their figures.
         training: Options of meta-training, see :class:`~.mend_training.TrainingOptions`; not used for editing.
         kwargs: See :class:`~.base.EditingModule`.
 
     Raises:
-        UserError: The network is missing, damaged or another model's, or a name is not one of the family's.
+        UserError: The network is missing, damaged or of another model, or a name is not in the family's
+            ``mlp_weights``.
     """
 
     def __init__(
@@ -90,9 +91,9 @@ class MEND(EditingModule):
         network: NetworkShape | None = None,
         **options: Any,
     ) -> Cost:
-        """Return the costs: the network stays, and an edit is a pass through the model and back, and one through it.
+        """Return the costs: memory for the network, and per edit a pass of the model and back, and one of the network.
 
-        A trained network is taken to have the size that ``network`` says.
+        A trained network is assumed to have the size given by ``network``.
         """
         shapes = {
             f"{layer}.{name}": shape
@@ -121,16 +122,16 @@ class MEND(EditingModule):
         return {name: module for name, module in found.items() if name.endswith(tuple(wanted))}
 
     def prepare(self) -> None:
-        """Say so if the network is not a trained one."""
+        """Warn if the network is not trained."""
         if not self._trained:
             rank_zero_warn(f"MEND without a trained network is a plain gradient step; {HOW_TO_TRAIN}")
 
     def forget(self) -> None:
-        """Start the running moments anew, if they are estimated from the edits."""
+        """Reset the running moments if they are estimated from the edits."""
         self._start_moments()
 
     def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
-        """Return the running moments with these requests, if they are estimated from the edits."""
+        """Return the running moments including these requests, if they are estimated from the edits."""
         return self._moments
 
     def remember(self, observed: Mapping[str, Tensor]) -> None:
@@ -150,7 +151,7 @@ class MEND(EditingModule):
             self.network.reset_moments()
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
-        """Return the transformed gradient of each matrix in factored form, and the batch's loss before."""
+        """Return the transformed gradient of each matrix in factored form, and the batch's loss before the edit."""
         rows = LabelledRows(self.language_model, [request.pair() for request in requests])
         gradients, loss = edit_gradients(self.language_model, self.edited_modules(), rows)
         self.network.train(self.restart_norm_stats)

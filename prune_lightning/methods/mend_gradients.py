@@ -1,4 +1,4 @@
-"""The gradient of an edit by what leaves each edited matrix, token by token; no gradient of a weight is formed."""
+"""Gradients of an edit's loss by the output of each edited matrix, per token; no weight gradient is formed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LabelledRows:
         pairs: Prompts with their targets; a plain text is ``(text, None)``.
 
     Attributes:
-        ids: Padded ids, shape ``(rows, length)``; a target's last token is left out, nothing follows it.
+        ids: Padded ids, shape ``(rows, length)``; a target's last token is left out, since nothing follows it.
         mask: One where ``ids`` is not padding.
         row: Row of each label, shape ``(n,)``.
         position: Position whose logits predict it, shape ``(n,)``.
@@ -65,12 +65,12 @@ class LabelledRows:
 
 @dataclass(frozen=True)
 class TokenGradients:
-    r"""What one matrix has to do with the loss of ``g`` edits.
+    r"""Inputs of one matrix and gradients of its outputs for the loss of ``g`` edits.
 
     Args:
-        inputs: :math:`u`, what enters the matrix at every token, shape ``(g, n, in_features)``.
+        inputs: :math:`u`, the matrix's input at every token, shape ``(g, n, in_features)``.
         gradients: :math:`\delta = \partial L / \partial y`, shape ``(g, n, out_features)``.
-        kept: Tokens where neither is zero, padding left out, shape ``(g, n)``; only they bear on the weight.
+        kept: Tokens where neither is zero, without padding, shape ``(g, n)``; only they affect the weight.
     """
 
     inputs: Tensor
@@ -83,7 +83,7 @@ def edit_gradients(
 ) -> tuple[dict[str, TokenGradients], Tensor]:
     """Differentiate the mean NLL of each group's targets by the outputs of the edited modules.
 
-    Blocks below the lowest edited module run without a graph, and backward ends there.
+    Blocks below the lowest edited module run without a graph; the backward pass stops there.
 
     Args:
         model: The language model.

@@ -1,4 +1,4 @@
-"""MEND's network: what turns the gradient of an edit, one token at a time, into an update."""
+"""MEND's network, which transforms the gradient of an edit, token by token, into an update."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ EPSILON = 1e-7
 
 @dataclass(frozen=True)
 class NetworkShape:
-    r"""Size and start of the network.
+    r"""Size and initial values of the network.
 
     Args:
-        rank: :math:`R`, the width of a block's bottleneck; never more than ``in_features + out_features``.
+        rank: :math:`R`, the width of a block's bottleneck; capped at ``in_features + out_features``.
         blocks: Residual blocks.
         initial_rate: :math:`\alpha` of every matrix before training. Negative: along the gradient, downhill.
     """
@@ -36,9 +36,9 @@ class NetworkShape:
 
 
 class RunningMoments(nn.Module):
-    r"""Mean and deviation of every feature over all rows seen so far, all of it in buffers.
+    r"""Mean and standard deviation of every feature over all rows so far, kept in buffers.
 
-    A block of :math:`m` rows joins the :math:`k` earlier ones by Chan's formula, which gives what Welford's gives row
+    A block of :math:`m` rows is merged with the :math:`k` earlier ones by Chan's formula, equivalent to Welford's row
     by row:
 
     .. math:: \mu \leftarrow \mu + \tfrac{m}{k+m} d, \qquad S \leftarrow S + S_m + \tfrac{km}{k+m} d^2, \qquad
@@ -60,7 +60,7 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
-        """Take up rows of shape ``(m, features)``."""
+        """Add rows of shape ``(m, features)``."""
         if not len(rows):
             return
         rows = rows.double()
@@ -71,12 +71,12 @@ class RunningMoments(nn.Module):
         self.count.copy_(total)
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """Reset to no rows."""
         for buffer in self.buffers():
             buffer.zero_()
 
     def deviation(self) -> Tensor:
-        """Return the standard deviation of each feature, shape ``(features,)``; one before the second row."""
+        """Return the standard deviation of each feature, shape ``(features,)``; one with fewer than two rows."""
         if self.count < 2:
             return torch.ones_like(self.squares)
         return (self.squares / (self.count - 1)).sqrt()
@@ -93,13 +93,13 @@ class GradientNet(nn.Module):
               z = \Bigl[\tfrac{u - \mu_u}{\sigma_u};\; \tfrac{\delta - \mu_\delta}{\sigma_\delta}\Bigr]
 
     (Mitchell et al. 2022, eqs. 3, 4 with the scale and shift of sec. 3.1.) ``U = 0``, ``s = 1``, ``h = b = 0`` at the
-    start, so that the untrained network hands on the normalised gradient.
+    start, so that the untrained network returns the normalised gradient.
 
     Args:
         in_features: Width of :math:`u`.
         out_features: Width of :math:`\delta`.
         members: Matrices that share the network.
-        shape: Size and start.
+        shape: Size and initial values.
     """
 
     def __init__(self, in_features: int, out_features: int, members: int, shape: NetworkShape) -> None:
@@ -115,7 +115,7 @@ class GradientNet(nn.Module):
         self.shift = nn.Parameter(torch.zeros(blocks, members, width))
 
     def forward(self, member: int, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return :math:`\tilde u, \tilde\delta`; in training mode the rows join the running moments first.
+        r"""Return :math:`\tilde u, \tilde\delta`; in training mode the rows are first added to the running moments.
 
         Args:
             member: Number of the matrix.
@@ -129,7 +129,7 @@ class GradientNet(nn.Module):
         for up, down, bias, scale, shift in zip(
             self.up, self.down, self.bias, self.scale[:, member], self.shift[:, member], strict=True
         ):
-            # clamp's derivative at zero is one, as it has to be: at the start every argument is exactly zero.
+            # clamp's derivative at zero is one. That is needed, since initially every argument is exactly zero.
             z = z + (scale * (z @ down.T @ up.T + bias) + shift).clamp(min=0)
         inputs, gradients = z.split(self.split, dim=-1)
         return inputs, gradients
@@ -142,7 +142,7 @@ class MENDNetwork(nn.Module):
 
     Args:
         matrices: ``(out_features, in_features)`` of each edited matrix, by the name of its weight.
-        shape: Size and start.
+        shape: Size and initial values.
     """
 
     def __init__(self, matrices: Mapping[str, tuple[int, int]], shape: NetworkShape) -> None:
@@ -162,19 +162,19 @@ class MENDNetwork(nn.Module):
 
         Args:
             name: Name of the weight.
-            inputs: :math:`u`, what entered the matrix at ``n`` tokens, shape ``(n, in_features)``.
-            gradients: :math:`\delta`, the loss's gradient by what left it, shape ``(n, out_features)``.
+            inputs: :math:`u`, the matrix's inputs at ``n`` tokens, shape ``(n, in_features)``.
+            gradients: :math:`\delta`, the loss's gradient by its outputs, shape ``(n, out_features)``.
         """
         key, member = self._place[name]
         inputs, gradients = self.nets[key](member, inputs.to(self.rates), gradients.to(self.rates))
         return inputs, self.rates[list(self.matrices).index(name)] * gradients
 
     def transformations(self) -> Iterator[nn.Parameter]:
-        """Yield every parameter but the rates."""
+        """Yield all parameters except the rates."""
         yield from self.nets.parameters()
 
     def reset_moments(self) -> None:
-        """Forget the running moments."""
+        """Reset the running moments."""
         for module in self.modules():
             if isinstance(module, RunningMoments):
                 module.reset()

@@ -1,4 +1,4 @@
-"""A trained MEND network on disk: safetensors for the tensors, JSON for what they belong to."""
+"""A trained MEND network on disk: tensors as safetensors, and a JSON file that describes the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOW_TO_TRAIN = "train one with `python train.py experiment=train_mend model=...`
 
 
 def matrix_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Return ``(out_features, in_features)`` of each module's weight, however it is stored."""
+    """Return ``(out_features, in_features)`` of each module's weight, for Linear and Conv1D."""
     shapes = {}
     for name, module in modules.items():
         rows, columns = module.get_parameter("weight").shape
@@ -34,7 +34,7 @@ def matrix_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]
 
 
 def _samples(modules: Mapping[str, nn.Module]) -> dict[str, list[float]]:
-    """Return evenly spaced entries of each weight: they tell models apart, and survive a cast to 16 bits."""
+    """Return evenly spaced entries of each weight. They identify the model even after a cast to 16 bits."""
     weights = {name: module.get_parameter("weight").detach().flatten() for name, module in modules.items()}
     return {name: weight[:: -(-len(weight) // SAMPLES)].float().tolist() for name, weight in weights.items()}
 
@@ -49,11 +49,11 @@ def save_network(
     """Write a network.
 
     Args:
-        folder: Made if it is not there.
+        folder: Created if missing.
         network: The network.
-        modules: The modules for whose present weights it was trained.
+        modules: The modules that it was trained for, with the weights of the training.
         facts: How it was trained; JSON-able.
-        dtype: What the parameters are stored in; the running moments stay in double precision.
+        dtype: Dtype of the stored parameters; the running moments are stored in double precision.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {name for name, _ in network.named_parameters()}
@@ -70,10 +70,10 @@ def load_network(path: str, modules: Mapping[str, nn.Module]) -> MENDNetwork:
 
     Args:
         path: A folder, or ``pkg://package/folder`` for a folder shipped in a package.
-        modules: The modules that shall be edited, by the name of their weight, not edited yet.
+        modules: The modules to edit, not edited yet, by the name of their weight.
 
     Raises:
-        UserError: No such folder, a damaged file, or a network of other matrices or another model.
+        UserError: The folder is missing, a file is damaged, or the network is of other matrices or another model.
     """
     folder = local_path(path)
     for name in (TENSORS, DESCRIPTION):

@@ -1,4 +1,4 @@
-r"""Meta-training of MEND's network: its own ``Trainer.fit``, before any edit of the stream."""
+r"""Meta-training of MEND's network, in a separate ``Trainer.fit`` before any edit."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class MetaLosses:
-    """Losses of ``g`` updates, each of shape ``(g,)``: on the rephrased prompts, and on the texts that shall stay."""
+    """Losses of ``g`` updates, shape ``(g,)``: on rephrased prompts, and on texts that should not change."""
 
     edit: Tensor
     locality: Tensor
 
 
 class MENDTraining(L.LightningModule):
-    r"""Trains the network so that one update changes what it should and nothing else.
+    r"""Trains the network so that an update changes the edited fact and nothing else.
 
     .. math:: L = c_e \bigl(-\log p_{W+\Delta W}(y_e \mid x_e')\bigr)
               + \mathrm{KL}\bigl(p_W(\cdot \mid x_{loc}) \,\|\, p_{W+\Delta W}(\cdot \mid x_{loc})\bigr)
@@ -56,7 +56,7 @@ class MENDTraining(L.LightningModule):
     with :math:`x_e'` a rephrased prompt and the divergence averaged over the tokens of the texts. :math:`u` and
     :math:`\delta` are constants to the meta-gradient. No :math:`\Delta W` is formed: every edited matrix gets a branch
     :math:`y \mathrel{+}= (x \tilde U^\top)(\alpha\tilde\Delta)` of rank ``n``, one per independent update of the batch.
-    States that enter the lowest edited block are computed once per step, for the passes before and after the update.
+    The inputs of the lowest edited block are computed once per step, for the passes before and after the update.
 
     Args:
         language_model: The model; not trained.
@@ -76,7 +76,7 @@ class MENDTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.language_model, self.modules_to_edit, self.lowest = language_model, dict(modules), lowest
-        self._checked = False  # whether the fast path has been held against the whole model
+        self._checked = False  # whether the fast path was compared with the whole model
         self.network = network.requires_grad_(True).train()
         self.options = options
         self.strict_loading = False  # a checkpoint holds the network, not the language model
@@ -85,7 +85,7 @@ class MENDTraining(L.LightningModule):
     def factors(self, examples: Sequence[MetaExample]) -> Factors:
         r"""Return :math:`\tilde U` and :math:`\alpha\tilde\Delta` of every matrix for each example's update.
 
-        Shapes are ``(g, n, in_features)`` and ``(g, n, out_features)``; tokens that do not bear on it are zero.
+        Shapes are ``(g, n, in_features)`` and ``(g, n, out_features)``; tokens that do not affect it are zero.
         """
         rows = LabelledRows(self.language_model, [pair for example in examples for pair in example.edits])
         gradients, _ = edit_gradients(self.language_model, self.modules_to_edit, rows, len(examples))
@@ -112,7 +112,7 @@ class MENDTraining(L.LightningModule):
         )
 
     def _passes(self, rows: LabelledRows, at_rows: Tensor, at: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-        """Return the logits at some places before and after the updates."""
+        """Return the logits at some positions before and after the updates."""
         model = self.language_model
 
         @torch.no_grad()
@@ -142,7 +142,7 @@ class MENDTraining(L.LightningModule):
         return batch
 
     def training_step(self, batch: list[MetaExample], batch_idx: int) -> Tensor | None:
-        """Return the loss of a batch of independent updates; nothing, so that it is skipped, if it is not finite."""
+        """Return the loss of a batch of independent updates, or ``None`` to skip a non-finite one."""
         with self.language_model.frozen_mode():
             losses = self.losses(batch, self.factors(batch))
         loss = self._total(losses)
@@ -150,18 +150,20 @@ class MENDTraining(L.LightningModule):
         return loss if torch.isfinite(loss) else None
 
     def validation_step(self, batch: list[MetaExample], batch_idx: int) -> None:
-        """Log the losses, and how often the edited model says the targets. Running moments stay as they are."""
+        """Log the losses and the accuracy of the edited model on the targets. The running moments do not change."""
         with self.language_model.frozen_mode():
             factors = self.factors(batch)
             losses = self.losses(batch, factors)
-            said = {
-                "efficacy": self._said([pair for example in batch for pair in example.edits], factors),
-                "generalization": self._said([pair for example in batch for pair in example.rephrased], factors),
+            scores = {
+                "efficacy": self._share_correct([pair for example in batch for pair in example.edits], factors),
+                "generalization": self._share_correct(
+                    [pair for example in batch for pair in example.rephrased], factors
+                ),
             }
         self._log("val", losses, len(batch))
-        self.log_dict({f"val/{name}": value for name, value in said.items()}, batch_size=len(batch))
+        self.log_dict({f"val/{name}": value for name, value in scores.items()}, batch_size=len(batch))
 
-    def _said(self, pairs: Sequence[Pair], factors: Factors) -> Tensor:
+    def _share_correct(self, pairs: Sequence[Pair], factors: Factors) -> Tensor:
         """Return the share of pairs whose target's tokens are all the edited model's first choice."""
         rows = LabelledRows(self.language_model, pairs)
         _, logits = self._passes(rows, rows.row, rows.position, factors)
@@ -177,7 +179,7 @@ class MENDTraining(L.LightningModule):
         self.log_dict({f"{part}/{name}": value.detach() for name, value in values.items()}, batch_size=count)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam with the rates in a group of their own."""
+        """Return Adam with a separate parameter group for the rates."""
         options, network = self.options, self.network
         return torch.optim.Adam(
             [
@@ -192,7 +194,7 @@ class MENDTraining(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip; a gradient that is not finite is dropped, and the optimiser's step changes nothing."""
+        """Clip the gradient. A non-finite gradient is dropped, so that the optimizer's step changes nothing."""
         gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
         if not all(torch.isfinite(gradient).all() for gradient in gradients):
             optimizer.zero_grad()
@@ -200,7 +202,7 @@ class MENDTraining(L.LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the language model out: it is not trained."""
+        """Remove the language model, which is not trained, from the checkpoint."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name.startswith("network.")}
 

@@ -1,4 +1,4 @@
-"""Which MLP neurons an answer comes from: integrated gradients at the last position of its prompt."""
+"""Attributes an answer to MLP neurons by integrated gradients at the last position of its prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prune_lightning.text.separators import Pair
 
 @dataclass(frozen=True)
 class NextToken:
-    """A question that neurons are held responsible for: the probability of ``token`` after ``ids``."""
+    """What is attributed to neurons: the probability of ``token`` after ``ids``."""
 
     ids: list[int]
     token: int
@@ -26,12 +26,12 @@ class NextToken:
 
 @torch.no_grad()
 def greedy_tokens(model: LanguageModel, rows: Sequence[list[int]], counts: Sequence[int]) -> list[list[int]]:
-    """Return the ``counts[i]`` tokens that the model puts after ``rows[i]``, each its first choice.
+    """Continue each of ``rows`` greedily by ``counts[i]`` tokens.
 
     Args:
         model: The language model.
         rows: Token ids.
-        counts: How many tokens are wanted after each row.
+        counts: Number of new tokens for each row.
     """
     texts = [list(row) for row in rows]
     while short := [i for i, row in enumerate(rows) if len(texts[i]) < len(row) + counts[i]]:
@@ -43,10 +43,10 @@ def greedy_tokens(model: LanguageModel, rows: Sequence[list[int]], counts: Seque
 
 
 def answer_tokens(model: LanguageModel, pairs: Sequence[Pair]) -> list[list[NextToken]]:
-    """Return the questions that make up an answer, for each prompt with its answer.
+    """Return the tokens of each answer as questions.
 
-    The i-th asks for the answer's i-th token after the prompt and the model's own first i choices, as published: what
-    precedes is what the model says, not what it should have said.
+    The i-th question is for the answer's i-th token after the prompt and the model's own first i greedy tokens, as
+    published. The preceding tokens are the model's, not the answer's.
 
     Args:
         model: The language model.
@@ -54,10 +54,10 @@ def answer_tokens(model: LanguageModel, pairs: Sequence[Pair]) -> list[list[Next
     """
     encoded = model.tokens.encode_pairs(pairs)
     before = [pair.ids[: pair.target_start] for pair in encoded]
-    said = greedy_tokens(model, before, [len(pair.target) - 1 for pair in encoded])
+    generated = greedy_tokens(model, before, [len(pair.target) - 1 for pair in encoded])
     return [
         [NextToken(ids + own[:i], token) for i, token in enumerate(pair.target)]
-        for pair, ids, own in zip(encoded, before, said, strict=True)
+        for pair, ids, own in zip(encoded, before, generated, strict=True)
     ]
 
 
@@ -73,7 +73,7 @@ def integrated_gradients(
 
     Args:
         model: The language model.
-        layers: Layers whose neurons are asked for, ascending.
+        layers: Layers to attribute, ascending.
         questions: ``n`` prompts with the token that follows.
         options: Points and site.
 
@@ -103,7 +103,7 @@ class _Attribution:
         self.problem = self._problem(model, ids, mask)
 
     def _problem(self, model: LanguageModel, ids: Tensor, mask: Tensor) -> PatchedNeurons:
-        """Read the activations; return the fast path if it says what the whole model says, the plain one otherwise."""
+        """Read the activations; return the fast path if it agrees with the whole model, the plain one otherwise."""
         rows, last = torch.arange(len(ids), device=ids.device), mask.sum(1) - 1
         sites = [self.options.module(model, layer) for layer in self.layers]
         repeated = rows.repeat_interleave(self.options.steps)

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class NoOpOptimizer(torch.optim.Optimizer):
-    """Steps without changing anything, so that Lightning counts edit batches as steps and saves by them.
+    """Changes nothing, but lets Lightning count batches of edits as steps, e.g. for checkpoints.
 
     Args:
         parameter: Any parameter that requires a gradient.

@@ -1,4 +1,4 @@
-"""p-ROME: ROME with the clean prompt's key throughout (Gupta et al., 2024, https://arxiv.org/abs/2403.07175)."""
+"""p-ROME: ROME with the clean prompt's key as the only key (Gupta et al., 2024, https://arxiv.org/abs/2403.07175)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prune_lightning.methods.rome import ROME
 
 
 class PROME(ROME):
-    r"""ROME in which the clean prompt's key stands wherever a key does:
+    r"""ROME with the clean prompt's key in place of both keys:
 
     .. math:: \Delta = \frac{(v^* - W k)\, u^\top}{u^\top k}, \qquad u \propto C^{-1} k
     """

@@ -1,4 +1,4 @@
-"""What the attribution of neurons differentiates: logits as a function of the neurons at the last position."""
+"""Logits as a function of the neurons at the last position, for the attribution of neurons."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ class AttributionOptions:
     Args:
         steps: Points of the Riemann sum, :math:`m`.
         site: ``key``, the input of the down-projection, which is the neurons' activation; or ``pre_activation``, the
-            input of the activation function (of the gate, where there is one), as the public code for GPT and Llama
-            has it.
+            input of the activation function (of the gate, where there is one), as in the public code for GPT and Llama.
         token_budget: Padded tokens, over all points and layers, that run together.
-        layers_together: Layers attributed in one pass where the budget allows. Weights are read less often then, but
-            all rows pass the blocks between the lowest of the layers and the highest.
+        layers_together: Layers attributed in one pass where the budget allows. Weights are then read less often, but
+            all rows pass through the blocks between the lowest and the highest layer.
         fast: Run only what depends on the patched neurons. The plain path computes the same from the whole model.
     """
 
@@ -64,7 +63,7 @@ class PatchedNeurons(Protocol):
 
 
 def _patch(rows: Tensor, positions: Tensor, neurons: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a change of an activation ``(all rows, length, width)`` that puts ``neurons`` at some places."""
+    """Return a function that replaces an activation ``(all rows, length, width)`` at some positions by ``neurons``."""
 
     def change(value: Tensor) -> Tensor:
         value = value.clone()
@@ -75,7 +74,7 @@ def _patch(rows: Tensor, positions: Tensor, neurons: Tensor) -> Callable[[Tensor
 
 
 class WholePatched:
-    """The plain path: the whole model runs, over the whole prompt."""
+    """The plain path: run the whole model over the whole prompt."""
 
     def __init__(self, model: LanguageModel, options: AttributionOptions, ids: Tensor, mask: Tensor) -> None:
         self.model, self.options, self.ids, self.mask = model, options, ids, mask
@@ -91,10 +90,10 @@ class WholePatched:
 
 
 class UpperPatched:
-    """The fast path: one token per row, from the lowest patched block on.
+    """The fast path: run one token per row, from the lowest patched block on.
 
-    Attention is causal and only the last position is patched: everything before it, and the block's input at it, come
-    from one pass over the prompts for all layers and points.
+    Attention is causal and only the last position is patched. Everything before it, and the block's input at it, come
+    from one pass over the prompts that serves all layers and points.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class UpperPatched:
             return forward.logits_at(hidden, rows, offsets)
 
     def _shift(self, layer: int, neurons: Tensor, unpatched: Tensor) -> Tensor:
-        """Return what patched neurons add to the output of their block, ``(rows, 1, width)``."""
+        """Return the change of the block's output by patched neurons, ``(rows, 1, width)``."""
         after_mlp, rewrite = self.model.after_mlp(layer), self.model.rewrite_module(layer)
         if self.options.site == "key":
             output = rewrite(neurons[:, None].to(unpatched))
@@ -135,7 +134,7 @@ class UpperPatched:
             with change, capture(outputs=[rewrite]) as seen:
                 mlp = self.model.mlp(layer)
                 if mlp is None:
-                    raise ValueError("there is no MLP module to run alone")
+                    raise ValueError("the MLP is not a separate module")
                 mlp(self.mlp_input[layer][self.rows, None])
             output = seen.outputs[0]
         shift: Tensor = after_mlp(output) - after_mlp(unpatched[:, None])

@@ -15,9 +15,9 @@ class EditRow:
     """One token row of a request.
 
     Args:
-        ids: Token ids; with a target, the target's last token is left out (nothing follows it).
+        ids: Token ids; a target's last token is left out, since nothing follows it.
         subject: Position of the subject's last token.
-        target: Token ids to be predicted; empty for rows that only carry a key.
+        target: Token ids to predict; empty for rows that are only read for their key.
     """
 
     ids: list[int]
@@ -48,7 +48,7 @@ def target_row(model: LanguageModel, request: EditRequest, prefix: str) -> EditR
 
 
 def key_row(model: LanguageModel, request: EditRequest, prefix: str) -> EditRow:
-    """Return prefix and prompt up to the subject's last token: all that a key depends on."""
+    """Return prefix and prompt up to the subject's last token, on which a key depends."""
     text, end = _behind(model, request, prefix)
     context = text.context
     ids = model.tokens.encode(context)[: model.tokens.subject_last(context, end) + 1][-model.tokens.max_length :]
@@ -56,11 +56,11 @@ def key_row(model: LanguageModel, request: EditRequest, prefix: str) -> EditRow:
 
 
 def kl_row(model: LanguageModel, request: EditRequest) -> EditRow:
-    """Return the row "{subject} is a" on which an edit shall not change the prediction at the subject."""
+    """Return the row "{subject} is a", on which an edit should not change the prediction at the subject."""
     text = f"{request.subject} is a"
     return EditRow(model.tokens.encode(text), model.tokens.subject_last(text, len(request.subject)), [])
 
 
 def _behind(model: LanguageModel, request: EditRequest, prefix: str) -> tuple[TextPair, int]:
-    """Return the request's text behind a prefix, and where in it the subject ends."""
+    """Return the request's text after a prefix, and the position at which the subject ends."""
     return request.behind(prefix, model.tokens.own_start(request.prompt))

@@ -1,4 +1,4 @@
-"""The keys of earlier edits, which later ones must leave alone: what MEMIT and AlphaEdit remember."""
+"""The keys of earlier edits, which MEMIT and AlphaEdit protect from later edits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ class ProtectedKeys:
     r"""Per layer the inverse :math:`Q` of a matrix that grows by the keys written so far.
 
     Args:
-        start: Returns :math:`Q` before the first edit of a layer, shape ``(n, n)``, fp64; called when it is first
-            needed.
+        start: Returns :math:`Q` before the first edit of a layer, shape ``(n, n)``, fp64; called on first use.
     """
 
     def __init__(self, start: Callable[[int], Tensor]) -> None:
@@ -28,7 +27,7 @@ class ProtectedKeys:
         self._inverses: dict[int, RecursiveInverse] = {}
 
     def __contains__(self, layer: int) -> bool:
-        """Whether a layer has an inverse: keys were added, or it was asked for."""
+        """Whether a layer has an inverse, because keys were added or it was requested."""
         return layer in self._inverses
 
     def __getitem__(self, layer: int) -> RecursiveInverse:
@@ -65,10 +64,10 @@ class ProtectedKeys:
 
 
 class KeyProtectingEdit(LayerwiseEdit):
-    """Base of the batch methods that protect the keys of earlier batches, as they are after their batch was written.
+    """Base of the batch methods that protect the keys of earlier batches, read after their batch was written.
 
     Attributes:
-        protected: The inverses that the keys have gone into.
+        protected: The inverses that include the protected keys.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -77,7 +76,7 @@ class KeyProtectingEdit(LayerwiseEdit):
 
     @abstractmethod
     def unprotected_inverse(self, layer: int) -> Tensor:
-        """Return a fresh inverse of a layer before any edit, ``(in_features, in_features)``, fp64."""
+        """Return a layer's inverse before any edit, as a new tensor, ``(in_features, in_features)``, fp64."""
 
     def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
         """Return the keys of the batch."""
@@ -96,5 +95,5 @@ class KeyProtectingEdit(LayerwiseEdit):
         self.protected.load_state_dict(memory)
 
     def forget(self) -> None:
-        """Protect no edits."""
+        """Remove all protected keys."""
         self.protected.clear()

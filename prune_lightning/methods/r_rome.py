@@ -1,4 +1,4 @@
-"""R-ROME: ROME with one key throughout (Gupta et al., 2024, https://arxiv.org/abs/2403.07175)."""
+"""R-ROME: ROME with the mean key as the only key (Gupta et al., 2024, https://arxiv.org/abs/2403.07175)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prune_lightning.methods.rome import ROME
 
 
 class RROME(ROME):
-    r"""ROME in which the mean key stands wherever a key does:
+    r"""ROME with the mean key in place of both keys:
 
     .. math:: \Delta = \frac{(v^* - W \bar k)\, u^\top}{u^\top \bar k}
 

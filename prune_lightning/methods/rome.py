@@ -15,15 +15,15 @@ WINDOW = 16  # requests of the stream whose keys are computed in one pass
 
 
 class ROME(LocateThenEdit):
-    r"""Insert one key-value pair at the cost of least change to all others (eq. 2):
+    r"""Insert one key-value pair with the least change to all others (eq. 2):
 
     .. math:: \Delta = \frac{(v^* - W k)\, u^\top}{u^\top k}, \qquad
               u = \frac{C^{-1} \bar k}{\lVert C^{-1} \bar k \rVert}
 
     with :math:`\bar k` the mean key over all prefixes and :math:`k` the key of the clean prompt, as published. The
-    denominator can come close to zero, or be negative, which blows the update up; :class:`~.r_rome.RROME` mends that.
-    Several requests of a batch, and several layers, are written one after another. Edits do not reach the keys of the
-    first edited layer, so these are computed for many requests of the stream in one pass.
+    denominator can be close to zero or negative, and then the update explodes; :class:`~.r_rome.RROME` fixes this. The
+    requests of a batch, and several layers, are edited one after another. Edits do not change the keys of the first
+    edited layer, so these are computed for many requests of the stream in one pass.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -31,7 +31,7 @@ class ROME(LocateThenEdit):
         self._chosen: dict[EditRequest, tuple[Tensor, Tensor]] = {}
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
-        """Return one rank-one update per request and layer, side by side."""
+        """Return one rank-one update per request and layer, concatenated."""
         updates: dict[str, list[LowRankUpdate]] = {name: [] for name in self.edited_matrices()}
         details: list[dict[str, Any]] = []
         with self.provisional():
@@ -47,10 +47,10 @@ class ROME(LocateThenEdit):
         return {name: LowRankUpdate.sum(parts) for name, parts in updates.items()}, details
 
     def _rank_one(self, request: EditRequest, layer: int, target: Tensor) -> tuple[LowRankUpdate, dict[str, float]]:
-        r"""Return the update of one layer, and how well it is posed.
+        r"""Return the update of one layer, and figures of how well posed it is.
 
-        ``key_cosine`` is :math:`u^\top k / \lVert k \rVert`; ``key_ratio`` is :math:`u^\top k / u^\top \bar k`, 1 where
-        both keys are one, and the update is as many times as large as it would be then as this is small.
+        ``key_cosine`` is :math:`u^\top k / \lVert k \rVert`; ``key_ratio`` is :math:`u^\top k / u^\top \bar k`, which
+        is 1 if both keys are equal. The update's norm is 1/``key_ratio`` times R-ROME's.
         """
         whitened, written = self._keys(request, layer)
         direction = self.moments[layer].solve(whitened[:, None])
@@ -74,7 +74,7 @@ class ROME(LocateThenEdit):
         return self._chosen[request]
 
     def choose(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Choose the key that gives the direction :math:`u`, and the one that shall be mapped to the value.
+        r"""Choose the key that gives the direction :math:`u`, and the one to map to the value.
 
         Args:
             keys: Keys under every prefix, the clean prompt first, shape ``(c, in_features)``.

@@ -1,4 +1,4 @@
-"""What an edit run needs of the method and of restraints, and what it keeps to undo a step."""
+"""Interfaces of methods and restraints that an edit run uses, and the backup that undoes a step."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ from prune_lightning.types import EditRequest
 
 
 class MethodMemory(Protocol):
-    """What an editing method remembers of its edits; see :class:`~.base.EditingModule`."""
+    """An editing method's memory of its edits; see :class:`~.base.EditingModule`."""
 
     def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
-        """Return what must be remembered of requests that have been written."""
+        """Return what to remember of requests that have been written."""
         ...
 
     def remember(self, observed: Mapping[str, Tensor]) -> None:
-        """Add what :meth:`observe` returned."""
+        """Add a value of :meth:`observe`."""
         ...
 
     def memory(self) -> Mapping[str, Tensor]:
-        """Return everything that has been remembered."""
+        """Return the whole memory."""
         ...
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Replace what has been remembered."""
+        """Replace the memory."""
         ...
 
     def forget(self) -> None:
-        """Drop everything that has been remembered."""
+        """Clear the memory."""
         ...
 
 
 class AttachedRestraint(Protocol):
-    """What a run needs of a restraint that holds its matrices."""
+    """The interface of a restraint that is attached to the run's matrices."""
 
     pending: bool
 
     def restore_pending(self, pending: bool) -> None:
-        """Set whether something is pending, when a step is undone."""
+        """Restore whether something is pending when a step is undone."""
         ...
 
     def evaluation_view(self) -> AbstractContextManager[None]:
-        """Show, inside the block, the model as it would be if the run ended now."""
+        """Inside the block the model is as it would be if the run ended now."""
         ...
 
     def finish(self) -> None:
-        """Restrain what is pending, for good."""
+        """Restrain permanently what is pending."""
         ...
 
 
 @dataclass(frozen=True)
 class StepBackup:
-    """What a step is going to change, to undo it: the matrices, and what was pending."""
+    """The state before a step, to undo it: the matrices, and whether something was pending."""
 
     matrices: Mapping[str, Mapping[str, Tensor]]
     pending: Sequence[bool]

@@ -1,4 +1,4 @@
-"""Requests as one padded batch with the places where a fine-tuning loss is read."""
+"""Requests as one padded batch, with the positions at which a fine-tuning loss is read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class TargetBatch:
     .. math:: \mathcal L_i = -\frac1{T_i} \sum_{j=1}^{T_i} \log p(t_{ij} \mid c_{ij})
 
     With ``target`` the context :math:`c_{ij}` is the prompt and the target's tokens before the j-th: the ordinary
-    cross-entropy of the target. With ``prompt_last`` it is the prompt alone, for every j: the distribution at the
-    prompt's last token shall hold all of the target's tokens at once.
+    cross-entropy of the target. With ``prompt_last`` it is the prompt alone, for every j: all of the target's tokens
+    are trained into the distribution at the prompt's last token.
 
     Args:
         model: The language model.
@@ -29,10 +29,10 @@ class TargetBatch:
         loss: ``target`` or ``prompt_last``.
 
     Attributes:
-        ids: Right-padded ids, shape ``(b, length)``; nothing that no loss depends on.
+        ids: Right-padded ids, shape ``(b, length)``, without tokens that no loss depends on.
         mask: One where ``ids`` is not padding.
-        rows: Row of each place whose logits are wanted, shape ``(n,)``.
-        positions: Its position.
+        rows: Row of each position whose logits are read, shape ``(n,)``.
+        positions: The position in that row, shape ``(n,)``.
     """
 
     def __init__(self, model: LanguageModel, requests: Sequence[EditRequest], loss: str) -> None:
@@ -59,7 +59,7 @@ class TargetBatch:
         """Return the loss of each request, shape ``(b,)``, fp32 at least.
 
         Args:
-            logits: At the places, shape ``(n, vocabulary)``.
+            logits: At these positions, shape ``(n, vocabulary)``.
         """
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         labelled = -log_p[self._place, self._label]

@@ -1,4 +1,4 @@
-"""What a Trainer may ask of an edit stream: each edit is written once, in order, by the method's own optimisation."""
+"""Checks the Trainer's arguments: each edit is written once, in order, by the method's own optimisation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from prune_lightning.errors import UserError
 
 _DTYPES = {"64-true": "float64", "16-true": "float16", "bf16-true": "bfloat16"}
-_LIGHTNINGS_OWN = (None, 1000, -1)  # what `max_epochs` is where nobody has set it
+_LIGHTNINGS_OWN = (None, 1000, -1)  # values of `max_epochs` if it is not set
 
 
 def check_trainer(trainer: L.Trainer) -> None:
-    """Refuse arguments that an edit stream has no use for; run one epoch where ``max_epochs`` was left to Lightning.
+    """Refuse arguments that have no meaning for an edit stream, and set ``max_epochs=1`` if it is not set.
 
     Raises:
         UserError: One line that names the argument and what to use instead.
@@ -48,14 +48,14 @@ def check_trainer(trainer: L.Trainer) -> None:
 
 
 def weights_dtype(trainer: L.Trainer) -> str | None:
-    """Return the dtype to which ``precision`` converts the weights; ``None`` where they stay as they are."""
+    """Return the dtype to which ``precision`` converts the weights; ``None`` if it does not."""
     return _DTYPES.get(str(trainer.precision))
 
 
 def _check_epochs(trainer: L.Trainer) -> None:
     epochs = trainer.max_epochs
     if epochs in _LIGHTNINGS_OWN:
-        if trainer.state.fn is not None:  # running, not looked at beforehand
+        if trainer.state.fn is not None:  # running, not only checked
             rank_zero_warn("`max_epochs` was not set; a stream of edits is run once, so it is set to 1")
         trainer.fit_loop.max_epochs = 1
     elif epochs != 1:

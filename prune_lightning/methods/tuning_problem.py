@@ -1,4 +1,4 @@
-"""What fine-tuning differentiates: logits as a function of down-projections, or of whatever lies above a block."""
+"""Logits as a function of down-projections, or of anything above a block, for fine-tuning."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from prune_lightning.models.language_model import LanguageModel
 
 
 class WeightProblem(Protocol):
-    """Logits at the places of a batch as a function of the edited down-projections."""
+    """Logits at the positions of a batch as a function of the edited down-projections."""
 
     def logits(self, weights: Mapping[int, Tensor]) -> Tensor:
         """Return the logits, shape ``(n, vocabulary)``.
 
         Args:
-            weights: By layer, ``(out_features, in_features)``; cast to the dtype in which the model runs.
+            weights: By layer, ``(out_features, in_features)``; cast to the model's dtype.
         """
         ...
 
 
 class WholeWeights:
-    """The plain path: the whole model runs at every step."""
+    """The plain path: run the whole model at every step."""
 
     def __init__(self, model: LanguageModel, batch: TargetBatch) -> None:
         self.model, self.batch = model, batch
 
     def logits(self, weights: Mapping[int, Tensor]) -> Tensor:
-        """Return the logits at the places of the batch."""
+        """Return the logits at the positions of the batch."""
         with ExitStack() as stack:
             for layer, weight in weights.items():
                 stack.enter_context(replace_weight(self.model.rewrite_module(layer), weight))
@@ -44,11 +44,11 @@ class WholeWeights:
 
 
 class UpperWeights:
-    r"""The fast path: the lowest down-projection, and the blocks above it.
+    r"""The fast path: run only the lowest down-projection and the blocks above it.
 
-    What enters that down-projection, :math:`k`, and what its block's output holds besides, :math:`r`, do not depend on
-    any of the weights and are computed once. A step begins at :math:`h = r + N(W k + b)`, with :math:`N` the norm that
-    the family's YAML names, if any.
+    The input :math:`k` of that down-projection and the rest :math:`r` of its block's output do not depend on the
+    weights and are computed once. A step begins at :math:`h = r + N(W k + b)`, with :math:`N` the norm that the
+    family's YAML names, if any.
 
     Args:
         model: The language model.
@@ -59,7 +59,7 @@ class UpperWeights:
     def __init__(self, model: LanguageModel, layer: int, batch: TargetBatch) -> None:
         self.model, self.layer = model, layer
         self._module, self._after_mlp = model.rewrite_module(layer), model.after_mlp(layer)
-        rows, _ = len(batch.ids), model.block_returns_tuple  # found out here, before anything is recorded
+        rows, _ = len(batch.ids), model.block_returns_tuple  # read before anything is recorded
         with torch.no_grad(), capture([self._module], [self._module], stop=False, rows=rows) as seen:
             self._above = AboveBlock(model, layer, batch)
         hidden = self._above.forward.hidden
@@ -69,7 +69,7 @@ class UpperWeights:
             self._rest = hidden.to(precise) - self._after_mlp(seen.outputs[0]).to(precise)
 
     def logits(self, weights: Mapping[int, Tensor]) -> Tensor:
-        """Return the logits at the places of the batch."""
+        """Return the logits at the positions of the batch."""
         weight = weights[self.layer].to(self._keys.dtype)
         output = self._after_mlp(functional.linear(self._keys, weight, self._module.bias))
         hidden = (self._rest + output.to(self._rest)).to(output.dtype)
@@ -95,6 +95,6 @@ class AboveBlock:
         self.forward = CachedForward(model, layer, batch.ids, batch.mask, start, batch.rows, batch.positions)
 
     def logits(self, hidden: Tensor | None = None) -> Tensor:
-        """Return the logits at the places of the batch, with ``hidden`` in place of the block's output if given."""
+        """Return the logits at the positions of the batch, with ``hidden`` in place of the block's output if given."""
         hidden = self.forward.hidden if hidden is None else hidden
         return self.forward.logits_at(hidden, self.batch.rows, self.batch.positions)

@@ -1,4 +1,4 @@
-r"""The value optimiser of the locate-and-edit family: find the :math:`v^*` that makes the model say the target."""
+r"""The value optimiser of locate-and-edit methods: find the :math:`v^*` that makes the model generate the target."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ValueOptions:
         kl_factor: Weight of the divergence on the prompt "{subject} is a".
         clamp: Largest norm of the shift, in units of the reference's norm.
         stop_loss: Stop a request whose loss falls below this.
-        token_budget: Padded tokens of the requests that are optimised together; halved where memory does not suffice.
+        token_budget: Padded tokens of the requests that are optimised together; halved when memory runs out.
         fast: Run only what depends on the shift. The plain path computes the same from the whole model.
     """
 
@@ -76,8 +76,8 @@ def optimise_values(
               + \omega \|\delta\|_2 / \|\mathrm{ref}\|_2^2
 
     (ROME, Meng et al. 2022, eq. 4, with the divergence read at the subject as the published code does). Losses are
-    summed over requests and Adam is elementwise, so each request goes the way it would go alone; one whose loss is
-    below ``stop_loss`` is done and leaves the batch.
+    summed over requests and Adam is elementwise, so each request is optimised as it would be alone. One whose loss is
+    below ``stop_loss`` leaves the batch.
 
     Args:
         model: The language model.
@@ -95,10 +95,10 @@ def optimise_values(
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise
-        # Outside of the handler, where nothing of the attempt is alive any more.
+        # Outside the handler, so that the tensors of the attempt are freed.
         torch.cuda.empty_cache()
         budget = sum(len(row.ids) for request in part for row in request.all) // 2
-        rank_zero_info(f"out of memory with {len(part)} requests at once; going on with half as many tokens")
+        rank_zero_info(f"out of memory with {len(part)} requests at once; continuing with half as many tokens")
     return Values(
         torch.cat([part.target for part in parts]),
         torch.cat([part.reference for part in parts]),
@@ -117,7 +117,7 @@ def _fitting(requests: Sequence[RequestRows], budget: int) -> Sequence[RequestRo
 
 
 class _Optimisation:
-    """One batch of requests on its way; tensors over all its requests, ``current`` are those still in the problem."""
+    """The optimisation of one batch of requests. Tensors are over all requests; ``current`` are those not done yet."""
 
     def __init__(
         self, model: LanguageModel, requests: Sequence[RequestRows], site: ShiftSite, options: ValueOptions
@@ -137,13 +137,12 @@ class _Optimisation:
         self.clamped = torch.zeros_like(self.active)
         self.nll = torch.full((count,), torch.nan, dtype=torch.float64, device=model.device)
         self.updates = torch.zeros(count, dtype=torch.long, device=model.device)
-        self.losses: list[Tensor] = []  # per step, NaN for requests that were done before
+        self.losses: list[Tensor] = []  # per step, NaN for requests that are done
 
     def _logits(self, shift: Tensor) -> Tensor:
         """Return the logits that the layout reads.
 
-        The first shifts are zero: if the fast path does not say then what the whole model says, the plain one takes
-        over.
+        The first shifts are zero. If the fast path differs from the whole model there, the plain path is used.
         """
         if self.losses or not isinstance(self.problem, UpperForward):
             return self.problem.logits(self.layout, shift)
@@ -159,7 +158,7 @@ class _Optimisation:
         return self.problem.logits(self.layout, shift)
 
     def _upper(self) -> UpperForward | None:
-        """Return the fast path, unless a shift of the down-projection reaches the block's output in an unknown way."""
+        """Return the fast path, unless it is unknown how a shift of the down-projection affects the block's output."""
         if self.site.at == "mlp" and not self.model.joins(self.site.layer):
             return None
         return UpperForward(self.model, self.site, self.layout)
@@ -169,7 +168,7 @@ class _Optimisation:
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def run(self) -> Values:
-        """Optimise until every request is done or the steps are used up."""
+        """Optimise until every request is done, at most ``steps`` steps."""
         for step in range(1, self.options.steps + 1):
             shift = self.delta[self.current].requires_grad_()
             with torch.enable_grad():
@@ -202,7 +201,7 @@ class _Optimisation:
 
     @torch.no_grad()
     def _adam(self, who: Tensor, gradient: Tensor, step: int) -> None:
-        """Make one step of Adam (Kingma & Ba, 2015) for some requests, and clamp their shifts."""
+        """Take one step of Adam (Kingma & Ba, 2015) for some requests, and clamp their shifts."""
         for moment, value, beta in zip(self.moments, (gradient, gradient.square()), (0.9, 0.999), strict=True):
             moment[who] = beta * moment[who] + (1 - beta) * value
         first, second = self.moments[0][who] / (1 - 0.9**step), self.moments[1][who] / (1 - 0.999**step)
@@ -213,7 +212,7 @@ class _Optimisation:
         self.updates[who] += 1
 
     def _compact(self) -> None:
-        """Drop the rows of requests that are done, once they are a quarter of the batch."""
+        """Drop the rows of finished requests once they are a quarter of the batch."""
         active = self.active[self.current]
         if int(active.sum()) > 0.75 * len(active):
             return

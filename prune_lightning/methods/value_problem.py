@@ -1,4 +1,4 @@
-"""What the value optimisation differentiates: logits as a function of one shift per request."""
+"""Logits as a function of one shift per request, for the value optimisation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RequestRows:
 
     Args:
         targets: Prompt and target under every prefix, the clean prompt first.
-        divergence: The row on which the edit shall not change the prediction at the subject.
+        divergence: The row on which the edit should not change the prediction at the subject.
     """
 
     targets: tuple[EditRow, ...]
@@ -51,10 +51,10 @@ class RequestRows:
 
 
 class Layout:
-    """Rows of several requests as one padded batch, and where in it the shift enters and the loss is read.
+    """Rows of several requests as one padded batch, with the positions of the shift and of the loss.
 
     Attributes:
-        ids: Padded ids, shape ``(rows, length)``; a request's rows lie together.
+        ids: Padded ids, shape ``(rows, length)``; a request's rows are adjacent.
         mask: One where ``ids`` is not padding.
         owner: Request of each row.
         subject: Position of the subject's last token in each row.
@@ -94,36 +94,36 @@ class Layout:
 
     @property
     def read_rows(self) -> Tensor:
-        """Rows of the places whose logits are read: the labels', then the divergences'."""
+        """Rows of the positions whose logits are read: the labels', then the divergences'."""
         return torch.cat([self.label_row, self.divergence])
 
     @property
     def read_positions(self) -> Tensor:
-        """Positions of these places."""
+        """These positions."""
         return torch.cat([self.label_position, self.subject[self.divergence]])
 
 
 class ValueProblem(Protocol):
     """Logits as a function of one shift per request.
 
-    ``reference`` is what is shifted at the clean prompt's subject, shape ``(b, width)``; ``base_logits`` are those of
-    the unshifted model at the places that the layout reads.
+    ``reference`` is the unshifted output at the clean prompt's subject, shape ``(b, width)``; ``base_logits`` are the
+    unshifted model's logits at the positions that the layout reads.
     """
 
     reference: Tensor
     base_logits: Tensor
 
     def logits(self, layout: Layout, shift: Tensor) -> Tensor:
-        """Return the logits at the places that ``layout`` reads, for shifts ``(b, width)``."""
+        """Return the logits at the positions that ``layout`` reads, for shifts ``(b, width)``."""
         ...
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some rows only."""
+        """Keep some rows only."""
         ...
 
 
 class WholeForward:
-    """The plain path: the whole model runs at every step."""
+    """The plain path: run the whole model at every step."""
 
     def __init__(self, model: LanguageModel, site: ShiftSite, layout: Layout) -> None:
         self.model, self.site = model, site
@@ -132,7 +132,7 @@ class WholeForward:
         self.reference = seen.outputs[0][layout.clean, layout.subject[layout.clean]]
 
     def logits(self, layout: Layout, shift: Tensor) -> Tensor:
-        """Return the logits at the places that ``layout`` reads."""
+        """Return the logits at the positions that ``layout`` reads."""
 
         def add(output: Tensor) -> Tensor:
             output = output.clone()
@@ -143,13 +143,13 @@ class WholeForward:
             return self.model.logits_at(layout.ids, layout.mask, layout.read_rows, layout.read_positions)
 
     def select(self, rows: Tensor) -> None:
-        """Nothing is kept from step to step."""
+        """Do nothing: there is no cached state."""
 
 
 class UpperForward:
-    """The fast path: only the blocks above the shift run, for the subject's last token and what follows it.
+    """The fast path: run only the blocks above the shift, from the subject's last token on.
 
-    A shift of an MLP's output is one of its block's output, directly or through the norm that the family's YAML names.
+    A shift of an MLP's output shifts its block's output, directly or through the norm that the family's YAML names.
     """
 
     def __init__(self, model: LanguageModel, site: ShiftSite, layout: Layout) -> None:
@@ -170,7 +170,7 @@ class UpperForward:
         self._after_mlp = model.after_mlp(site.layer) if site.at == "mlp" else nn.Identity()
 
     def logits(self, layout: Layout, shift: Tensor) -> Tensor:
-        """Return the logits at the places that ``layout`` reads."""
+        """Return the logits at the positions that ``layout`` reads."""
         hidden, shift = self.forward.hidden, shift[layout.owner].to(self.forward.hidden)
         if not isinstance(self._after_mlp, nn.Identity):
             unshifted = self.forward.mlp_output

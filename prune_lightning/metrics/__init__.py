@@ -1,4 +1,4 @@
-"""torchmetrics for editing; they know no model, so they work anywhere."""
+"""torchmetrics for editing. They are independent of any model."""
 
 from prune_lightning.metrics.cases import CaseMeans
 from prune_lightning.metrics.counterfact import CounterFactScore

@@ -13,14 +13,14 @@ def resampled_means(
 ) -> Floats:
     """Return the mean over cases in each of ``resamples`` draws of the cases with replacement.
 
-    Equal numbers of cases and equal seeds draw the same cases, so that two states of a model are compared in pairs.
+    Equal numbers of cases and equal seeds draw the same cases, so that two models can be compared in pairs.
 
     Args:
         values: One row per case, shape ``(cases, scores)``.
-        weights: Weight of each case; equal ones by default.
+        weights: Weight of each case; all equal by default.
         resamples: Number of draws.
         seed: Seed of the draws.
-        block: Draws times cases (in thousands) that are held at once.
+        block: Number of draws times cases in memory at once, in thousands.
 
     Returns:
         Shape ``(resamples, scores)``.

@@ -1,4 +1,4 @@
-"""Means over cases that survive a distributed run: what the editing metrics have in common."""
+"""Means over cases, the base of the editing metrics, which are correct in distributed runs, too."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _EXACT = 2**24
 class CaseMeans(Metric):
     """Named values per prompt, averaged over the prompts of a case, then over cases.
 
-    A value is kept with its case and its prompt; one that comes again (a sampler that pads its last batch repeats
-    cases, and so may processes that share them out) is counted once. States are kept in single precision whatever they
-    are given in, since a process that saw nothing contributes an empty tensor of that type.
+    Each value is stored with its case and its prompt. Duplicates, such as those of a distributed sampler that pads its
+    last batch, are counted once. States are always in single precision, since a process without data contributes an
+    empty tensor of that dtype.
 
     Args:
         means: Names whose values are averaged.
-        counts: Names whose values are added up.
+        counts: Names whose values are summed.
         kwargs: See :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = CaseMeans(["accuracy"])
         >>> metric.update("accuracy", torch.tensor([1.0, 0.0, 1.0]), torch.tensor([4, 4, 7]))
-        >>> metric.update("accuracy", torch.tensor([1.0]), torch.tensor([7]))  # the same case once more
+        >>> metric.update("accuracy", torch.tensor([1.0]), torch.tensor([7]))  # the same case again
         >>> metric.compute()
         {'accuracy': tensor(0.7500)}
     """
@@ -61,7 +61,7 @@ class CaseMeans(Metric):
                 all prompts of a case have to come in the same call.
 
         Raises:
-            UserError: An unknown name, lengths that differ, or a number that single precision cannot hold.
+            UserError: An unknown name, lengths that differ, or a number that single precision cannot represent.
         """
         one_of("name", name, (*self.means, *self.counts))
         prompt = _counted(case) if prompt is None else prompt
@@ -78,7 +78,7 @@ class CaseMeans(Metric):
             state.append(tensor.to(self.device, torch.float32))
 
     def _once(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return name, case and value of every prompt, each prompt once."""
+        """Return name, case and value of every prompt, without duplicates."""
         name, case, prompt, value = (
             dim_zero_cat(state) if len(state) else torch.zeros(0, device=self.device)
             for state in (self.name, self.case, self.prompt, self.value)
@@ -87,7 +87,7 @@ class CaseMeans(Metric):
         return name[once], case[once], value[once].double()
 
     def compute(self) -> dict[str, Tensor]:
-        """Return each name's mean over cases, NaN where there is no case, or its sum."""
+        """Return each name's mean over cases, NaN without cases, or its sum."""
         name, case, value = self._once()
         result = {}
         for index, key in enumerate((*self.means, *self.counts)):
@@ -97,7 +97,7 @@ class CaseMeans(Metric):
         return result
 
     def rows(self, cases: Collection[int]) -> list[dict[str, Any]]:
-        """Return a row for each of some cases: ``case``, and its part of each mean that it has a part in."""
+        """Return a row for each of some cases: ``case``, and its value in each mean that it contributes to."""
         name, case, value = self._once()
         rows: dict[int, dict[str, Any]] = {number: {"case": number} for number in cases}
         for index, key in enumerate(self.means):
@@ -110,7 +110,7 @@ class CaseMeans(Metric):
 
 
 def _counted(case: Tensor) -> Tensor:
-    """Return for each entry how many entries of the same case stand before it."""
+    """Return for each entry the number of earlier entries of the same case."""
     order = case.argsort(stable=True)
     _, length = case[order].unique_consecutive(return_counts=True)
     start = torch.repeat_interleave(length.cumsum(0) - length, length)

@@ -13,13 +13,13 @@ from prune_lightning.metrics.functional import harmonic_mean, magnitude, prefere
 
 
 class CounterFactScore(CaseMeans):
-    """CounterFact's scores for the three kinds of prompt, prompts averaged in their case, then cases.
+    """CounterFact's scores for the three kinds of prompt, averaged over the prompts of a case, then over cases.
 
     SCORE: the wanted answer is likelier per token than the other one. MAGNITUDE: by how much. ACCURACY: every token of
     the wanted answer is the model's first choice. For efficacy and generalization the wanted answer is the new target,
-    for locality the probe's own answer. A kind without any case gives NaN.
+    for locality the probe's own answer. A kind without cases gives NaN.
 
-    The harmonic mean S is taken of the three means over the data set, never case by case, and is 0 if one of them is.
+    The harmonic mean S is that of the three means over the data set, not a mean over cases, and is 0 if one of them is.
 
     Example:
         >>> metric = CounterFactScore()
@@ -52,12 +52,12 @@ class CounterFactScore(CaseMeans):
         Args:
             kind: ``efficacy``, ``generalization`` or ``locality``.
             nll_wanted: Mean NLL per token of the wanted answer, shape ``(n,)``.
-            nll_other: The same of the other answer; ``None`` where there is none to compare with.
-            hit: Every token of the wanted answer is the first choice, shape ``(n,)``.
+            nll_other: The same of the other answer; ``None`` if there is none.
+            hit: Whether every token of the wanted answer is the first choice, shape ``(n,)``.
             case: Case of each prompt, shape ``(n,)``.
             prompt: Number of each prompt within its case and kind, shape ``(n,)``; if not given they are counted, and
                 all prompts of a case have to come in the same call.
-            retokenised: Whether the answer changed how the prompt is tokenised, shape ``(n,)``; only counted.
+            retokenised: Whether the prompt is tokenised differently with the answer, shape ``(n,)``; only counted.
 
         Raises:
             UserError: Unknown kind.

@@ -19,8 +19,7 @@ from prune_lightning.errors import UserError
 def preference(nll_wanted: Tensor, nll_other: Tensor) -> Tensor:
     r"""Return CounterFact's SCORE per prompt: :math:`1[\ell(\text{wanted}) < \ell(\text{other})]`.
 
-    :math:`\ell` is the mean negative log-likelihood per target token. A tie is a failure, and so is whatever is not
-    finite.
+    :math:`\ell` is the mean negative log-likelihood per target token. A tie is a failure, and so is a non-finite value.
 
     Args:
         nll_wanted: :math:`\ell` of the answer that should be preferred, shape ``(n,)``.
@@ -49,7 +48,7 @@ def mean_by_case(values: Tensor, case: Tensor) -> Tensor:
 
 
 def retention(now: dict[str, float], before: dict[str, float]) -> float:
-    """Return the mean over tasks of ``now / before``; a task that scored zero before cannot be retained or lost.
+    """Return the mean over tasks of ``now / before``; tasks that scored zero before are left out.
 
     Args:
         now: Score of each task; NaN counts as zero.
@@ -63,7 +62,7 @@ def retention(now: dict[str, float], before: dict[str, float]) -> float:
 
 
 def perplexity(mean_nll: Tensor) -> Tensor:
-    r"""Return :math:`\exp(\mathrm{nll})` of mean negative log-likelihoods per token; NaN is infinite, not left out.
+    r"""Return :math:`\exp(\mathrm{nll})` of mean negative log-likelihoods per token; NaN gives infinity.
 
     >>> perplexity(torch.tensor([0.0, float("nan")]))
     tensor([1., inf])
@@ -74,8 +73,8 @@ def perplexity(mean_nll: Tensor) -> Tensor:
 def magnitude(nll_wanted: Tensor, nll_other: Tensor) -> Tensor:
     r"""Return CounterFact's MAGNITUDE per prompt: :math:`P(\text{wanted}) - P(\text{other})`, :math:`P = e^{-\ell}`.
 
-    :math:`P` is the geometric mean of the token probabilities. Where either is not finite nothing is won: the
-    difference is -1, the worst there is.
+    :math:`P` is the geometric mean of the token probabilities. Where either is not finite, the difference is -1, the
+    worst value.
 
     Args:
         nll_wanted: :math:`\ell` of the answer that should be preferred, shape ``(n,)``.
@@ -89,7 +88,7 @@ def magnitude(nll_wanted: Tensor, nll_other: Tensor) -> Tensor:
 
 
 def harmonic_mean(scores: Tensor) -> Tensor:
-    r"""Return :math:`n / \sum_i s_i^{-1}` of scores that are not negative; 0 if any is 0, NaN if any is missing.
+    r"""Return :math:`n / \sum_i s_i^{-1}` of non-negative scores; 0 if any is 0, NaN if any is NaN.
 
     Args:
         scores: Shape ``(n,)``.
@@ -128,13 +127,13 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(text: str, answers: Sequence[str]) -> bool:
-    """Whether a text is one of the answers after normalisation; nothing said is never right.
+    """Whether a text is one of the answers after normalisation; an empty text never is.
 
     >>> exact_match("Paris.", ["the Paris", "Lutetia"])
     True
     """
-    said = normalise_answer(text)
-    return bool(said) and said in {normalise_answer(answer) for answer in answers}
+    normalised = normalise_answer(text)
+    return bool(normalised) and normalised in {normalise_answer(answer) for answer in answers}
 
 
 def contains(text: str, answers: Sequence[str]) -> bool:
@@ -143,16 +142,16 @@ def contains(text: str, answers: Sequence[str]) -> bool:
     >>> contains("It is in Paris, France", ["Paris"]), contains("15", ["5"])
     (True, False)
     """
-    said = f" {normalise_answer(text)} "
+    normalised = f" {normalise_answer(text)} "
     wanted = [normalise_answer(answer) for answer in answers]
-    return any(f" {answer} " in said for answer in wanted if answer)
+    return any(f" {answer} " in normalised for answer in wanted if answer)
 
 
 def ngram_entropy(text: str) -> float:
     r"""Return the fluency of a text in bits: :math:`\tfrac12(\tfrac23 H_2 + \tfrac43 H_3)`.
 
-    :math:`H_n = -\sum_g f(g)\log_2 f(g)` over the frequencies of the text's n-grams of words, as ``nltk`` splits
-    them. A text without n-grams has no entropy: 0.
+    :math:`H_n = -\sum_g f(g)\log_2 f(g)` over the frequencies of the text's word n-grams, with words split by ``nltk``.
+    It is 0 for a text without n-grams.
 
     Raises:
         UserError: ``nltk`` is not installed.
@@ -181,10 +180,10 @@ def _word_tokenizer() -> Any:
 
 
 def tfidf_vectorizer(texts: Sequence[str]) -> Any:
-    """Return a TF-IDF vectoriser whose vocabulary and weights are fixed by some texts.
+    """Return a TF-IDF vectoriser fitted to some texts.
 
     Raises:
-        UserError: ``scikit-learn`` is not installed, or the texts hold no words.
+        UserError: ``scikit-learn`` is not installed, or the texts contain no words.
     """
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -197,12 +196,14 @@ def tfidf_vectorizer(texts: Sequence[str]) -> Any:
 
 
 def tfidf_similarity(vectorizer: Any, texts: Sequence[str], references: Sequence[str]) -> float:
-    """Return the consistency of texts with reference texts: the cosine of the TF-IDF vectors of the two, joined.
+    """Return the consistency of texts with reference texts: the cosine of their TF-IDF vectors.
+
+    The texts are concatenated, and so are the references.
 
     Args:
         vectorizer: See :func:`tfidf_vectorizer`.
-        texts: What was generated about a subject.
-        references: What is written about such subjects.
+        texts: Generated texts about a subject.
+        references: Reference texts about such subjects.
 
     >>> vectorizer = tfidf_vectorizer(["a river in the north", "a town in the south"])
     >>> round(tfidf_similarity(vectorizer, ["north river"], ["the river", "the north"]), 3)

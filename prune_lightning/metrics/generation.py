@@ -12,13 +12,13 @@ from prune_lightning.metrics.functional import ngram_entropy, tfidf_similarity
 
 
 class GenerationScore(CaseMeans):
-    """Fluency and consistency of what a model writes, times 100 as they are published.
+    """Fluency and consistency of generated texts, times 100 as published.
 
     Fluency is the weighted entropy of bigrams and trigrams (:func:`ngram_entropy`), consistency the TF-IDF cosine with
     reference texts (:func:`tfidf_similarity`).
 
     Args:
-        vectorizer: A fitted TF-IDF vectoriser; without one there is no consistency.
+        vectorizer: A fitted TF-IDF vectoriser; without one consistency is not computed.
         kwargs: See :class:`torchmetrics.Metric`.
 
     Example:
@@ -35,12 +35,12 @@ class GenerationScore(CaseMeans):
     def update(  # type: ignore[override]
         self, texts: Sequence[str], case: int, references: Sequence[str] = ()
     ) -> None:
-        """Add what was generated for one case.
+        """Add the generated texts of one case.
 
         Args:
-            texts: Generated texts, their prompts included; one in which nothing could be said is empty.
+            texts: Generated texts including their prompts; empty if generation failed.
             case: Number of the case.
-            references: Reference texts; without any the case has no consistency.
+            references: Reference texts; without any the case has no consistency score.
         """
         entropies = [100 * ngram_entropy(text) for text in texts]
         super().update("fluency", torch.tensor(entropies), torch.full((len(texts),), case))

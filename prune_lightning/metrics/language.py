@@ -1,4 +1,4 @@
-"""Language metrics that take scores already reduced to one figure per text."""
+"""Language metrics of scores that are already reduced to one figure per text."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ExactMatch(Metric):
 
 
 class CorpusPerplexity(Metric):
-    r"""Perplexity of a corpus, :math:`\exp(\sum_i \mathrm{nll}_i / \sum_i n_i)`, every token weighing the same.
+    r"""Perplexity of a corpus, :math:`\exp(\sum_i \mathrm{nll}_i / \sum_i n_i)`, with equal weight for every token.
 
     Example:
         >>> metric = CorpusPerplexity()
@@ -78,17 +78,17 @@ class CorpusPerplexity(Metric):
 class SentencePerplexity(Metric):
     r"""ME-PPL: perplexities of single sentences, :math:`\mathrm{ppl}_i = \exp(\mathrm{nll}_i / n_i)`, and collapse.
 
-    ``mean`` is their arithmetic mean (ME-PPL's own figure, which one broken sentence can rule), ``median`` and ``max``
-    are over sentences too, ``corpus`` weighs every token the same. A sentence whose likelihood is not finite has an
-    infinite perplexity, is counted in ``num_nonfinite``, and is never left out; a text without a scored token is.
+    ``mean`` is their arithmetic mean (ME-PPL's own figure, which one bad sentence can dominate); ``median`` and ``max``
+    are over sentences, too; ``corpus`` weights all tokens equally. A sentence with a non-finite likelihood has an
+    infinite perplexity and is counted in ``num_nonfinite``. Texts without a scored token are left out.
 
     ``collapse_absolute`` is 1 if ``mean`` exceeds a threshold, ``collapse_relative`` if ``corpus`` exceeds a multiple
-    of the unedited model's; either is 1 if a sentence is not finite. The literature names no threshold.
+    of the unedited model's; both are 1 if a sentence is not finite. There is no published threshold.
 
     Args:
         absolute: Threshold of ``mean``.
-        relative: Multiple of ``reference`` that ``corpus`` may reach.
-        reference: ``corpus`` of the unedited model; without it there is no ``collapse_relative``.
+        relative: Multiple of ``reference`` above which ``corpus`` counts as collapse.
+        reference: ``corpus`` of the unedited model; without it ``collapse_relative`` is not computed.
         kwargs: For :class:`torchmetrics.Metric`.
 
     Example:
@@ -111,7 +111,8 @@ class SentencePerplexity(Metric):
     ) -> None:
         super().__init__(**kwargs)
         self.absolute, self.relative, self.reference = absolute, relative, reference
-        # Logarithms in single precision: perplexities would overflow it, and torchmetrics pads an empty rank with it.
+        # torchmetrics pads an empty rank with single precision, which perplexities would overflow, so logarithms are
+        # stored.
         self.add_state("token_nll", [], dist_reduce_fx="cat")
         self.add_state("nll", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
@@ -169,6 +170,6 @@ class MeanRouge(ROUGEScore):
         return torch.stack([result[f"{key}_fmeasure"] for key in self._KEYS]).double().mean()
 
     def by_text(self) -> list[float]:
-        """Return the figure of each text added in this process, in the order they came."""
+        """Return the figure of each text added in this process, in order."""
         scores = torch.stack([torch.stack(getattr(self, f"{key}_fmeasure")) for key in self._KEYS])
         return [float(score) for score in scores.double().mean(0)]

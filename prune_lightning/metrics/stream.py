@@ -1,4 +1,4 @@
-"""torchmetrics over a stream of edits; the formulas are in `stream_functional` and `trajectory`."""
+"""torchmetrics over a stream of edits. The formulas are in `stream_functional` and `trajectory`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from prune_lightning.metrics.trajectory import area, collapse, relative
 
 
 class RetentionMatrix(Metric):
-    r"""Entries :math:`A[t,i]` of how well edit ``i`` holds after ``t`` edits, and what follows from them.
+    r"""The matrix :math:`A[t,i]` of the score of edit ``i`` after ``t`` edits, and the figures derived from it.
 
-    An entry with ``t`` equal to the commit is the immediate score, one with a smaller ``t`` belongs to a model that was
-    not yet told the fact. Processes may hold different entries; an entry that occurs twice is refused when computing.
-    A later edit can give the same prompt another target; from then on the earlier edit is neither held nor forgotten.
+    An entry with ``t`` equal to the commit is the immediate score; one with a smaller ``t`` is of a model before the
+    edit. Processes may hold different entries; a duplicate entry is an error in :meth:`compute`. A later edit can give
+    the same prompt another target; from then on the earlier edit counts neither as retained nor as forgotten.
 
     Args:
-        superseded: Per case that a later edit overwrites, the edit count from which it has; its entries from there on
-            are dropped, and it stands in no mean from there on.
+        superseded: Per case that a later edit overwrites, the edit count from which it does. Its later entries are
+            dropped and do not count in any mean.
         kwargs: See ``Metric``.
 
     Example:
@@ -48,7 +48,7 @@ class RetentionMatrix(Metric):
         super().__init__(**kwargs)
         self.superseded = dict(superseded or {})
         for name in ("time", "commit", "index", "value"):
-            self.add_state(name, [], dist_reduce_fx="cat")  # all of one float type: an empty process pads with it
+            self.add_state(name, [], dist_reduce_fx="cat")  # all of one float dtype, with which an empty process pads
 
     def update(self, num_requests: int, commit: Tensor, index: Tensor, value: Tensor) -> None:
         """Add the scores of some cases after ``num_requests`` edits.
@@ -56,8 +56,8 @@ class RetentionMatrix(Metric):
         Args:
             num_requests: :math:`t`.
             commit: Edit count at which each case's batch was written, shape ``(n,)``.
-            index: Place of each case in the stream, below 2^24.
-            value: In [0, 1]; what is not finite counts as 0, a failure.
+            index: Index of each case in the stream, below 2^24.
+            value: In [0, 1]; non-finite values count as 0.
         """
         ends = [self.superseded.get(case, math.inf) for case in index.long().tolist()]
         holds = torch.tensor([num_requests < end for end in ends], dtype=torch.bool)
@@ -82,7 +82,7 @@ class RetentionMatrix(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the figures at the last count: ``acquisition``, ``final``, ``forgetting`` and so on.
 
-        ``half_life`` is the highest age seen where ``half_life_censored`` is 1.
+        ``half_life`` is the highest observed age if ``half_life_censored`` is 1.
         """
         seen = self.observations()
         last = float(seen.time.max()) if len(seen.time) else math.nan
@@ -104,14 +104,14 @@ class RetentionMatrix(Metric):
 
 
 class AbilityCurve(Metric):
-    r"""A score along the stream relative to the unedited model's: area under the curve, edits to collapse.
+    r"""A score along the stream relative to the unedited model's: area under the curve and edits to collapse.
 
     Update it in one process only; it does not synchronise.
 
     Args:
-        threshold: Collapsed is a model with :math:`g(t)` at or below this.
-        persistence: Checkpoints in a row that must be collapsed.
-        chance: Score of guessing, taken off both.
+        threshold: A model with :math:`g(t)` at or below this counts as collapsed.
+        persistence: Number of consecutive collapsed checkpoints that is required.
+        chance: Score of guessing, subtracted from both.
         kwargs: See ``Metric``.
 
     Example:
@@ -146,7 +146,7 @@ class AbilityCurve(Metric):
         return dim_zero_cat(self.counts)[order], relative(scores, float(scores[0]), self.chance)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``area``, ``area_log`` and ``edits_to_collapse``, infinite where it never came."""
+        """Return ``area``, ``area_log`` and ``edits_to_collapse``, which is infinite without a collapse."""
         counts, shares = self.curve()
         found = collapse(counts.tolist(), (shares <= self.threshold).tolist(), self.persistence)
         figures = {

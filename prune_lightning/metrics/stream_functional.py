@@ -1,6 +1,6 @@
 r"""The formulas of metrics over a stream of edits, on plain tensors.
 
-:math:`A[t,i] \in [0,1]` is how well edit ``i`` holds after ``t`` edits; it was written at ``c(i)`` edits, its age is
+:math:`A[t,i] \in [0,1]` is the score of edit ``i`` after ``t`` edits; it was written at ``c(i)`` edits, its age is
 :math:`a = t - c(i)`, and :math:`A[0,i]` belongs to the unedited model.
 """
 
@@ -23,22 +23,23 @@ def age_bin(age: Tensor) -> Tensor:
     >>> age_bin(torch.tensor([0, 1, 2, 3, 4, 7, 8])).tolist()
     [0, 1, 2, 2, 3, 3, 4]
     """
-    return torch.frexp(age.double()).exponent.clamp_min(0)  # exact, where log2 of a power of two need not be
+    return torch.frexp(age.double()).exponent.clamp_min(0)  # exact, unlike log2 of a power of two
 
 
 @dataclass(frozen=True)
 class Observations:
-    r"""Entries of :math:`A`; one that is not finite counts as 0.
+    r"""Entries of :math:`A`; non-finite ones count as 0.
 
     Args:
         time: :math:`t` of each entry, shape ``(n,)``.
         commit: :math:`c(i)`.
         case: :math:`i`.
         value: :math:`A[t,i]`.
-        superseded: Per case that a later edit overwrites, the edit count from which it has.
+        superseded: Per case that a later edit overwrites, the edit count from which it does.
 
     Raises:
-        UserError: An entry occurs twice, a case has two commits, or it was looked at later but not when it was written.
+        UserError: An entry occurs twice, a case has two commits, or it has later scores but none from right after it
+            was written.
     """
 
     time: Tensor
@@ -92,20 +93,20 @@ class Observations:
     def written_at(self, t: float, before: bool = False) -> tuple[Tensor, Tensor]:
         """Return the entries of time ``t`` of cases written by then, and their weights.
 
-        Where not every case was looked at, those of an age bin stand for all of the bin: a weight is the number of
-        cases in the bin over the number of those looked at.
+        If only some cases were scored, those of an age bin represent the whole bin: the weight is the number of cases
+        in the bin divided by the number of scored ones.
 
         Args:
             t: Edit count.
-            before: Leave out the cases that were written at ``t`` itself.
+            before: Whether to leave out the cases that were written at ``t`` itself.
         """
         limit = self.commit < t if before else self.commit <= t
         entries = ((self.time == t) & limit).nonzero().flatten()
         population = self.commits[(self.commits < t if before else self.commits <= t) & (self.ends > t)]
         bins = age_bin(t - self.commit[entries]).long()
         everyone = age_bin(t - population).long().bincount(minlength=64).double()
-        looked_at = bins.bincount(minlength=64).double()
-        return entries, (everyone / looked_at)[bins]
+        num_scored = bins.bincount(minlength=64).double()
+        return entries, (everyone / num_scored)[bins]
 
 
 def _mean(values: Tensor, weights: Tensor | None = None) -> float:
@@ -115,7 +116,7 @@ def _mean(values: Tensor, weights: Tensor | None = None) -> float:
 
 
 def acquisition(seen: Observations) -> float:
-    r"""Return :math:`AQ = \mathrm{mean}_i A[c(i), i]`: how well edits hold right after they were written."""
+    r"""Return :math:`AQ = \mathrm{mean}_i A[c(i), i]`: the success right after writing."""
     return _mean(seen.value[seen.time == seen.commit])
 
 
@@ -141,10 +142,10 @@ def max_forgetting(seen: Observations, t: float) -> float:
 
 
 def forward_transfer(seen: Observations) -> float:
-    r"""Return :math:`FWT = \mathrm{mean}_i (A[c(i)-1, i] - A[0, i])`: what other edits did to a fact before its own.
+    r"""Return :math:`FWT = \mathrm{mean}_i (A[c(i)-1, i] - A[0, i])`: the effect of earlier edits on a fact.
 
-    :math:`c(i)-1` is the state just before the step that wrote ``i``; other than 0 means contamination where the new
-    targets are counterfactual.
+    :math:`c(i)-1` is the state just before the step that wrote ``i``. For counterfactual targets any value but 0 means
+    contamination.
     """
     before = seen.time < seen.commit
     latest = torch.full((seen._size,), -1.0, dtype=torch.float64, device=seen.value.device)
@@ -164,7 +165,7 @@ class AgeBin:
         age: Mean age of its pairs (case, count).
         pairs: Their number.
         retention: Mean of ``A[t, i]``.
-        conditional: The same over edits that held when they were written, each weighing ``A[c(i), i]``.
+        conditional: The same weighted by ``A[c(i), i]``, i.e. over edits that succeeded when they were written.
         backward_transfer: Mean of ``A[t, i] - A[c(i), i]``.
     """
 
@@ -196,7 +197,7 @@ def retention_by_age(seen: Observations) -> list[AgeBin]:
 
 @dataclass(frozen=True)
 class HalfLife:
-    """Age at which retention has halved, or, right-censored, the highest age seen without that."""
+    """Age at which retention has halved, or the highest observed age if it has not (right-censored)."""
 
     age: float
     censored: bool
@@ -207,7 +208,7 @@ def half_life(ages: Sequence[float], retention: Sequence[float]) -> HalfLife:
 
     Args:
         ages: Ascending, the first one 0.
-        retention: At each age; NaN throughout, or 0 at age 0, has no half-life (NaN).
+        retention: At each age; if all are NaN, or 0 at age 0, the half-life is NaN.
 
     >>> half_life([0, 2, 4], [1.0, 0.75, 0.25])
     HalfLife(age=3.0, censored=False)

@@ -17,7 +17,7 @@ class TokenMatch(CaseMeans):
 
     Args:
         kinds: Kinds of prompt.
-        harmonic: Report the harmonic mean of the kinds' means, too.
+        harmonic: Whether to report the harmonic mean of the kinds' means.
         kwargs: See :class:`torchmetrics.Metric`.
 
     Example:
@@ -49,7 +49,7 @@ class TokenMatch(CaseMeans):
             tokens: Tokens of the target, shape ``(n,)``.
             case: Case of each prompt, shape ``(n,)``.
             prompt: See :meth:`CaseMeans.update`.
-            nonfinite: Whether the target's likelihood is no finite number, shape ``(n,)``; only counted.
+            nonfinite: Whether the target's likelihood is not finite, shape ``(n,)``; only counted.
         """
         values = {kind: hits / tokens, f"{kind}_hits": hits, f"{kind}_tokens": tokens}
         if nonfinite is not None:

@@ -1,4 +1,4 @@
-"""What a score does over a stream of edits: its share of the start, area, collapse; the median over seeds."""
+"""Figures of a score over a stream of edits: relative score, area, collapse, and the median over seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prune_lightning.errors import UserError
 
 
 def relative(scores: Tensor, before: float, chance: float = 0.0) -> Tensor:
-    r"""Return :math:`g(t) = (G(t) - G_c)/(G(0) - G_c)`; what is not finite is a failure, 0.
+    r"""Return :math:`g(t) = (G(t) - G_c)/(G(0) - G_c)`; non-finite scores count as 0.
 
     Args:
         scores: :math:`G(t)`, shape ``(n,)``.
@@ -27,12 +27,12 @@ def relative(scores: Tensor, before: float, chance: float = 0.0) -> Tensor:
 
 
 def area(counts: Tensor, values: Tensor, log: bool = False) -> float:
-    r"""Return :math:`\frac{1}{x_K - x_0} \sum_k \frac12 (g_k + g_{k+1})(x_{k+1} - x_k)`; NaN for less than two points.
+    r"""Return :math:`\frac{1}{x_K - x_0} \sum_k \frac12 (g_k + g_{k+1})(x_{k+1} - x_k)`; NaN for fewer than two points.
 
     Args:
         counts: Edit counts :math:`t_k`, ascending.
         values: :math:`g_k`.
-        log: Take :math:`x = \log_2(1 + t)` and not :math:`x = t`.
+        log: Use :math:`x = \log_2(1 + t)` instead of :math:`x = t`.
 
     >>> area(torch.tensor([0, 1, 3]), torch.tensor([1.0, 1.0, 0.0]))
     0.6666666666666666
@@ -46,7 +46,7 @@ def area(counts: Tensor, values: Tensor, log: bool = False) -> float:
 
 
 def collapse(counts: Sequence[int], collapsed: Sequence[bool], persistence: int = 2) -> int | None:
-    """Return the first count from which on at least ``persistence`` checkpoints in a row are collapsed, or ``None``.
+    """Return the first count of at least ``persistence`` consecutive collapsed checkpoints, or ``None``.
 
     >>> collapse([0, 10, 20, 30, 40], [False, True, False, True, True])
     30
@@ -60,7 +60,7 @@ def collapse(counts: Sequence[int], collapsed: Sequence[bool], persistence: int 
 
 
 def first_below(counts: Sequence[int], scores: Sequence[float], threshold: float) -> int | None:
-    r"""Return the first count with a score below ``threshold`` (CP@:math:`\theta`), NaN being below, or ``None``.
+    r"""Return the first count with a score below ``threshold`` (CP@:math:`\theta`) or NaN, or ``None``.
 
     >>> first_below([1, 10, 100], [0.9, 0.7, 0.5], 0.6)
     100
@@ -69,14 +69,14 @@ def first_below(counts: Sequence[int], scores: Sequence[float], threshold: float
 
 
 def kaplan_meier_median(times: Sequence[float], observed: Sequence[bool]) -> float | None:
-    r"""Return the median of times some of which are known only to be longer; ``None`` if half never get there.
+    r"""Return the Kaplan-Meier median of right-censored times; ``None`` if it is not reached.
 
     The first time at which :math:`S(t) = \prod_{t_j \le t} (1 - d_j/n_j) \le \frac12`, with :math:`d_j` events among
     :math:`n_j` runs that were still under observation.
 
     Args:
-        times: When the event came, or when the observation ended.
-        observed: Whether the event came.
+        times: Time of the event, or of the end of the observation.
+        observed: Whether the event was observed.
 
     >>> kaplan_meier_median([30, 50, 100], [True, True, False])
     50

@@ -1,4 +1,4 @@
-"""Rows of similar length in the same batch."""
+"""Batches of rows with similar lengths."""
 
 from __future__ import annotations
 

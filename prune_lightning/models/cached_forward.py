@@ -1,4 +1,4 @@
-"""Rerun only the upper part of a forward pass: the blocks above one, for the later tokens of each row."""
+"""Reruns only the upper part of a forward pass: the blocks above a layer, for the later tokens of each row."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from prune_lightning.models.packing import PAYS, pack, plain
 
 
 class CachedForward:
-    """What lies behind block ``layer``, as a function of its output at each row's position ``start`` and after it.
+    """The model above block ``layer``, as a function of the block's output from each row's position ``start`` on.
 
-    Hidden states up to the block, and keys and values of the tokens before ``start`` in the blocks above, depend on
-    neither: they are computed once. A rerun sends the later tokens through the upper blocks of the model's own
-    ``forward``, the lower ones switched to pass through, so that masks, rotary positions, sliding windows and caps are
-    the model's own business.
+    Hidden states up to the block, and keys and values of the tokens before ``start`` in the blocks above, do not depend
+    on it and are computed once. A rerun calls the model's own ``forward`` on the later tokens, with the lower blocks
+    replaced by the identity. So the model itself handles masks, rotary positions, sliding windows and soft caps.
 
     Args:
         model: The language model.
-        layer: The block behind which the rerun begins.
+        layer: The block after which the rerun begins.
         ids: Right-padded ids, shape ``(rows, length)``.
         mask: One where ``ids`` is not padding.
-        start: First position of each row that is run again, shape ``(rows,)``.
-        rows: Row of each place whose logits are wanted, shape ``(n,)``.
-        positions: Position of each place, not before its row's ``start``, shape ``(n,)``.
-        above: Higher blocks behind which a rerun may begin as well, see :meth:`behind`.
-        compact: Compute beginnings that rows share once for all of them, and show MLPs no padding, that of the last
-            block only what is read. Who looks into the passes, or puts branches into the blocks, wants whole rows.
+        start: First position of each row to rerun, shape ``(rows,)``.
+        rows: Row of each position whose logits are read, shape ``(n,)``.
+        positions: These positions, not before their row's ``start``, shape ``(n,)``.
+        above: Higher blocks after which a rerun may begin, too; see :meth:`behind`.
+        compact: Whether to compute prefixes that rows share only once, run MLPs without padding, and run the last
+            block's MLP only where logits are read. Hooks that read or change activations need whole rows (``False``).
 
     Attributes:
-        base_logits: Logits at the places in the ordinary forward pass, shape ``(n, vocabulary)``.
+        base_logits: Logits at these positions in the ordinary forward pass, shape ``(n, vocabulary)``.
     """
 
     @torch.no_grad()
@@ -54,7 +53,7 @@ class CachedForward:
         compact: bool = False,
     ) -> None:
         self.model, self.layer, self._compact = model, layer, compact
-        self._in_tuple = model.block_returns_tuple  # found out here, where nobody's hooks are in the way
+        self._in_tuple = model.block_returns_tuple  # read here, before hooks are installed
         cache: Any = DynamicCache()
         layers = [layer, *above]
         modules = [module for kept in layers for module in (model.block(kept), model.rewrite_module(kept))]
@@ -67,8 +66,8 @@ class CachedForward:
             )
         row = torch.arange(len(ids), device=ids.device)
 
-        # Later tokens begin at slot 0 of the rerun; earlier ones end right before it, padded on the left: the distance
-        # between two tokens is that between their slots, as sliding windows want it.
+        # Later tokens begin at slot 0 of the rerun, and earlier ones end right before it, padded on the left. So the
+        # distance of two tokens equals that of their slots, as sliding windows require.
         before, after = int(start.max()), int((lengths - start).max())
         self._positions = (start[:, None] + torch.arange(after, device=ids.device)).clamp_max(ids.shape[1] - 1)
         self._kept = {
@@ -98,7 +97,7 @@ class CachedForward:
         return self._kept[self.layer][1]
 
     def behind(self, layer: int) -> CachedForward:
-        """Return the same for ``layer`` or one of the blocks ``above``; what is kept is shared, not copied."""
+        """Return a rerun after ``layer`` or one of the blocks ``above``, which shares the cached states."""
         other = copy(self)
         other.layer, other._past = layer, self._past[layer - self.layer :]
         return other
@@ -108,7 +107,7 @@ class CachedForward:
         return self._mask.shape[1] - self.hidden.shape[1]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some rows, each as often as named; what is no longer needed of the longest ones is cut off."""
+        """Keep some rows, possibly repeated, and truncate to the longest of them."""
         mask = self._mask[rows]
         before = self._before
         drop = before - int(mask[:, :before].sum(1).max()) if before else 0
@@ -143,7 +142,7 @@ class CachedForward:
             )
 
     def _narrowed(self, rows: Tensor, offsets: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-        """Yield the MLPs of the upper blocks with the tokens that they have to see, where leaving out the rest pays."""
+        """Yield the MLPs of the upper blocks with the tokens they need, where leaving out the rest is faster."""
         later = self._mask[:, self._before :]
         real, read = torch.nonzero(later.flatten())[:, 0], (rows * later.shape[1] + offsets).unique()
         for index in range(self.layer + 1, self.model.num_layers):
@@ -155,7 +154,7 @@ class CachedForward:
     def _cache(self) -> DynamicCache:
         cache = DynamicCache()
         if self._before:
-            # The model reads the length of what it has seen from its first layers, which are not run here.
+            # The model reads the past length from the cache of its first layers, which are not run here.
             nothing = self.hidden.new_zeros(1, 1, self._before, 1)
             for index in range(self.layer + 1):
                 cache.update(nothing, nothing, index)

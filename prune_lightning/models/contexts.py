@@ -1,4 +1,4 @@
-"""Context prefixes: short texts of the model's own making, put before a prompt so that an edit holds in any context."""
+"""Context prefixes: short texts sampled from the model, put before a prompt so that an edit holds in any context."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ContextOptions:
     """Which prefixes to sample.
 
     Args:
-        lengths: Pairs ``(tokens, texts)``: the total length in tokens, and how many texts of it.
-        starts: Words that the texts begin with, in turn; empty to begin with the model's start token.
-        top_k: Sample among this many tokens.
+        lengths: Pairs ``(tokens, texts)``: the total length in tokens, and the number of texts of that length.
+        starts: First words of the texts, used in turn; empty to begin with the model's start token.
+        top_k: Number of tokens to sample from.
         seed: Seed of the sampling.
         fixed: Use these prefixes and sample nothing.
     """
@@ -32,11 +32,11 @@ class ContextOptions:
 
 @torch.no_grad()
 def sample_prefixes(model: LanguageModel, options: ContextOptions) -> tuple[str, ...]:
-    """Return the prefixes, each ending in ``". "`` so that a prompt can follow; the empty prefix is not among them.
+    """Return the prefixes, without the empty one. Each ends in ``". "`` so that a prompt can follow.
 
     Args:
-        model: The model that writes the texts.
-        options: How many and how long.
+        model: The model to sample from.
+        options: Number and lengths of the prefixes.
     """
     if options.fixed is not None:
         return tuple(options.fixed)

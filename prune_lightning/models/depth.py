@@ -1,4 +1,4 @@
-"""Which layers to edit where nothing is published: at the depth of the published ones."""
+"""Default layers of models without published ones, at the relative depth of published layers."""
 
 from __future__ import annotations
 
@@ -32,4 +32,4 @@ FROM_DEPTH: Mapping[str, Callable[[int], list[int]]] = {
     "top": top,
     "fine_tuning": fine_tuning,
 }
-"""Layers by what they are for, from the number of layers."""
+"""Functions from the number of layers to the layers to edit, by purpose."""

@@ -1,4 +1,4 @@
-"""Model families as data: where a ``transformers`` architecture keeps the parts that editing touches."""
+"""Model families as data: the module paths of a ``transformers`` architecture that editing uses."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class ModelFamily:
     Args:
         model_type: The ``model_type`` of the architecture's ``transformers`` configuration.
         block: Path of a transformer block.
-        mlp: Path of a block's MLP; null where its modules lie in the block itself (OPT).
+        mlp: Path of a block's MLP; null if its modules are direct children of the block (OPT).
         rewrite: Path of the MLP's down-projection, the matrix that is edited.
-        mlp_weights: Names of all linear modules of the MLP, below ``mlp`` (below ``block`` where that is null), in the
-            order in which they run.
-        after_mlp: Path of the norm that the MLP's output passes before it joins the residual stream, if it does.
-        multiplier: Name of the configuration value by which the MLP's output is multiplied before it joins the residual
-            stream, if it is (Granite).
-        activation: Path of the MLP's activation function, a module of its own; few methods ask for it.
-        tiny: Extra configuration keys that a small test model of this family needs, null for those that it does not
-            take; ``parts`` are the configurations beside that of the text model.
+        mlp_weights: Names of all linear modules of the MLP in ``mlp`` (in ``block`` if that is null), in the order of
+            execution.
+        after_mlp: Path of the norm of the MLP's output before the residual addition, if there is one.
+        multiplier: Name of the configuration value that multiplies the MLP's output before the residual addition, if
+            there is one (Granite).
+        activation: Path of the MLP's activation function, if it is a module; few methods need it.
+        tiny: Extra configuration keys for a small test model of this family, null for keys that it does not accept;
+            ``parts`` are the configurations of its other submodels.
     """
 
     model_type: str
@@ -72,7 +72,7 @@ class ModelFamily:
 
     @classmethod
     def from_entries(cls, entries: Mapping[str, Any]) -> ModelFamily:
-        """Return the family that a YAML describes.
+        """Return the family from the entries of a YAML.
 
         Raises:
             UserError: A key is missing or unknown.
@@ -91,7 +91,7 @@ class ModelFamily:
         """Return the family of a model.
 
         Raises:
-            UserError: There is no such YAML, or the model is a mixture of experts that none has been written for.
+            UserError: There is no such YAML, or the model is a mixture of experts.
         """
         if config.model_type not in family_names() and (experts := number_of_experts(config)):
             raise UserError(
@@ -102,7 +102,7 @@ class ModelFamily:
 
 
 def number_of_experts(config: PretrainedConfig) -> int:
-    """Return how many experts share the work of a layer's MLP; 0 for a dense model."""
+    """Return the number of experts of a layer's MLP; 0 for a dense model."""
     text = config.get_text_config()
     counts = [getattr(text, name, None) for name in _EXPERTS]
     return max((int(count) for count in counts if isinstance(count, int) and count > 1), default=0)
@@ -123,7 +123,7 @@ def family_names() -> list[str]:
 def stores_transposed(module: nn.Module) -> bool:
     """Whether ``module.weight`` is ``in x out`` (GPT-2's ``Conv1D``) and not ``out x in`` (``nn.Linear``).
 
-    The module's type decides, never its shape, which would be ambiguous for square matrices.
+    The module's type decides; its shape would be ambiguous for square matrices.
 
     Raises:
         UserError: The module is neither, so that its orientation is unknown, or its weight is quantised.

@@ -1,4 +1,4 @@
-"""Fast paths and what happens where an architecture does not fit one: the plain path, and one warning."""
+"""Fast paths, with one warning and a fallback to the plain path for architectures that do not support them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ T = TypeVar("T")
 
 
 def agrees(rerun: Tensor, ordinary: Tensor) -> bool:
-    """Whether the logits of a rerun are those of the ordinary forward pass, but for rounding.
+    """Whether the logits of a rerun equal those of the ordinary forward pass up to rounding.
 
-    Where the ordinary ones are not finite, there is nothing to tell the two apart.
+    Positions with non-finite ordinary logits are not compared.
     """
-    # Some norms and rotations of `transformers` run in fp32 whatever the dtype of the model.
+    # Some norms and rotations of `transformers` always run in fp32.
     tolerance, scale = max(torch.finfo(rerun.dtype).eps ** 0.5, 1e-6), float(ordinary.double().norm())
     error = float((rerun.double() - ordinary.double()).norm())
     return error <= tolerance * scale or not scale < float("inf")
 
 
 class FastPath:
-    """Remembers which fast paths do not fit a model, so that each is tried, and warned of, once.
+    """Remembers which fast paths failed on a model, so that each is tried and warned about once.
 
     Args:
         architecture: Name of the model's class, for the warning.
@@ -37,12 +37,12 @@ class FastPath:
         self._refused: set[str] = set()
 
     def attempt(self, kind: str, run: Callable[[], T | None]) -> T | None:
-        """Return what ``run`` returns, or ``None`` where the plain path has to do the work.
+        """Return the value of ``run``, or ``None`` if the plain path has to be used.
 
         Args:
-            kind: Which fast path, in words; "the fast path of the value optimisation".
-            run: Returns ``None`` if the fast path gives other numbers than the whole model. An exception counts as a
-                misfit too, except for lack of memory and for errors that the user has to mend.
+            kind: Name of the fast path for the warning, e.g. "the value optimisation".
+            run: Returns ``None`` if the fast path differs from the whole model. An exception also disables the fast
+                path, except for out-of-memory errors and :class:`UserError`.
         """
         if kind in self._refused:
             return None
@@ -53,7 +53,7 @@ class FastPath:
                 return result
         except (torch.OutOfMemoryError, UserError):
             raise
-        except Exception as error:  # whatever another architecture's code raises when it is called in parts
+        except Exception as error:  # an architecture's code can raise anything when it is called in parts
             cause = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         self._refused.add(kind)
         rank_zero_warn(

@@ -1,4 +1,4 @@
-"""Hooks that are gone when their ``with`` block ends: read or replace what flows through a module."""
+"""Hooks that read or replace the inputs and outputs of modules inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.nn import functional
 
 
 class _Reached(Exception):
-    """Raised inside a forward pass once the last wanted activation is there."""
+    """Raised inside a forward pass once the last activation is recorded."""
 
 
 def _tensor(value: Any) -> Tensor:
-    """Return the hidden states of a module's output, which may be a bare tensor or the head of a tuple."""
+    """Return the hidden states of a module's output, which may be a tensor or the first element of a tuple."""
     return value[0] if isinstance(value, tuple) else value
 
 
 def _apart(value: Tensor, rows: int | None) -> Tensor:
-    """Return ``(rows, length, width)`` of a module that sees rows and tokens in one axis, as OPT's MLP does."""
+    """Return ``(rows, length, width)`` from a module that has rows and tokens in one axis, like OPT's MLP."""
     return value if rows is None or value.ndim != 2 else value.unflatten(0, (rows, -1))
 
 
@@ -45,13 +45,14 @@ def capture(
     stop: bool = True,
     rows: int | None = None,
 ) -> Iterator[Recorder]:
-    """Record what enters or leaves the given modules during the forward pass inside the block.
+    """Record the inputs or outputs of modules during the forward pass inside the block.
 
     Args:
-        inputs: Modules whose first positional input is wanted.
-        outputs: Modules whose output is wanted.
-        stop: End the forward pass quietly as soon as everything is recorded.
-        rows: Rows of the batch, if a module may see rows and tokens in one axis; what it saw is recorded with both.
+        inputs: Modules whose first positional input is recorded.
+        outputs: Modules whose output is recorded.
+        stop: Whether to end the forward pass as soon as everything is recorded.
+        rows: Number of rows of the batch, if a module may have rows and tokens in one axis; they are recorded
+            separately.
     """
     inputs, outputs = inputs or [], outputs or []
     recorder = Recorder()
@@ -70,7 +71,7 @@ def capture(
 
     def on_output(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            # A copy: Falcon's block, for one, adds to its MLP's output in place.
+            # A copy, since some blocks, such as Falcon's, add to their MLP's output in place.
             recorder.outputs[index] = _apart(_tensor(output), rows).clone()
             done()
 
@@ -131,9 +132,9 @@ def edit_input(module: nn.Module, change: Callable[[Tensor], Tensor], rows: int 
 
 @contextmanager
 def replace_forward(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let modules compute something else inside the block; their hooks run all the same.
+    """Replace the ``forward`` of modules inside the block; their hooks still run.
 
-    A ``forward`` that somebody else has put on a module, as ``accelerate`` does, is put back.
+    A ``forward`` that other code has set on a module, such as ``accelerate``'s, is restored.
     """
     before = [vars(module).get("forward") for module in modules]
     for module in modules:
@@ -149,7 +150,7 @@ def replace_forward(modules: Sequence[nn.Module], forward: Callable[..., Any]) -
 
 
 def pass_through(modules: Sequence[nn.Module], in_tuple: bool) -> AbstractContextManager[None]:
-    """Let modules hand on their input inside the block."""
+    """Replace modules by the identity inside the block."""
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden,) if in_tuple else hidden
@@ -158,17 +159,17 @@ def pass_through(modules: Sequence[nn.Module], in_tuple: bool) -> AbstractContex
 
 
 def replace_output(module: nn.Module, output: Any) -> AbstractContextManager[None]:
-    """Let a module return ``output`` inside the block, whatever comes in."""
+    """Replace a module's output by ``output`` inside the block, for any input."""
     return replace_forward([module], lambda *args, **kwargs: output)
 
 
 def only_at(module: nn.Module, places: Tensor) -> AbstractContextManager[None]:
-    """Let a module that works token by token, such as an MLP, see some tokens only; elsewhere it returns zero.
+    """Run a tokenwise module, such as an MLP, on some tokens only; its output is zero for the others.
 
     Args:
-        module: The module; what comes in has shape ``(rows, length, width)``, and so have further tensors that belong
-            to the tokens, such as the residual that BLOOM's MLP adds to its output.
-        places: Indices into ``rows * length``, all different.
+        module: The module, with inputs of shape ``(rows, length, width)``. Further tensors per token, such as the
+            residual of BLOOM's MLP, have the same shape.
+        places: Distinct indices into ``rows * length``.
     """
     inner = module.forward
 
@@ -180,21 +181,21 @@ def only_at(module: nn.Module, places: Tensor) -> AbstractContextManager[None]:
 
         further = {name: narrowed(value) for name, value in kwargs.items()}
         seen = inner(narrowed(hidden), *map(narrowed, args), **further)[0]
-        everywhere = seen.new_zeros(hidden.shape[0] * hidden.shape[1], seen.shape[-1])
-        return everywhere.index_copy(0, places, seen).view(*hidden.shape[:2], -1)
+        full = seen.new_zeros(hidden.shape[0] * hidden.shape[1], seen.shape[-1])
+        return full.index_copy(0, places, seen).view(*hidden.shape[:2], -1)
 
     return replace_forward([module], forward)
 
 
 def few_rows(module: nn.Module, most: int = 32) -> AbstractContextManager[None]:
-    r"""Let a wide ``Linear`` compute :math:`(W h^\top)^\top` for few rows; other modules are left as they are.
+    r"""Compute a wide ``Linear`` as :math:`(W h^\top)^\top` for few rows; other modules are unchanged.
 
-    The same products; but for a handful of rows, libraries for CPUs take up to three times as long for
-    :math:`h W^\top`, which is most of what an LM head costs there.
+    The products are the same, but for a few rows CPU libraries need up to three times as long for :math:`h W^\top`,
+    which dominates the cost of an LM head.
 
     Args:
-        module: The LM head; what comes in has shape ``(n, 1, width)``.
-        most: For how many rows.
+        module: The LM head, with inputs of shape ``(n, 1, width)``.
+        most: Largest number of rows.
     """
     if type(module) is not nn.Linear or module.bias is not None or "forward" in vars(module):
         return nullcontext()
@@ -208,11 +209,11 @@ def few_rows(module: nn.Module, most: int = 32) -> AbstractContextManager[None]:
 
 
 def replace_weight(module: nn.Module, weight: Tensor) -> AbstractContextManager[None]:
-    """Let a ``Linear`` or ``Conv1D`` compute with another weight inside the block; gradients flow to it.
+    """Replace the weight of a ``Linear`` or ``Conv1D`` inside the block, with gradients to the new weight.
 
     Args:
-        module: The module; its bias stays.
-        weight: ``(out_features, in_features)`` whatever the module stores, cast to the dtype of what comes in.
+        module: The module; its bias is kept.
+        weight: ``(out_features, in_features)`` for both kinds of module; cast to the input's dtype.
     """
     return replace_forward(
         [module],

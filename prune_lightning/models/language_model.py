@@ -1,4 +1,4 @@
-"""A causal language model with its tokenizer and its family: the object that everything else edits and scores."""
+"""A causal language model with its tokenizer and its family."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class LanguageModel(nn.Module):
     """Binds a ``transformers`` causal language model to its family and freezes it.
 
     Args:
-        model: The model; put into evaluation mode, gradients of its parameters switched off. Without adapters.
+        model: The model; without adapters. It is put into evaluation mode and its parameters are frozen.
         tokenizer: Its fast tokenizer.
-        family: Where the model keeps its blocks and down-projections; found by ``model_type`` if not given.
+        family: Module paths of the architecture; found by ``model_type`` if not given.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
 
     @property
     def config(self) -> Any:
-        """Configuration of the text model; of a model that also sees images it is a part."""
+        """Configuration of the text model, which is a part of a multimodal model's."""
         return self.model.config.get_text_config()
 
     @property
@@ -85,7 +85,7 @@ class LanguageModel(nn.Module):
 
     @cached_property
     def block_returns_tuple(self) -> bool:
-        """Whether the blocks return their hidden states in a tuple; found out by running one token."""
+        """Whether the blocks return their hidden states in a tuple; determined by running one token."""
         seen: list[bool] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
@@ -102,14 +102,14 @@ class LanguageModel(nn.Module):
 
     @cached_property
     def takes_positions(self) -> bool:
-        """Whether the model's ``forward`` takes ``position_ids``; others find positions out from the mask."""
+        """Whether the model's ``forward`` takes ``position_ids``; other models compute positions from the mask."""
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
     def joins(self, layer: int) -> bool:
-        """Whether a shift of the down-projection's output moves the block's output by what :meth:`after_mlp` says.
+        """Whether a shift of the down-projection's output shifts the block's output as :meth:`after_mlp` predicts.
 
-        Found out once per layer by shifting it for a few tokens. Fast paths rely on it: a factor or a norm that the
-        family's YAML does not name would go unnoticed as long as nothing is shifted.
+        Tested once per layer by a shift on a few tokens. Fast paths rely on it: without a shift, a factor or a norm
+        that is missing in the family's YAML would go unnoticed.
         """
         if layer not in self._joins:
             module, after = self.rewrite_module(layer), self.after_mlp(layer)
@@ -131,10 +131,11 @@ class LanguageModel(nn.Module):
 
     @cached_property
     def tree_depth(self) -> int:
-        """Longest sequence in the rows of :mod:`~prune_lightning.models.token_tree`; 0 if the model takes none.
+        """Longest sequence in rows of :mod:`~prune_lightning.models.token_tree`; 0 if the model does not support them.
 
-        Found out by running branches that differ in their first tokens as a tree and alone: attention that ignores
-        the mask, or positions that are not those handed over, would show. Sliding windows are not in the mask.
+        Tested by running branches that differ in their first tokens both as a tree and separately. This detects
+        attention that ignores the mask, or positions that differ from ``position_ids``. The mask does not include
+        sliding windows, so they limit the length.
         """
         size = int(self.config.vocab_size)
         sequences = [[token % size for token in branch] for branch in ((1, 2, 3, 4), (1, 5, 6, 7), (8, 9, 3, 4))]
@@ -145,7 +146,7 @@ class LanguageModel(nn.Module):
             expected = self(plain, torch.ones_like(plain)).double()
             try:
                 tree = self(**inputs)[0].double()
-            except (IndexError, RuntimeError, TypeError, ValueError):  # takes no positions or no such mask
+            except (IndexError, RuntimeError, TypeError, ValueError):  # does not support positions or such a mask
                 return 0
         error = max(float((tree[path] - expected[i]).abs().max()) for i, path in rows[0].paths.items())
         rounding = max(1000 * torch.finfo(torch.float32).eps, 8 * torch.finfo(self.model.dtype).eps)
@@ -154,7 +155,7 @@ class LanguageModel(nn.Module):
         return min(self.tokens.max_length, getattr(self.config, "sliding_window", None) or self.tokens.max_length)
 
     def mlp(self, layer: int) -> nn.Module | None:
-        """Return a block's MLP; ``None`` where it is no module of its own."""
+        """Return a block's MLP; ``None`` if it is not a separate module."""
         path = self.family.mlp
         return None if path is None or path == self.family.block else self._module(path, layer)
 
@@ -164,9 +165,9 @@ class LanguageModel(nn.Module):
         return {path.format(layer) + ".weight": self._module(path, layer) for path in paths}
 
     def after_mlp(self, layer: int) -> nn.Module:
-        """Return the norm between a block's MLP and the residual stream; the identity where there is none.
+        """Return the norm between a block's MLP and the residual stream; the identity if there is none.
 
-        Where the architecture multiplies the MLP's output by a constant, :attr:`multiplier`, it does that.
+        If the architecture multiplies the MLP's output by a constant :attr:`multiplier`, return that multiplication.
         """
         if self.family.after_mlp:
             return self._module(self.family.after_mlp, layer)
@@ -174,11 +175,11 @@ class LanguageModel(nn.Module):
 
     @property
     def multiplier(self) -> float:
-        """What the MLP's output is multiplied by before it joins the residual stream."""
+        """Factor of the MLP's output before the residual addition."""
         return float(getattr(self.config, self.family.multiplier)) if self.family.multiplier else 1.0
 
     def activation(self, layer: int) -> nn.Module:
-        """Return the activation function of a block's MLP; its input are the pre-activations."""
+        """Return the activation function of a block's MLP, whose input is the pre-activations."""
         if self.family.activation is None:
             raise UserError(f"configs/model/family/{self.family.model_type}.yaml does not say where `activation` is")
         return self._module(self.family.activation, layer)
@@ -195,7 +196,7 @@ class LanguageModel(nn.Module):
     def rewrite_output(self, layer: int, keys: Tensor) -> Tensor:
         """Return the present output of the down-projection of ``layer`` for keys ``(..., in_features)``, fp32 at least.
 
-        Computed beside the model, from its weight in full precision.
+        Computed outside the model, from its weight in full precision.
         """
         module = self.rewrite_module(layer)
         weight = module.weight.T if stores_transposed(module) else module.weight
@@ -207,7 +208,7 @@ class LanguageModel(nn.Module):
         return self.family.rewrite.format(layer) + ".weight"
 
     def modules_named(self, layer: int, names: Sequence[str]) -> dict[str, nn.Module]:
-        """Return the modules of block ``layer`` whose own name is one of ``names``, by their path in the model.
+        """Return the modules of block ``layer`` whose last name is one of ``names``, by their path in the model.
 
         Raises:
             UserError: No module of the block has one of the names.
@@ -229,7 +230,7 @@ class LanguageModel(nn.Module):
     def logits_at(
         self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, positions: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Return the logits at chosen places only; the LM head never sees the others.
+        """Return the logits at chosen positions; the LM head runs only there.
 
         Args:
             input_ids: Right-padded ids, shape ``(rows, length)``.
@@ -247,10 +248,10 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def frozen_mode(self) -> Iterator[None]:
-        """Run with dropout off, whatever the Trainer has set, and put the mode back afterwards.
+        """Run with dropout off inside the block, then restore the mode.
 
-        A Trainer's ``precision`` sets PyTorch's default dtype during a step; inside the block it is fp32, in which new
-        tensors of an edit are meant to be.
+        A Trainer's ``precision`` sets PyTorch's default dtype during a step. Inside the block it is fp32, the dtype of
+        an edit's new tensors.
         """
         training, default = self.model.training, torch.get_default_dtype()
         self.model.eval()

@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer from a folder or, by a hub name, from the hub."""
+"""Loads a causal language model and its tokenizer from a folder or from the hub."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def located(path: str) -> tuple[str, bool]:
-    """Return what to hand to ``from_pretrained``, and whether it is a local folder.
+    """Return the argument for ``from_pretrained``, and whether it is a local folder.
 
     Raises:
-        UserError: The path looks local, and there is no such folder.
+        UserError: The path is local, but there is no such folder.
     """
     folder = local_path(path)
     looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1 or folder.is_file()
@@ -61,7 +61,7 @@ def located(path: str) -> tuple[str, bool]:
 
 
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
-    """Load a model's configuration alone; see :func:`load_language_model`.
+    """Load only a model's configuration; see :func:`load_language_model`.
 
     Raises:
         UserError: No such folder or model, or it cannot be reached.
@@ -92,15 +92,15 @@ def load_language_model(
 
     Args:
         path: A local folder, a hub name such as ``openai-community/gpt2-xl``, or ``pkg://package/folder`` for a folder
-            shipped in a package. A path that looks local (absolute, beginning with ``.`` or ``~``, or of more than
-            two parts) is never looked up on the hub.
+            shipped in a package. Local paths (absolute, beginning with ``.`` or ``~``, or with more than two parts) are
+            never looked up on the hub.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``.
         revision: Hub revision.
         family: Contents of the family's YAML; ``None`` for the shipped one of the model's architecture.
 
     Raises:
-        UserError: No such folder or model, something missing or damaged in it, an unknown dtype, a family without a
-            YAML, a tokenizer of another model, or weights that cannot be dequantised.
+        UserError: The folder or model does not exist or is incomplete or damaged; the dtype is unknown; the family has
+            no YAML; the tokenizer is of another model; or the weights cannot be dequantised.
     """
     weights_dtype = dtype_named(dtype)
     config = load_config(path, revision)
@@ -151,7 +151,7 @@ def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, files
 
 
 def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
-    """Raise an error if the tokenizer makes nothing of a text, or tokens that the model has no embedding for."""
+    """Raise an error if the tokenizer encodes a text to nothing, or has tokens without an embedding."""
     if not tokenizer("The capital of Japan", add_special_tokens=False)["input_ids"]:
         raise UserError(
             f"model.path: the tokenizer of {path!r} makes no tokens of a text; copy the model's tokenizer.json and "
@@ -167,12 +167,12 @@ def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, embeddings: 
 
 @contextmanager
 def _one_line(path: str, what: str = "the model") -> Iterator[None]:
-    """Turn whatever libraries raise over a model into one line; lack of memory stays what it is."""
+    """Convert any error of a library about a model into one line, except out-of-memory errors."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # damaged files raise about anything, down to errors of the unpickler
+    except Exception as error:  # damaged files can raise anything, including unpickling errors
         if _unreachable(error):
             raise UserError(
                 f"model.path: {path!r} is no local folder, and the hub cannot be reached; download the model where "
@@ -184,8 +184,8 @@ def _one_line(path: str, what: str = "the model") -> Iterator[None]:
 
 
 def _offline() -> bool:
-    """Whether the hub's name cannot be resolved: its client would try again and again before it gives up."""
-    if getproxies():  # which resolve names themselves
+    """Whether the hub's host name cannot be resolved. Otherwise its client would retry for a long time."""
+    if getproxies():  # proxies resolve names themselves
         return False
     try:
         socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
@@ -195,7 +195,7 @@ def _offline() -> bool:
 
 
 def _unreachable(error: BaseException | None) -> bool:
-    """Whether an error comes of the hub being out of reach."""
+    """Whether an error means that the hub is unreachable."""
     while error is not None:
         if isinstance(error, (ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError)):
             return True

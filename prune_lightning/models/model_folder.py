@@ -1,4 +1,4 @@
-"""What a model's folder must hold, looked at before anything is loaded: one line says what is missing."""
+"""Checks a model's folder before anything is loaded, and reports in one line what is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 
 
 def no_such_folder(path: str, folder: Path) -> UserError:
-    """Return the error for a path that is no folder: a file, a misspelt name or a name of nothing."""
+    """Return the error for a path that is a file or does not exist, with similar names."""
     if folder.is_file():
         return UserError(f"model.path: {path!r} is a file; give the folder that holds config.json and the weights")
     return UserError(f"model.path: no folder {path!r}; {near_path(folder, folders=True)}")
@@ -27,7 +27,7 @@ def check_config(folder: Path) -> None:
     """Look at a model's configuration, and at all files for pointers in their place, without loading anything.
 
     Raises:
-        UserError: Something is missing or broken.
+        UserError: Something is missing or damaged.
     """
     for path in sorted(folder.iterdir()):
         if path.is_file() and _begins(path, _LFS):

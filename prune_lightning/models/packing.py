@@ -1,4 +1,4 @@
-"""Sequences laid out for one forward pass, and where in it each of their tokens stands."""
+"""Arranges sequences for one forward pass and maps each token to its position in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.token_tree import ROW_LENGTH, TreeRow, grow, tree_inputs
 
 PAYS = 0.9
-"""Tokens are left out where at most this share of them is left: finding and moving them costs something as well."""
+"""Tokens are left out only if at most this share of them remains, since gathering them has a cost, too."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Packed:
     """``n`` sequences in one forward pass.
 
     Args:
-        inputs: What the model is called with.
-        row: Row of each token in the inputs, shape ``(n, longest)``; of what lies behind a sequence's end, any.
-        place: Its place in the row, same shape.
+        inputs: Keyword arguments of the model.
+        row: Row of each token in the inputs, shape ``(n, longest)``; arbitrary after a sequence's end.
+        place: Its position in the row, same shape.
     """
 
     inputs: dict[str, Tensor]
@@ -30,18 +30,18 @@ class Packed:
     place: Tensor
 
     def find(self, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows and places of some tokens, ready to index an activation with."""
+        """Return rows and positions of some tokens, to index an activation."""
         return self.row[sequences, positions], self.place[sequences, positions]
 
 
 def trees(model: LanguageModel, sequences: Sequence[Sequence[int]], length: int, tokens: int) -> list[TreeRow] | None:
-    """Return rows in which sequences share their beginnings, if the model takes such rows and they pay.
+    """Return rows in which sequences share prefixes; ``None`` if they are unsupported or not faster.
 
     Args:
         model: The language model.
         sequences: Token ids.
         length: Tokens per row.
-        tokens: What plain rows would take.
+        tokens: Number of tokens of plain rows, to compare with.
     """
     rows = grow(sequences, length)
     if sum(len(row.ids) for row in rows) > PAYS * tokens or max(map(len, sequences)) > model.tree_depth:
@@ -50,14 +50,14 @@ def trees(model: LanguageModel, sequences: Sequence[Sequence[int]], length: int,
 
 
 def plain(ids: Tensor, mask: Tensor) -> Packed:
-    """Return right-padded rows as they are: each token stands where it stood."""
+    """Return right-padded rows unchanged."""
     inputs = {"input_ids": ids, "attention_mask": mask}
     rows, length = (torch.arange(size, device=ids.device) for size in ids.shape)
     return Packed(inputs, rows[:, None].expand_as(ids), length.expand_as(ids))
 
 
 def pack(model: LanguageModel, ids: Tensor, mask: Tensor) -> Packed:
-    """Lay out right-padded rows as trees where that pays; otherwise as they are."""
+    """Arrange right-padded rows as trees if that is faster, else leave them unchanged."""
     sequences = [row[:length] for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
     grown = trees(model, sequences, max(ROW_LENGTH, ids.shape[1]), ids.numel())
     if grown is None:

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: an edit is a change of a matrix of floats, so they are loaded dequantised or not at all."""
+"""Dequantises checkpoints on loading, since an edit changes a matrix of floats."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from prune_lightning.errors import UserError
 
 
 def prepare_dequantisation(config: PretrainedConfig) -> Callable[[Any], Any]:
-    """Ask for dequantised weights where a configuration says that they are quantised.
+    """Request dequantised weights if a configuration is of a quantised model.
 
     Args:
-        config: The model's configuration; changed if its quantisation can be undone while loading.
+        config: The model's configuration; changed if the weights can be dequantised while loading.
 
     Returns:
-        What has to be done to the loaded model.
+        A function to apply to the loaded model.
 
     Raises:
-        UserError: ``transformers`` cannot undo this quantisation, or a package that it needs is not installed.
+        UserError: ``transformers`` cannot dequantise these weights, or a required package is not installed.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -35,7 +35,7 @@ def prepare_dequantisation(config: PretrainedConfig) -> Callable[[Any], Any]:
     try:
         parsed = AutoQuantizationConfig.from_dict(settings) if isinstance(settings, dict) else settings
         method = str(getattr(parsed.quant_method, "value", parsed.quant_method))
-        if method == "bitsandbytes":  # two quantisers under one name
+        if method == "bitsandbytes":  # one name for two quantisers
             method = "bitsandbytes_4bit" if parsed.load_in_4bit else "bitsandbytes_8bit"
         quantiser, parser = AUTO_QUANTIZER_MAPPING[method], AUTO_QUANTIZATION_CONFIG_MAPPING[method]
         while_loading = "dequantize" in inspect.signature(parser).parameters

@@ -1,4 +1,4 @@
-"""Sums of key products under way: blockwise, in fp64, shared out over processes."""
+"""Running sums of key products: blockwise, in fp64, divided among processes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _BLOCK = 512
 
 
 class RunningMoments:
-    r"""Upper triangles, in blocks, of :math:`\sum_i k_i k_i^\top`, one per layer, and those of half as many tokens.
+    r"""Upper triangles, in blocks, of :math:`\sum_i k_i k_i^\top`, one per layer, and the same for half of the tokens.
 
-    The products of a batch are taken in the keys' precision, fp32 at least, and added up in fp64. In a distributed run
-    every process adds its share of the batches and counts all of them.
+    The products of a batch are computed in the keys' precision, fp32 at least, and summed in fp64. In a distributed run
+    every process adds its share of the batches, but counts all of them.
 
     Args:
         sizes: Width of the keys of each layer.
-        device: Where the sums lie.
+        device: Device of the sums.
 
     Attributes:
-        tokens: Tokens counted.
-        texts: Texts that they came from; kept for whoever goes on after an interruption.
-        convergence: The largest relative change of a layer's moment since half as many tokens, once it is finished.
+        tokens: Number of tokens so far.
+        texts: Number of texts so far, from which an interrupted pass continues.
+        convergence: The largest relative change of a layer's moment since half of the tokens; set by :meth:`finish`.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
@@ -35,7 +35,7 @@ class RunningMoments:
         self.convergence = float("nan")
 
     def count(self, tokens: int) -> None:
-        """Count a batch, whoever adds it; call before :meth:`add`."""
+        """Count a batch of any process; call it before :meth:`add`."""
         if self.tokens >= 2 * max(self.half_tokens, 1):
             self.half, self.half_tokens = [total.clone() for total in self.sums], self.tokens
         self.tokens += tokens
@@ -48,11 +48,11 @@ class RunningMoments:
         """
         for total, of_layer in zip(self.sums, keys, strict=True):
             exact = of_layer if of_layer.dtype == torch.float64 else of_layer.float()
-            for start in range(0, len(total), _BLOCK):  # the other triangle is its mirror image
+            for start in range(0, len(total), _BLOCK):  # upper triangle only, by symmetry
                 total[start : start + _BLOCK, start:] += exact[:, start : start + _BLOCK].T @ exact[:, start:]
 
     def gather(self) -> None:
-        """Bring all sums to the first process; the others go on from zero."""
+        """Reduce all sums to rank 0; the others continue from zero."""
         tensors = [*self.sums, *self.half]
         all_reduce(tensors)
         if rank():
@@ -60,7 +60,7 @@ class RunningMoments:
                 tensor.zero_()
 
     def finish(self) -> list[Tensor]:
-        """Return the second moments, on every process; the sums become them, in place."""
+        """Convert the sums in place to the second moments and return them on every process."""
         all_reduce(self.sums)
         all_reduce(self.half)
         if self.half:
@@ -70,7 +70,7 @@ class RunningMoments:
             ]
             self.convergence = max(changes) * self.tokens
         for total in self.sums:
-            for start in range(0, len(total), _BLOCK):  # the blocks on the diagonal are whole
+            for start in range(0, len(total), _BLOCK):  # blocks on the diagonal are complete
                 end = start + _BLOCK
                 total[end:, start:end] = total[start:end, end:].T
             total /= self.tokens

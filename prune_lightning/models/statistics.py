@@ -1,4 +1,4 @@
-r"""Second moments of keys, :math:`C = \frac1N \sum_i k_i k_i^\top`, and solving with them."""
+r"""Second moments of keys, :math:`C = \frac1N \sum_i k_i k_i^\top`, and linear solves with them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prune_lightning.phases import Phase, PhaseClock
 
 
 class Corpus(Protocol):
-    """Text that a model's statistics are taken over."""
+    """The text over which a model's statistics are computed."""
 
     def texts(self) -> Iterable[str]:
         """Return the texts."""
@@ -34,21 +34,21 @@ class Corpus(Protocol):
     def __len__(self) -> int: ...
 
     def identity(self) -> str:
-        """Return a text that differs wherever the texts do."""
+        """Return a string that identifies the texts."""
         ...
 
 
 class SecondMoment:
-    r"""One layer's second moment, symmetric ``(in_features, in_features)``, fp64, ready for solving.
+    r"""One layer's second moment, symmetric ``(in_features, in_features)``, fp64, factorised for solving.
 
     Entries that were summed or stored with relative precision :math:`\epsilon` carry errors
     :math:`|E_{ij}| \le \epsilon \sqrt{C_{ii} C_{jj}}`, so that :math:`\|E\|_2 \le \epsilon \operatorname{tr} C`.
-    Eigenvalues up to that bound tell nothing of the keys. A moment of fewer tokens than ``in_features`` has many of
-    them. They are set to the bound, and the solution then lies in their directions, as with exact sums.
+    Eigenvalues up to that bound are only rounding; a moment of fewer tokens than ``in_features`` has many of them. They
+    are set to the bound, so that solutions are mostly in their directions, as with exact sums.
 
     Args:
         matrix: :math:`C`.
-        precision: What the sums were computed and stored in.
+        precision: Dtype in which the sums were computed and stored.
 
     Raises:
         UserError: The matrix is not finite or zero.
@@ -61,8 +61,8 @@ class SecondMoment:
         self._cholesky, failed = torch.linalg.cholesky_ex(self.matrix)
         self._eigen: tuple[Tensor, Tensor] | None = None
         eps, diagonal = torch.finfo(precision).eps, self.matrix.diagonal()
-        # The factorisation gets through if rounding makes no eigenvalue negative. Then a squared pivot shows it: what
-        # the keys before leave unexplained of a coordinate.
+        # The factorisation succeeds unless rounding makes an eigenvalue negative. Then small squared pivots, the part
+        # of a coordinate that earlier ones do not explain, reveal small eigenvalues.
         rounding = (self._cholesky.diagonal().square() <= 8 * eps * diagonal).any()
         if failed.item() or rounding.item():
             values, vectors = torch.linalg.eigh(self.matrix)
@@ -80,7 +80,7 @@ class SecondMoment:
         return self
 
     def eigen(self) -> tuple[Tensor, Tensor]:
-        """Return eigenvalues, ascending, and eigenvectors; computed anew at each call."""
+        """Return eigenvalues, ascending, and eigenvectors, which are not cached."""
         return torch.linalg.eigh(self.matrix)
 
     def inverse(self) -> Tensor:
@@ -92,26 +92,26 @@ class SecondMoment:
         if self._eigen is not None:
             values, vectors = self._eigen
             return vectors @ ((vectors.T @ keys) / values[:, None])
-        # `torch.cholesky_solve` would copy the factor, which takes ten times as long as a few keys do.
+        # `torch.cholesky_solve` would copy the factor, which takes ten times as long as solving for a few keys.
         half = torch.linalg.solve_triangular(self._cholesky, keys, upper=False)
         return torch.linalg.solve_triangular(self._cholesky.T, half, upper=True)
 
 
 class SecondMoments:
-    """Takes the second moments of a model's keys over a corpus, all layers in one pass that ends above the last one.
+    """Computes the second moments of a model's keys over a corpus, for all layers in one pass.
 
-    With a ``cache``, what was taken is kept there under the model's fingerprint, the corpus's, and these settings, and
-    a pass that was interrupted goes on where it was. In a distributed run the batches are shared out.
+    With a ``cache``, results are stored under the fingerprints of model and corpus and these settings, and an
+    interrupted pass is resumed. In a distributed run the batches are divided among the processes.
 
     Args:
-        corpus: The texts; ``None`` for the identity (an uncalibrated choice that some published settings make).
+        corpus: The texts; ``None`` for the identity matrix (an uncalibrated choice in some published settings).
         max_tokens: Stop after this many tokens; ``None`` for the whole corpus.
         max_length: Longest piece of a text, in tokens.
         ridge: Added to the diagonal, in units of its mean.
         token_budget: Padded tokens per forward pass.
-        cache: Folder for finished and interrupted statistics; ``None`` keeps nothing.
-        save_every: Texts between two savings of an interrupted pass.
-        shipped: Folder of finished statistics that came with the model, looked into first and never written to;
+        cache: Folder for finished and interrupted statistics; ``None`` for no cache.
+        save_every: Number of texts between two saves of the running sums.
+        shipped: Read-only folder of finished statistics that are shipped with the model, checked first;
             ``pkg://package/folder`` for one in a package.
     """
 
@@ -140,11 +140,11 @@ class SecondMoments:
 
         Args:
             model: The unedited model.
-            layers: Layers wanted.
-            clock: Accounts for the time, as the phase ``statistics``.
+            layers: Layers.
+            clock: Measures the time as the phase ``statistics``.
 
         Raises:
-            UserError: The corpus holds no text, or a file of the cache is damaged.
+            UserError: The corpus has no text, or a file of the cache is damaged.
         """
         clock = clock or PhaseClock()
         with clock.phase("statistics"):
@@ -167,11 +167,11 @@ class SecondMoments:
         return {layer: SecondMoment(self._damped(moment), precision) for layer, moment in moments.items()}
 
     def _is_exact(self, model: LanguageModel) -> bool:
-        """Whether the moments are summed in fp64 and never stored, which rounds them to fp32."""
+        """Whether the moments are summed in fp64 and not stored, which would round them to fp32."""
         return self.cache is None and self.shipped is None and next(model.parameters()).dtype == torch.float64
 
     def manifest(self, model: LanguageModel) -> dict[str, Any]:
-        """Return what the statistics depend on."""
+        """Return all settings that the statistics depend on."""
         assert self.corpus is not None
         return {
             "model": sampled_fingerprint(dict(model.model.named_parameters())),
@@ -193,13 +193,13 @@ class SecondMoments:
         store: StatisticsStore | None = None,
         clock: PhaseClock | None = None,
     ) -> dict[int, Tensor]:
-        """Run the corpus through the model and return the bare second moments, fp64; see :meth:`compute`.
+        """Run the model on the corpus and return the second moments without ridge, fp64; see :meth:`compute`.
 
         Args:
             model: The unedited model.
-            layers: Layers wanted.
-            store: Where to go on from and to leave the result, if anywhere.
-            clock: Accounts for the time, and counts the texts, as the phase ``statistics``.
+            layers: Layers.
+            store: Where to resume from and to store the result; ``None`` for neither.
+            clock: Measures the time and counts the texts as the phase ``statistics``.
         """
         running = RunningMoments([model.key_size(layer) for layer in layers], model.device)
         if store:
@@ -210,7 +210,7 @@ class SecondMoments:
             raise UserError("the statistics corpus holds no text")
         moments = dict(zip(layers, running.finish(), strict=True))
         self.num_tokens, self.convergence = running.tokens, running.convergence
-        if store:  # rounded as they are stored, so that a run from the cache is the same run
+        if store:  # rounded as in the store, so that a run from the cache gives the same results
             moments = {layer: moment.float().double() for layer, moment in moments.items()}
             store.save(moments, {"tokens": running.tokens, "texts": running.texts, "convergence": self.convergence})
         return moments
@@ -223,13 +223,13 @@ class SecondMoments:
         store: StatisticsStore | None,
         phase: Phase,
     ) -> None:
-        """Add the corpus to the sums, from the first text on that they do not hold."""
+        """Add the corpus to the sums, from the first text that they do not include."""
         assert self.corpus is not None
         modules = [model.rewrite_module(layer) for layer in layers]
         texts = itertools.islice(iter(self.corpus.texts()), running.texts, None)
         phase.expect(len(self.corpus), done=running.texts)
         while True:
-            with fail_together():  # saving communicates
+            with fail_together():  # saving communicates between processes
                 window = list(itertools.islice(texts, min(2048, self.save_every)))
                 self._add(model, modules, window, running, phase)
             if not window:
@@ -259,11 +259,11 @@ class SecondMoments:
                 with capture(inputs=modules, rows=len(ids)) as seen:
                     model(ids, mask)
                 running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
-            # The batches of a window come in order of length: their share of it is that of their tokens.
+            # The batches of a window are sorted by length, so progress is measured by tokens.
             phase.advance(len(window) * sum(map(len, batch)) / tokens)
 
     def _texts_in_all(self, texts: int, tokens: int) -> float:
-        """Return how many texts will be read, if those to come are as long as those so far."""
+        """Return the expected number of texts, if the others are as long as those so far."""
         assert self.corpus is not None
         if self.max_tokens is None or not tokens:
             return len(self.corpus)

@@ -1,4 +1,4 @@
-"""Second moments on disk: safetensors with a manifest, under a name that says what they depend on."""
+"""Second moments on disk: safetensors with a manifest of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from prune_lightning.models.running_moments import RunningMoments
 class StatisticsStore:
     """The statistics of one model over one corpus.
 
-    Every file holds one layer, ``second_moment`` in fp32, so that another run may want other layers. The manifest is
-    in the file's metadata and is compared on loading, whatever the file is called.
+    Each file holds one layer, ``second_moment`` in fp32, so that runs with other layers can share it. The manifest is
+    in the file's metadata and is compared on loading.
 
     Args:
-        folder: Where the files lie; made if it is not there.
-        manifest: What the statistics depend on, JSON-able.
+        folder: Folder of the files; created if missing.
+        manifest: Everything that the statistics depend on, JSON-serializable.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ class StatisticsStore:
         """Return the second moments, fp64, or ``None`` if one of the layers is missing.
 
         Raises:
-            UserError: A file is damaged, or belongs to another model or corpus.
+            UserError: A file is damaged, or of another model or corpus.
         """
         if not all(self._path(layer).exists() for layer in layers):
             return None
@@ -54,14 +54,14 @@ class StatisticsStore:
                     raise UserError(f"{path} was taken from another model or corpus: {manifest}; delete it")
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
         except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}); delete it, and it is taken anew") from error
+            raise UserError(f"{path} is damaged ({error}); delete it to compute it again") from error
 
     def _write(self, path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, {"manifest": self.manifest, "facts": json.dumps(dict(facts))})
 
     def save(self, moments: Mapping[int, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write finished statistics and delete what an interrupted pass left; the first process does."""
+        """Write finished statistics and delete partial sums, on rank 0."""
 
         def write() -> None:
             for layer, moment in moments.items():
@@ -74,14 +74,14 @@ class StatisticsStore:
         return self.folder / f"unfinished_{'_'.join(map(str, layers))}.safetensors"
 
     def save_partial(self, layers: Sequence[int], running: RunningMoments) -> None:
-        """Bring the sums of a pass under way together and write them."""
+        """Reduce the running sums over the processes and write them."""
         running.gather()
         tensors = {f"{kind}.{i}": t for kind in ("sums", "half") for i, t in enumerate(getattr(running, kind))}
         counts = torch.tensor([running.tokens, running.half_tokens, running.texts])
         on_rank_zero(lambda: self._write(self._partial(layers), {**tensors, "counts": counts}, {}))
 
     def load_partial(self, layers: Sequence[int], running: RunningMoments) -> None:
-        """Go on from the sums of a pass that was interrupted, if there was one: the first process takes them."""
+        """Load the sums of an interrupted pass, if there is one, on rank 0."""
 
         def read() -> list[int] | None:
             path = self._partial(layers)

@@ -1,8 +1,8 @@
-"""Rows of tokens in which sequences that begin alike share their beginning.
+"""Rows of tokens in which sequences share common prefixes.
 
-Two targets of one prompt, or prompts that begin with the same words, are branches of a tree. A row holds such trees,
-every node once: it sees its ancestors and itself, and stands at its depth. What comes out at a node is what an ordinary
-forward pass gives at that token, and nothing is computed twice.
+Two targets of one prompt, or prompts with the same first words, are branches of a tree. A row contains such trees with
+every node once. A node attends to its ancestors and itself, and its position is its depth. So its output equals that of
+an ordinary forward pass, and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class TreeRow:
     Attributes:
         ids: Token of each node.
         depth: Its position in its sequences.
-        parent: Index of the node before it; a root is its own parent.
-        paths: By index of a sequence, the nodes of its tokens.
+        parent: Index of the preceding node; a root is its own parent.
+        paths: The nodes of each sequence's tokens, by its index.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -34,7 +34,7 @@ class TreeRow:
     paths: dict[int, list[int]] = field(default_factory=dict)
 
     def add(self, index: int, sequence: Sequence[int], shared: list[int]) -> list[int]:
-        """Add a sequence whose first tokens are the nodes ``shared``; return its path."""
+        """Add a sequence whose first tokens are the nodes ``shared``, and return its path."""
         path = list(shared)
         for token in sequence[len(shared) :]:
             node = len(self.ids)
@@ -46,7 +46,7 @@ class TreeRow:
         return path
 
     def sees(self, length: int) -> np.ndarray:
-        """Return which nodes each node sees, shape ``(length, length)``; padding sees itself."""
+        """Return the nodes to which each node attends, shape ``(length, length)``; padding attends to itself."""
         sees = np.eye(length, dtype=bool)
         for node, parent in enumerate(self.parent):
             sees[node] |= sees[parent]
@@ -54,11 +54,11 @@ class TreeRow:
 
 
 def grow(sequences: Sequence[Sequence[int]], length: int = ROW_LENGTH) -> list[TreeRow]:
-    """Lay sequences into as few rows as will hold them, sorted so that those that begin alike are neighbours.
+    """Pack sequences, sorted so that common prefixes are adjacent, into rows.
 
     Args:
         sequences: Token ids.
-        length: Nodes per row; a longer sequence gets a row as long as itself.
+        length: Nodes per row; a longer sequence gets a row of its own length.
     """
     rows: list[TreeRow] = []
     before: Sequence[int] = ()
@@ -80,13 +80,13 @@ def tree_inputs(rows: Sequence[TreeRow], pad_id: int, dtype: torch.dtype, device
 
     Args:
         rows: The rows.
-        pad_id: Fills the shorter ones.
-        dtype: Of the additive attention mask: the model's.
-        device: Where the inputs go.
+        pad_id: Padding id of shorter rows.
+        dtype: Dtype of the additive attention mask, the model's.
+        device: Device of the inputs.
 
     Returns:
         ``input_ids`` and ``position_ids``, both ``(rows, longest)``, and ``attention_mask``, ``(rows, 1, longest,
-        longest)``: zero where a node is seen, the dtype's lowest value elsewhere.
+        longest)``: zero where a node attends, the dtype's lowest value elsewhere.
     """
     longest = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), longest), pad_id)

@@ -1,7 +1,7 @@
-"""The one place where text becomes tokens: prompts with targets, subject positions, padding.
+"""Tokenisation of prompts with targets, subject positions, and padding.
 
-A target is never tokenised alone. The literal text of prompt and target is, and what follows the tokens of the
-prompt is the target, so byte-level, SentencePiece and BOS-adding tokenizers all come out right.
+A target is never tokenised alone. The literal text of prompt and target is tokenised, and the tokens after the prompt's
+are the target. This is correct for byte-level, SentencePiece and BOS-adding tokenizers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class EncodedPair:
     Args:
         ids: Prompt and target.
         target_start: Index in ``ids`` of the target's first token.
-        dropped: Tokens that were cut off at the front because the model's context is shorter.
-        retokenised: The prompt's last tokens changed when the target followed; the first token that holds a part of
-            the target is then where the target starts.
+        dropped: Number of tokens cut off at the beginning because of the model's context length.
+        retokenised: Whether the prompt's last tokens change when the target follows. Then the target starts at the
+            first token that contains a part of it.
     """
 
     ids: list[int]
@@ -41,11 +41,11 @@ class EncodedPair:
 
 
 class Tokens:
-    """Turns text into token ids under one contract.
+    """Converts text into token ids.
 
     Args:
         tokenizer: A fast tokenizer (its offsets locate the subject).
-        max_length: Longest input that the model takes; longer ones lose their first tokens.
+        max_length: Longest input of the model; longer ones lose their first tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
@@ -53,25 +53,25 @@ class Tokens:
             raise UserError("a fast tokenizer is needed (its offsets locate the subject); convert it with `tokenizers`")
         self.tokenizer = tokenizer
         self.max_length = max_length or 10**9
-        probe = tokenizer("a")["input_ids"]  # some tokenizers close every text with an end token
+        probe = tokenizer("a")["input_ids"]  # some tokenizers end every text with an end token
         self._closing = int(len(probe) > 1 and probe[-1] == tokenizer.eos_token_id)
 
     @property
     def pad_id(self) -> int:
-        """Id used for padding; masked out, so any id will do."""
+        """Id used for padding; any id works, since it is masked."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
         return 0
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
-        """Return the ids of a text, with the special tokens that the model expects in front of it, or without any."""
+        """Return the ids of a text, with the model's special tokens at its beginning or without any."""
         return self.encode_all([text], special_tokens)[0]
 
     def encode_all(self, texts: Sequence[str], special_tokens: bool = True) -> list[list[int]]:
-        """Return the ids of several texts, see :meth:`encode`; one call of the tokenizer, equal texts once.
+        """Return the ids of several texts, see :meth:`encode`; in one call of the tokenizer, with duplicates only once.
 
-        A text that brings its own start token gets no second one.
+        A text that begins with a start token does not get a second one.
         """
         if not all(text.strip() for text in texts):
             raise UserError("an empty text cannot be encoded")
@@ -83,7 +83,7 @@ class Tokens:
         return [ids[text] for text in texts]
 
     def _doubled(self, row: Sequence[int]) -> int:
-        """Return 1 if a text brought its own start token and was given another one, else 0."""
+        """Return 1 if a text with its own start token got a second one, else 0."""
         start = self.tokenizer.bos_token_id
         return int(start is not None and list(row[:2]) == [start, start])
 
@@ -106,7 +106,7 @@ class Tokens:
         return self.encode_pairs([join(prompt, target, separator)])[0]
 
     def encode_pairs(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
-        """Encode several pairs, see :meth:`encode_pair`; those that are literal text are taken as they are."""
+        """Encode several pairs, see :meth:`encode_pair`; literal texts are used unchanged."""
         literal = [as_pair(pair) for pair in pairs]
         contexts = self.encode_all([pair.context for pair in literal])
         wholes = self.encode_all([pair.text for pair in literal])
@@ -118,7 +118,7 @@ class Tokens:
         if retokenised:
             ends = [end for _, end in self._spans(pair.text)[: len(whole)]]
             start = next((i for i, end in enumerate(ends) if end > len(pair.context)), len(whole))
-            start = max(start, 1)  # nothing predicts the very first token
+            start = max(start, 1)  # the first token of the text is never predicted
         if start >= len(whole):
             raise UserError(f"the target {shown(pair.continuation)} adds no token to the prompt {shown(pair.context)}")
         excess = max(0, len(whole) - self.max_length)
@@ -129,7 +129,7 @@ class Tokens:
         return EncodedPair(whole[excess:], start - excess, excess, retokenised)
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
-        """Return the first and the last character, exclusively, of each token of ``encode(text)``."""
+        """Return the first character of each token of ``encode(text)``, and the one after its last."""
         encoding = self.tokenizer(text, return_offsets_mapping=True)
         spans: list[tuple[int, int]] = encoding["offset_mapping"]
         return spans[self._doubled(encoding["input_ids"]) :]
@@ -147,7 +147,7 @@ class Tokens:
         return inside[-1]
 
     def chat_frame(self) -> tuple[str, str]:
-        """Return what the tokenizer's chat template puts before a user's turn, and after it up to the answer.
+        """Return the chat template's text before a user's turn, and after it up to the answer.
 
         Raises:
             UserError: There is no template, or it cannot render a single turn.
@@ -161,7 +161,7 @@ class Tokens:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
             )
-        except Exception as error:  # templates raise whatever they like
+        except Exception as error:  # templates can raise anything
             raise UserError(f"data.chat_template: the template cannot render a user's turn: {error}") from error
         head, found, tail = str(text).rpartition(turn)
         if not found:
@@ -183,5 +183,5 @@ class Tokens:
         return ids.to(device), mask.to(device)
 
     def decode(self, ids: list[int] | Tensor) -> str:
-        """Return the text of some ids, special tokens left out."""
+        """Return the text of some ids without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

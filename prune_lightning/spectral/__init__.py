@@ -1,4 +1,4 @@
-"""Singular values: restraint laws, restraining a matrix, and what a spectrum tells. Pure tensors, no Lightning."""
+"""Singular values: restraint laws, restraining a matrix, and diagnostics, on plain tensors without Lightning."""
 
 from prune_lightning.spectral.accumulated import AccumulatedChange
 from prune_lightning.spectral.diagnostics import (

@@ -12,18 +12,18 @@ from prune_lightning.spectral.factored import FactoredMatrix
 from prune_lightning.spectral.triplets import Triplets, fp64, triplets_above
 from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate
 
-_FACTORED_UP_TO = 0.75  # of the smaller side; beyond it the dense path is as good and needs no more memory
+_FACTORED_UP_TO = 0.75  # of the smaller side; above it the dense path is as fast and needs no more memory
 
 
 class AccumulatedChange:
-    r"""A sum of updates, :math:`\Delta = \sum_i A_i B_i^\top`, as long as all of them are of low rank.
+    r"""A sum of updates, :math:`\Delta = \sum_i A_i B_i^\top`, dense and, while its rank is low, in factors.
 
-    The dense master has the weight's precision, fp32 at least. The factors, fp64, follow lazily: they are brought up to
-    date when a spectrum is asked for, and given up once the rank reaches three quarters of the smaller side or a dense
-    change comes in. When they are asked for does not show in them: equal updates give equal bits.
+    The dense master has the weight's precision, fp32 at least. The factors, fp64, are updated lazily, when a spectrum
+    is needed, and dropped once the rank reaches three quarters of the smaller side or a dense change is added. Their
+    bits depend only on the updates, not on when they are used.
 
     Args:
-        like: A matrix of the shape, device and memory layout wanted, ``out_features x in_features``.
+        like: A matrix with the shape, device and memory layout to use, ``out_features x in_features``.
 
     Attributes:
         master: :math:`\Delta`.
@@ -57,7 +57,7 @@ class AccumulatedChange:
 
     @torch.no_grad()
     def subtract(self, change: LowRankUpdate | Tensor) -> None:
-        """Take a change away, e.g. what a restraint found too much; a dense one ends the factored form."""
+        """Subtract a change, e.g. a restraint's correction; a dense one ends the factored form."""
         if isinstance(change, Tensor):
             self.master.sub_(change.to(self.master))
             self._make_dense()
@@ -70,7 +70,7 @@ class AccumulatedChange:
         self._factored, self._pending = None, []
 
     def factored(self) -> FactoredMatrix | None:
-        """Return the factors, up to date, or ``None`` beyond the rank up to which they are kept."""
+        """Return the updated factors, or ``None`` if they were dropped."""
         if self._factored is not None:
             for update in self._pending:
                 self._factored.append(update)
@@ -78,7 +78,7 @@ class AccumulatedChange:
         return self._factored
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything that the sum consists of."""
+        """Return the master and the factors."""
         state = {"master": self.master}
         if (factored := self.factored()) is not None:
             state |= {f"factored.{name}": tensor for name, tensor in factored.state_dict().items()}
@@ -86,7 +86,7 @@ class AccumulatedChange:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` returned, bit for bit."""
+        """Load a :meth:`state_dict`, bit for bit."""
         self.master.copy_(state["master"])
         self._make_dense()
         if "factored.core" in state:
@@ -95,7 +95,7 @@ class AccumulatedChange:
 
     @torch.no_grad()
     def triplets_above(self, threshold: float) -> Triplets:
-        """Return the singular triplets above a threshold, from the factors where there are any."""
+        """Return the singular triplets above a threshold, from the factors if there are any."""
         factored = self.factored()
         return triplets_above(self.master, threshold) if factored is None else factored.triplets_above(threshold)
 
@@ -112,11 +112,11 @@ class AccumulatedChange:
     def write(self, out: Tensor, base: Tensor | None = None, correction: LowRankUpdate | None = None) -> None:
         r"""Write :math:`W_0 + \Delta - A B^\top`, computed in the master's precision and rounded once.
 
-        What the correction does not touch keeps its bits. Where the correction takes away so much that the rounding of
-        the master would show in what is left, the difference is built from the factors instead.
+        Entries that the correction does not change keep their bits. If the correction cancels so much that the master's
+        rounding would matter, the difference is computed from the factors.
 
         Args:
-            out: Where to write, any floating dtype.
+            out: The output, of any floating dtype.
             base: :math:`W_0`; ``None`` for zero.
             correction: :math:`A B^\top`; ``None`` for zero.
         """

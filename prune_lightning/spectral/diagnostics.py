@@ -12,7 +12,7 @@ _DENSE_UP_TO = 256
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Return all singular values in descending order, fp64; NaN throughout if the matrix is not finite."""
+    """Return all singular values in descending order, fp64; all NaN if the matrix is not finite."""
     matrix = fp64(matrix)
     if not torch.isfinite(matrix).all():
         return torch.full((min(matrix.shape),), float("nan"), dtype=torch.float64, device=matrix.device)
@@ -22,12 +22,11 @@ def singular_values(matrix: Tensor) -> Tensor:
 def sigma_max(matrix: Tensor, tolerance: float = 1e-6) -> float:
     """Return the largest singular value; NaN if the matrix is not finite.
 
-    Large matrices take a few dozen products with the matrix (block Lanczos, ended by its residual) instead of a full
-    decomposition.
+    For large matrices, block Lanczos needs a few dozen products with the matrix instead of a full decomposition.
 
     Args:
         matrix: Any shape and floating dtype.
-        tolerance: Relative error allowed; Lanczos stops at a residual this small, its error is of second order in it.
+        tolerance: Relative residual at which Lanczos stops; the error of the value is of second order in it.
 
     >>> sigma_max(torch.diag(torch.tensor([3.0, 1.0])))
     3.0

@@ -1,4 +1,4 @@
-r"""A sum of low-rank updates in factored form, :math:`\Delta = Q_A C Q_B^\top`, its spectrum at hand at any moment."""
+r"""A sum of low-rank updates in factored form, :math:`\Delta = Q_A C Q_B^\top`, with its spectrum always available."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from prune_lightning.spectral.triplets import Triplets, fp64, triplets_above
 from prune_lightning.types import LowRankUpdate
 
-_NOTHING_NEW = 1e-14  # a direction whose share of a block is smaller than this lies in the basis already
+_NOTHING_NEW = 1e-14  # a direction with a smaller share of a block counts as part of the basis
 _ORTHOGONAL = 1e-12
 
 
 class Basis:
-    """Orthonormal columns, fp64, that grow by what a block of vectors adds to their span.
+    """Orthonormal columns, fp64, extended by the directions that a block of vectors adds to their span.
 
     Args:
         size: Length of the vectors.
-        device: Where they live.
+        device: Their device.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._store = torch.zeros(16, size, dtype=torch.float64, device=device)  # a vector a row: growing is appending
+        self._store = torch.zeros(16, size, dtype=torch.float64, device=device)  # rows, so that growing is appending
         self._rank = 0
 
     def __len__(self) -> int:
@@ -40,10 +40,10 @@ class Basis:
         return self
 
     def coordinates(self, block: Tensor) -> Tensor:
-        """Extend the basis by what ``block`` adds to its span and return the block's coordinates.
+        """Extend the basis by the directions that ``block`` adds, and return the block's coordinates.
 
-        Projected twice, the second time as unit vectors, so that the basis is orthonormal to working precision however
-        nearly collinear the blocks are.
+        The block is projected twice, the second time as unit vectors, so that the basis is orthonormal to working
+        precision even for nearly collinear blocks.
 
         Args:
             block: Vectors ``(size, b)``, fp64.
@@ -77,10 +77,10 @@ class Basis:
         self._rank = rank
 
     def reorthogonalise(self) -> Tensor | None:
-        """Make the columns orthonormal again if rounding has bent them.
+        """Make the columns orthonormal again if rounding errors have accumulated.
 
         Returns:
-            ``R`` with ``old = new R``, or ``None`` if nothing had to change.
+            ``R`` with ``old = new R``, or ``None`` if nothing changed.
         """
         vectors = self.vectors
         error = (vectors.T @ vectors - torch.eye(self._rank).to(vectors)).abs().max() if self._rank else 0.0
@@ -94,13 +94,13 @@ class Basis:
 class FactoredMatrix:
     r"""A matrix :math:`Q_A C Q_B^\top` with orthonormal :math:`Q_A, Q_B` and a small core :math:`C`, fp64.
 
-    Appending an update of rank :math:`b` to a matrix of rank :math:`k` costs :math:`O((m+n)kb)`, and what concerns
-    singular values happens in the core: :math:`O(k^3)` at most.
+    Appending an update of rank :math:`b` to a matrix of rank :math:`k` costs :math:`O((m+n)kb)`, and singular values
+    are computed from the core in :math:`O(k^3)` at most.
 
     Args:
         rows: :math:`m`.
         columns: :math:`n`.
-        device: Where the factors live.
+        device: Device of the factors.
     """
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
@@ -117,11 +117,11 @@ class FactoredMatrix:
 
     @property
     def rank(self) -> int:
-        """Number of directions kept, an upper bound of the rank."""
+        """Number of directions, an upper bound of the rank."""
         return max(len(self.left), len(self.right))
 
     def append(self, update: LowRankUpdate) -> None:
-        """Add an update; directions that are in the bases already do not make them grow."""
+        """Add an update; directions that are in the bases already do not extend them."""
         left, right = fp64(update.left), fp64(update.right)
         length = torch.linalg.vector_norm(left, dim=0)
         unit = left / torch.where(length > 0, length, 1.0)
@@ -149,15 +149,15 @@ class FactoredMatrix:
         return torch.linalg.svdvals(self.core)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the three factors, and the rank at which the bases are looked at next."""
+        """Return the three factors, and the rank at which the bases are checked next."""
         left, right = (
             self.left.vectors.clone(),
             self.right.vectors.clone(),
-        )  # not the room that they may still grow into
+        )  # without the reserved space
         return {"left": left, "core": self.core, "right": right, "checked_at": torch.tensor(self._checked_at)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` returned, bit for bit."""
+        """Load a :meth:`state_dict`, bit for bit."""
         self.left.load(state["left"])
         self.right.load(state["right"])
         self.core, self._checked_at = state["core"].to(self.core, copy=True), int(state["checked_at"])

@@ -1,4 +1,4 @@
-r"""Restraint laws: what becomes of the singular values above the reference :math:`\bar s`."""
+r"""Restraint laws, functions of the singular values above the reference :math:`\bar s`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from prune_lightning.errors import UserError
 
 
 class RestraintLaw(Protocol):
-    """Maps singular values above a reference; any callable of this shape is a law.
+    """Maps singular values above a reference; any callable with this signature is a law.
 
-    It is asked only about values above ``reference``: those up to it are left as they are, bit for bit.
+    It is called only with values above ``reference``; smaller ones do not change, bit for bit.
     """
 
     def __call__(self, sigma: Tensor, reference: float) -> Tensor:
-        """Return what becomes of ``sigma > reference``, same shape, none of it negative."""
+        """Return the restrained values of ``sigma > reference``, same shape, not negative."""
         ...
 
 
@@ -64,7 +64,7 @@ class Logarithm(Guarded):
     .. math:: F(\sigma) = \log_a \sigma - \log_a \bar s + \bar s \quad\text{for } \sigma > \bar s .
 
     Just above :math:`\bar s` its slope is :math:`1/(\bar s \ln a)`: where :math:`\bar s < 1/\ln a` the published law
-    *amplifies*. The guard takes :math:`\min(F(\sigma), \sigma)` instead; switch it off to reproduce.
+    *amplifies*. The guard takes :math:`\min(F(\sigma), \sigma)` instead; switch it off to reproduce the published law.
 
     >>> Logarithm(base=2.0)(torch.tensor([8.0, 16.0]), reference=4.0)
     tensor([5., 6.])
@@ -81,8 +81,8 @@ class ScaleFreeLogarithm(Guarded):
 
     .. math:: F(\sigma) = \bar s\,(1 + \log_a(\sigma/\bar s)) \quad\text{for } \sigma > \bar s .
 
-    Its slope at :math:`\bar s` is :math:`1/\ln a` for every matrix, so that a base means the same for every matrix and
-    model; it never amplifies for :math:`a \ge e`. Scaling matrix and reference scales the result.
+    Its slope at :math:`\bar s` is :math:`1/\ln a` for every matrix, so that a base has the same effect on every matrix
+    and model; for :math:`a \ge e` it never amplifies. Scaling matrix and reference scales the result.
 
     >>> ScaleFreeLogarithm(base=4.0)(torch.tensor([8.0, 32.0]), reference=2.0)
     tensor([4., 6.])
@@ -103,7 +103,7 @@ class Linear:
     r"""The linear law of the published code, :math:`F(\sigma) = \bar s + c\,(\sigma - \bar s)`.
 
     Args:
-        slope: :math:`c`, from 0 to 1; the published code has 1/2. It cannot amplify, so it needs no guard.
+        slope: :math:`c`, from 0 to 1; 1/2 in the published code. The law cannot amplify, so it needs no guard.
 
     Raises:
         UserError: A slope outside 0 to 1.
@@ -132,18 +132,18 @@ class HardClip:
     """
 
     def __call__(self, sigma: Tensor, reference: float) -> Tensor:
-        """Return the reference throughout, same shape."""
+        """Return the reference for every value, same shape."""
         return torch.full_like(sigma, reference)
 
 
 @dataclass(frozen=True)
 class Identity:
-    r"""No restraint, :math:`F(\sigma) = \sigma`: everything around it runs, and nothing changes.
+    r"""No restraint, :math:`F(\sigma) = \sigma`: the machinery runs, but nothing changes.
 
     >>> Identity()(torch.tensor([6.0]), reference=4.0)
     tensor([6.])
     """
 
     def __call__(self, sigma: Tensor, reference: float) -> Tensor:
-        """Return the values as they are."""
+        """Return the values unchanged."""
         return sigma

@@ -1,4 +1,4 @@
-"""What a restraint needs of a matrix, and of a module that keeps such matrices."""
+"""The interfaces of a restrained matrix, and of a module with such matrices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prune_lightning.types import LowRankUpdate
 
 
 class RestrainedMatrix(Protocol):
-    r"""A weight :math:`W = W_0 + \Delta - A B^\top`: its change, less what a restraint withholds."""
+    r"""A weight :math:`W = W_0 + \Delta - A B^\top`: its change minus what a restraint withholds."""
 
     @property
     def name(self) -> str:
@@ -35,33 +35,33 @@ class RestrainedMatrix(Protocol):
         ...
 
     def delta(self) -> Tensor:
-        r"""Return :math:`\Delta - A B^\top`, the change that the live weight carries."""
+        r"""Return :math:`\Delta - A B^\top`, the change of the live weight."""
         ...
 
     def step(self) -> Tensor:
-        """Return the change of the latest step as it was computed."""
+        """Return the change of the latest step as computed."""
         ...
 
     def withhold(self, correction: LowRankUpdate | None) -> None:
-        r"""Replace what is withheld and write the weight; :math:`\Delta` stays as it is."""
+        r"""Replace the withheld part and write the weight; :math:`\Delta` does not change."""
         ...
 
     def withholding(self, correction: LowRankUpdate | None) -> AbstractContextManager[None]:
-        """Withhold inside a block; every bit is put back."""
+        """Withhold a correction inside the block, then restore everything bit for bit."""
         ...
 
     def subtract(self, correction: LowRankUpdate | Tensor) -> None:
-        r"""Take a correction away from :math:`\Delta` for good and write the weight."""
+        r"""Subtract a correction from :math:`\Delta` permanently and write the weight."""
         ...
 
     def rounding_loss(self) -> float:
-        """Return the share of the change that the cast to the weight's dtype lost."""
+        """Return the relative error of the cast to the weight's dtype."""
         ...
 
 
 @runtime_checkable
 class HasEditedMatrices(Protocol):
-    """A module that keeps the accumulated change of the matrices it edits."""
+    """A module that accumulates the changes of its edited matrices."""
 
     @property
     def num_requests(self) -> int:
@@ -69,7 +69,7 @@ class HasEditedMatrices(Protocol):
         ...
 
     def register_restraint(self, restraint: Any) -> None:
-        """Let a restraint of these matrices take part in the life of the run."""
+        """Register a restraint of these matrices with the run."""
         ...
 
     def edited_matrices(self) -> Mapping[str, RestrainedMatrix]:

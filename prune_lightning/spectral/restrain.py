@@ -19,10 +19,10 @@ from prune_lightning.types import LowRankUpdate
 
 @dataclass(frozen=True)
 class SpectralCorrection:
-    r"""What a law takes away from a change: :math:`U F(\Sigma) V^\top = \Delta - A B^\top`.
+    r"""The correction of a change by a law: :math:`U F(\Sigma) V^\top = \Delta - A B^\top`.
 
     Args:
-        correction: :math:`A B^\top` in factors; ``None`` where nothing is taken away.
+        correction: :math:`A B^\top` in factors; ``None`` if it is zero.
         num_above: Number of singular values above the reference.
         sigma_before: Largest singular value before; under ``certificate`` an upper bound.
         path: How it was found; see :class:`~prune_lightning.spectral.triplets.Triplets`.
@@ -55,7 +55,7 @@ def spectral_correction(
 
     Raises:
         NonFiniteChange: The change holds NaN or infinity.
-        UserError: The reference is not positive, or the law returns something else than one finite value for each.
+        UserError: The reference is not positive, or the law does not return one finite value for each singular value.
     """
     triplets = triplets_above(change, reference) if isinstance(change, Tensor) else change.triplets_above(reference)
     correction = None
@@ -72,7 +72,7 @@ def spectral_correction(
 
 @torch.no_grad()
 def restrained(delta: Tensor, law: RestraintLaw, reference: float) -> Tensor:
-    r"""Return :math:`U F(\Sigma) V^\top` of a dense change; the same object if nothing has to change.
+    r"""Return :math:`U F(\Sigma) V^\top` of a dense change; the same object if nothing changes.
 
     >>> from prune_lightning.spectral.laws import HardClip
     >>> restrained(torch.diag(torch.tensor([9.0, 1.0])), HardClip(), reference=4.0)
@@ -87,18 +87,18 @@ def restrained(delta: Tensor, law: RestraintLaw, reference: float) -> Tensor:
 def restrain_(
     parameter: Tensor, original: Tensor, law: RestraintLaw, reference: float | None = None
 ) -> SpectralCorrection:
-    r"""Restrain in place what a weight has moved by since ``original``: :math:`W \leftarrow W_0 + U F(\Sigma) V^\top`.
+    r"""Restrain in place the change of a weight since ``original``: :math:`W \leftarrow W_0 + U F(\Sigma) V^\top`.
 
-    For training loops of any kind; under Lightning the ``PRUNE`` callback does more.
+    For any training loop; under Lightning use the ``PRUNE`` callback.
 
     Args:
-        parameter: :math:`W`, two-dimensional; its orientation does not matter.
+        parameter: :math:`W`, two-dimensional; in either orientation.
         original: :math:`W_0`, a copy taken before training.
         law: The law.
-        reference: :math:`\sigma_{\max}(W_0)`, if it is known; computed otherwise.
+        reference: :math:`\sigma_{\max}(W_0)`; computed if not given.
 
     Returns:
-        What was taken away.
+        The correction.
 
     >>> from prune_lightning.spectral.laws import HardClip
     >>> weight, original = torch.diag(torch.tensor([9.0, 1.0])), torch.zeros(2, 2)

@@ -1,4 +1,4 @@
-"""The singular triplets of a matrix above a threshold, at no more than they cost."""
+"""The singular triplets of a matrix above a threshold, by the cheapest method that suffices."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from prune_lightning.errors import UserError
 
-_SMALL = 256  # up to this many columns a full decomposition is cheaper than looking for a few triplets
+_SMALL = 256  # up to this many columns a full decomposition is faster than a search for a few triplets
 _BLOCK = 8
 _CONVERGED = 1e-12  # residual of a wanted triplet in units of the threshold, which is the scale of the result;
-_ROUNDING = 2e-15  # in units of the largest singular value no residual is smaller than this
-_LANCZOS_FROM = 1e-5  # threshold in units of the norm; in an explosion beyond that only a full SVD keeps its digits
+_ROUNDING = 2e-15  # smallest attainable residual in units of the largest singular value
+_LANCZOS_FROM = 1e-5  # threshold in units of the norm; below that only a full SVD is accurate
 
 
 class NonFiniteChange(UserError):
@@ -30,7 +30,7 @@ class Triplets:
         sigma: Descending, shape ``(j,)``.
         right: :math:`V_J`, shape ``(columns, j)``.
         largest: Largest singular value of the matrix; under ``certificate`` an upper bound.
-        path: What was needed: ``certificate`` (a norm), ``lanczos``, ``gram`` or ``svd``.
+        path: The method used: ``certificate`` (a norm), ``lanczos``, ``gram`` or ``svd``.
     """
 
     left: Tensor
@@ -46,15 +46,15 @@ class Triplets:
 
 
 def fp64(tensor: Tensor) -> Tensor:
-    """Return a tensor in fp64, on the CPU where its device has none (Apple's GPUs)."""
+    """Return a tensor in fp64, on the CPU if its device does not support that (Apple's GPUs)."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def norm_bound(matrix: Tensor) -> float:
     """Return a rigorous upper bound of the Frobenius norm, at most 0.1 % above it, from one read of the matrix.
 
-    The squares are summed in the matrix's own precision (fp32 at least) along each row and in fp64 over the rows; what
-    rounding can lose is added. NaN if the matrix holds NaN or infinity.
+    The squares are summed in the matrix's own precision (fp32 at least) along each row and in fp64 over the rows; a
+    bound of the rounding error is added. NaN if the matrix holds NaN or infinity.
     """
     contiguous = matrix if matrix.stride(-1) == 1 else matrix.T
     rows = torch.linalg.vector_norm(contiguous, dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32))
@@ -67,9 +67,9 @@ def norm_bound(matrix: Tensor) -> float:
 def triplets_above(matrix: Tensor, threshold: float) -> Triplets:
     r"""Return the singular triplets with :math:`\sigma >` ``threshold``.
 
-    In this order, the first that suffices: a Frobenius norm up to the threshold certifies that there are none; block
-    Lanczos bidiagonalisation finds a few, with a residual test on each and on the next one below; the eigenvectors of
-    :math:`M^\top M` where squaring costs no digits; a full SVD.
+    The first of these that suffices is used: a Frobenius norm not above the threshold, which proves that there are
+    none; block Lanczos bidiagonalisation for a few triplets, with a residual test on each and on the next one below;
+    the eigenvectors of :math:`M^\top M` if squaring loses no accuracy; a full SVD.
 
     Args:
         matrix: Shape ``(rows, columns)``, any floating dtype; everything but the norm is computed in fp64.
@@ -94,7 +94,7 @@ def triplets_above(matrix: Tensor, threshold: float) -> Triplets:
 
 
 def _triplets_of_tall(matrix: Tensor, threshold: float, norm: float) -> Triplets:
-    # The Gram matrix costs eps * (norm / threshold)^2 of the values near the threshold.
+    # The Gram matrix has a relative error of eps * (norm / threshold)^2 near the threshold.
     gram_from = (torch.finfo(torch.float64).eps / (1e-11 if matrix.dtype == torch.float64 else 1e-6)) ** 0.5
     matrix = fp64(matrix)
     found: tuple[Tensor, Tensor, Tensor] | None = None
@@ -117,11 +117,11 @@ def _triplets_of_tall(matrix: Tensor, threshold: float, norm: float) -> Triplets
 
 
 def _by_lanczos(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Search until nothing above the threshold is left; ``None`` if that takes too long.
+    """Search until no value above the threshold is left; ``None`` if that takes too long.
 
-    What was found is taken out and the search begins anew on the rest, from other random vectors, until it finds
-    nothing: a value that occurs more often than the block is wide is not missed. That nothing more is there counts as
-    shown when the largest Ritz value below the threshold has converged to a thirtieth of its distance from it.
+    The triplets found are deflated, and the search is repeated on the rest from other random vectors until it finds
+    nothing. So a value with a multiplicity above the block size is not missed. The search is complete when the largest
+    Ritz value below the threshold has converged to a thirtieth of its distance from it.
     """
 
     def all_found(sigma: Tensor, residual: Tensor) -> bool:
@@ -159,16 +159,16 @@ def bidiagonalise(
 
     Args:
         matrix: Shape ``(rows, columns)`` with ``rows >= columns``, fp64.
-        converged: Told the Ritz values, descending, and the residuals :math:`\|M^\top u - \sigma v\|`, says whether
-            that is enough. (:math:`M v = \sigma u` holds exactly.)
-        seed: Of the random vectors that the search begins with.
+        converged: Called with the Ritz values, descending, and the residuals :math:`\|M^\top u - \sigma v\|`; returns
+            whether to stop. (:math:`M v = \sigma u` holds exactly.)
+        seed: Seed of the random starting vectors.
 
     Returns:
-        Left vectors, values and right vectors, or ``None`` if a quarter of the columns did not suffice.
+        Left vectors, values and right vectors, or ``None`` if it does not converge within a quarter of the columns.
     """
     columns = matrix.shape[1]
     limit, block = columns // 4 // _BLOCK * _BLOCK, _BLOCK
-    # A generator of its own: the same result on every call and rank, and nobody else's random numbers are touched.
+    # A local generator gives the same result on every call and rank, and leaves the global random state alone.
     noise = torch.Generator().manual_seed(seed)
     start = torch.randn(columns, block, generator=noise, dtype=torch.float64).to(matrix.device)
     right = torch.linalg.qr(start)[0]
@@ -196,8 +196,8 @@ def bidiagonalise(
 def _orthonormal(block: Tensor, basis: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return ``Q, R`` with ``Q`` orthonormal, orthogonal to ``basis``, and ``Q R`` = the rest of ``block``.
 
-    Where nothing is left of a column (the Krylov space is exhausted) a random direction takes its place in ``Q`` and a
-    zero row in ``R``, so that the search goes on: a value that occurs more often than the block is wide is found.
+    Where a column vanishes (the Krylov space is exhausted), ``Q`` gets a random direction and ``R`` a zero row. So the
+    search continues and finds values with a multiplicity above the block size.
     """
     rest = block - basis @ (basis.T @ block)
     rest = rest - basis @ (basis.T @ rest)

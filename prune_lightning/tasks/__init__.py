@@ -1,1 +1,1 @@
-"""The jobs that `train.py` runs; `task=` in the configuration names one."""
+"""The jobs of `train.py`, chosen by `task=` in the configuration."""

@@ -1,4 +1,4 @@
-"""The job that reads a data file and lists every record that cannot be used, or is doubtful, before any edit."""
+"""The job that reads a data file and lists all unusable and doubtful records."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from prune_lightning.types import EditRequest
 
 
 def run(config: DictConfig) -> None:
-    """List the bad records and the doubtful ones, count the others, and leave all of it in `check.json`.
+    """List the bad and the doubtful records, count the others, and write the result to `check.json`.
 
     Raises:
-        UserError: A record cannot be used, or none can; the command line ends with 2.
+        UserError: A record cannot be used, or there is none; the command line then exits with 2.
     """
     quieten()
     folder = run_folder()
@@ -58,7 +58,7 @@ def run(config: DictConfig) -> None:
 def _fitting(
     config: DictConfig, stream: EditStream, usable: list[Located], out: Console
 ) -> tuple[list[Located], list[BadRow]]:
-    """Return the records that fit the model, and the others; all of them where its tokenizer is out of reach."""
+    """Return the records that fit the model, and the others; all fit if the tokenizer cannot be loaded."""
     try:
         tokens = load_tokens(str(config.model.path), config.model.revision)
     except UserError as error:
@@ -70,7 +70,7 @@ def _fitting(
 def survey(
     stream: EditStream, requests: Sequence[EditRequest], rejected: Sequence[BadRow], kept: Sequence[Located]
 ) -> dict[str, Any]:
-    """Return how many records there are, and how many lack what a score needs."""
+    """Return the number of records, and the numbers of those that lack the fields of a score."""
     subjects = {request.subject.lower() for request in requests}
     return {
         "records": len(requests) + len(rejected),

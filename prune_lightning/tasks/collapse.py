@@ -1,4 +1,4 @@
-"""Where between two evaluated counts a model collapsed: bisection over the states that the ledger can bring back."""
+"""Finds the edit at which a model collapsed, between two evaluated counts, by bisection over rebuilt states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THRESHOLD = 0.5
 
 
 def first_true(answer: Callable[[int], bool], low: int, high: int) -> int:
-    """Return the smallest number above ``low`` with a yes, where ``high`` is known to be one and no follows no yes.
+    """Return the smallest number above ``low`` with a true answer; answers are monotone and true at ``high``.
 
     >>> first_true(lambda number: number >= 13, 10, 20)
     13
@@ -32,15 +32,15 @@ def first_true(answer: Callable[[int], bool], low: int, high: int) -> int:
 def bisect_collapses(
     module: EditingModule, ledger: Ledger, evaluation: EditEvaluation, restrain: Restrain | None
 ) -> dict[str, int]:
-    """Return the edits to collapse of each group of abilities, to the step.
+    """Return the number of edits to collapse of each group of abilities, exact to one step.
 
-    A group has collapsed where its retention is at most one half, at two evaluated counts in a row. Between the last
-    count before and the first of these, states are brought back and measured. The module ends as it was.
+    A group has collapsed if its retention is at most one half at two consecutive evaluated counts. States between the
+    first of these and the count before it are rebuilt and measured. The module's state is restored at the end.
 
     Args:
         module: The edited module.
         ledger: The ledger of its stream.
-        evaluation: What was measured along the stream.
+        evaluation: The evaluation of the stream.
         restrain: See :func:`prune_lightning.ledger.replay`.
     """
     found = {}

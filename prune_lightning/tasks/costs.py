@@ -1,7 +1,7 @@
-r"""What a run will need: the base classes' share, on top of what its method and its restraint say.
+r"""Estimates the needs of a run: those of the base classes plus those of its method and its restraint.
 
 Notation as in :mod:`prune_lightning.costs`; besides, :math:`N` edits, and :math:`k = \min(rN, \tfrac34\min(m, n))`
-directions up to which a change is kept in factors, for updates of rank :math:`r`.
+the number of directions up to which a change is kept in factors, for updates of rank :math:`r`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prune_lightning.costs import (
 
 
 def method_cost(kind: type, model: Shapes, stream: StreamShape, options: Mapping[str, Any]) -> Cost:
-    """Ask a method for its costs; one that does not say is taken to edit the down-projections of its layers.
+    """Return a method's costs; a method without ``cost`` is assumed to edit the down-projections of its layers.
 
     Args:
         kind: The method's class.
@@ -40,7 +40,7 @@ def method_cost(kind: type, model: Shapes, stream: StreamShape, options: Mapping
 
 
 def changes(cost: Cost, model: Shapes, stream: StreamShape) -> Changes:
-    """Return what the accumulated changes of a stream will be."""
+    """Return the shapes and ranks of a stream's accumulated changes."""
     entry = max(model.weight_size, 4)
     if cost.rank is None:
         return Changes(cost.matrices, None, None, entry)
@@ -52,14 +52,14 @@ def changes(cost: Cost, model: Shapes, stream: StreamShape) -> Changes:
 
 
 def memory(weights: float, cost: Cost, restraint: RestraintCost, kept: Changes, w: int) -> dict[str, float]:
-    r"""Return bytes on the device, by what they are for.
+    r"""Return bytes on the device, by purpose.
 
     - weights: all parameters and buffers once
     - originals :math:`mnw` and masters :math:`mnp` of the edited matrices; the step's copy :math:`mnw` and one dense
       update :math:`2mnp` for the moment of writing, of one matrix at a time
     - factors: two bases in stores that double, :math:`2(m+n)k` fp64, and a core :math:`k^2`; none of dense updates
-    - what the method and the restraint say
-    - the largest of the moments: writing, and those of the method
+    - the needs of the method and the restraint
+    - the largest peak: writing, or one of the method
 
     Args:
         weights: Bytes of the model.
@@ -83,7 +83,7 @@ def memory(weights: float, cost: Cost, restraint: RestraintCost, kept: Changes, 
 
 
 def disk(cost: Cost, stream: StreamShape, kept: Changes) -> dict[str, float]:
-    """Return bytes on disk: the ledger, by factors in fp64 or dense in the master's precision, and what is kept."""
+    """Return bytes on disk: the ledger, in fp64 factors or dense in the master's precision, and the method's."""
     if cost.rank is None:
         ledger = -(-stream.edits // stream.batch) * sum(m * n for m, n in cost.matrices) * float(kept.entry)
     else:
@@ -94,7 +94,7 @@ def disk(cost: Cost, stream: StreamShape, kept: Changes) -> dict[str, float]:
 def time(
     cost: Cost, restraint: RestraintCost, stream: StreamShape, kept: Changes, machine: Machine
 ) -> dict[str, float]:
-    """Return seconds per edit, by what they go to; writing is ten passes over each matrix."""
+    """Return seconds per edit, by purpose; writing is ten passes over each matrix."""
     rank = cost.rank or 0.0
     writing = Work()
     for m, n in cost.matrices:

@@ -1,4 +1,4 @@
-"""Work and memory of a model's passes, counted by running them on the meta device: shapes only, no numbers."""
+"""Counts work and memory of a model's passes by running them on the meta device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Counter(TorchDispatchMode):
 
 
 class ShapeModel:
-    """A causal language model without numbers.
+    """A causal language model on the meta device.
 
     Args:
         config: Its configuration.
@@ -71,7 +71,7 @@ class ShapeModel:
         return {name: _shape(mlp.get_submodule(name)) for name in self.family.mlp_weights}
 
     def named_shapes(self, layer: int, names: Sequence[str]) -> list[Shape]:
-        """Return the shapes of the modules of a block whose own name is one of ``names``."""
+        """Return the shapes of the modules of a block whose last name is one of ``names``."""
         modules = self.block(layer).named_modules()
         return [_shape(module) for path, module in modules if path.rpartition(".")[2] in names]
 
@@ -92,7 +92,7 @@ class ShapeModel:
 
     @property
     def positions(self) -> int | None:
-        """Longest row that the model takes."""
+        """Longest input of the model."""
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
@@ -103,10 +103,10 @@ class ShapeModel:
         return int((getattr(self.config, "num_key_value_heads", None) or heads) * size)
 
     def _forward(self, rows: int, length: int, places: int) -> Tensor:
-        """Run the model; the LM head sees ``places`` positions only."""
+        """Run the model with the LM head at ``places`` positions only."""
         head = self.model.get_output_embeddings()
         ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-        # A mask of four dimensions is taken as it is; a padding mask would be looked at, and there is nothing to see.
+        # A four-dimensional mask is used unchanged; a padding mask would be read, but it has no values here.
         mask = torch.zeros(rows, 1, length, length, dtype=self.dtype, device="meta")
         with edit_input(head, lambda hidden: hidden.flatten(0, 1)[:places].unsqueeze(0)):
             logits: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -130,7 +130,7 @@ class ShapeModel:
         """Count one step of the value optimisation: the blocks above ``layer`` forwards and backwards.
 
         Args:
-            layer: The shift enters behind this block.
+            layer: The block whose output is shifted.
             rows: Token rows.
             length: Tokens from the subject's last one on.
             places: Positions whose logits are read.

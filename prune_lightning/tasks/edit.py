@@ -1,4 +1,4 @@
-"""The main job: edit a model with a stream of requests, and show what it cost."""
+"""The main job: edit a model with a stream of requests and report the results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from prune_lightning.tasks.setup import (
 
 
 def run(config: DictConfig) -> None:
-    """Edit, evaluate, and leave the results in the run folder."""
+    """Edit, evaluate, and write the results to the run folder."""
     clock = run_clock()
     quieten()
     settle_trainer(config)
@@ -85,16 +85,16 @@ def run(config: DictConfig) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What a run consists of.
+    """The parts of a run.
 
     Args:
         module: The method, on its model.
         stream: The edits.
         restraint: The restraint; ``None`` without one.
-        further: Guards, monitors, and what else the configuration lists, in its order.
+        further: Guards, monitors and other callbacks of the configuration, in its order.
         log: The edit log.
         evaluation: The evaluation.
-        ledger: Keeps the ledger; ``None`` without one.
+        ledger: The ledger's callback; ``None`` without a ledger.
         formats: Formats to export.
     """
 
@@ -108,16 +108,16 @@ class Job:
     formats: list[str]
 
     def callbacks(self) -> list[L.Callback]:
-        """Return everything that sees a step before the ledger does, in order."""
+        """Return all callbacks but the ledger's, in order."""
         return [*([self.restraint] if self.restraint else []), *self.further, self.log, self.evaluation]
 
     def ledger_callback(self) -> list[L.Callback]:
-        """Return the ledger, if one is kept."""
+        """Return the ledger's callback, if there is one."""
         return [self.ledger] if self.ledger else []
 
 
 def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
-    """Build everything; what is wrong with the configuration shows here, before anything is computed."""
+    """Build everything, so that configuration errors are found before anything is computed."""
     restraint = instantiate(config.restraint) if config.restraint else None
     further = [instantiate(callback) for callback in (config.callbacks or {}).values()]
     measurements = _measurements(config)
@@ -165,7 +165,7 @@ def _measurements(config: DictConfig) -> list[Measurement]:
 
 
 def _evaluation(config: DictConfig, measurements: Sequence[Measurement], **further: Any) -> EditEvaluation:
-    """Return the evaluation; what is no measurement in its configuration is an argument of it."""
+    """Return the evaluation. Entries of its configuration that are not measurements are its arguments."""
     options = OmegaConf.to_container(config.evaluation, resolve=True)
     assert isinstance(options, dict)
     own = {str(name): options[name] for name, entry in config.evaluation.items() if not _is_measurement(entry)}
@@ -173,7 +173,7 @@ def _evaluation(config: DictConfig, measurements: Sequence[Measurement], **furth
 
 
 def _about(config: DictConfig, job: Job) -> dict[str, Any]:
-    """Return what the run was."""
+    """Return a description of the run."""
     return {
         "method": choice("method"),
         "restraint": choice("restraint"),
@@ -191,17 +191,17 @@ def _share(summary: RunSummary) -> float:
 
 
 def _collapses(config: DictConfig, job: Job, trainer: L.Trainer) -> dict[str, int]:
-    """Return the edits to collapse to the step, if that was asked for."""
+    """Return the exact number of edits to collapse, if requested."""
     if not config.bisect_collapse or not trainer.is_global_zero:
         return {}
     if job.ledger is None or job.ledger.ledger is None or getattr(job.restraint, "schedule", "") == "end":
-        raise UserError("bisect_collapse brings back earlier states: it needs ledger=true, and no restraint at the end")
+        raise UserError("bisect_collapse rebuilds earlier states: it needs ledger=true, and no restraint at the end")
     restrain = job.restraint.restrain if job.restraint else None
     return bisect_collapses(job.module, job.ledger.ledger, job.evaluation, restrain)
 
 
 def _control(config: DictConfig, job: Job, run_log: RunLog) -> EditEvaluation:
-    """Edit the same stream again without the restraint, as far as the run went."""
+    """Edit the same stream again without the restraint, up to the same edit."""
     steps = job.module.run.num_steps
     job.module.run.restart()
     scores = None if job.stream.protocol.from_base else StreamScores(job.stream.superseded())

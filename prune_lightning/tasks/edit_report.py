@@ -1,4 +1,4 @@
-"""What a run shows at its end: the table, the plots, the page, and what loggers take of them."""
+"""The report of a run: the table, the plots, the page, and their copies in loggers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def report(
     evaluation: EditEvaluation,
     out: Console,
 ) -> None:
-    """Print the table, draw the plots, write the page, and hand table and plots to loggers that take them."""
+    """Print the table, draw the plots, write the page, and log table and plots to loggers that support them."""
     edits = f"{summary['num_requests']} edits"
     restrained = "no restraint" if summary["restraint"] == "none" else summary["restraint"]
     title = f"{summary['method']}, {restrained}: {edits} (data: {summary['data']}, model: {summary['model']})"

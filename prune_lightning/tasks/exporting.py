@@ -19,10 +19,10 @@ from prune_lightning.tasks.setup import choice
 
 
 def formats_wanted(config: DictConfig, stream: EditStream) -> list[str]:
-    """Return the formats of ``config.export``, so that a mistake shows before the first edit.
+    """Return the formats of ``config.export``; called before the first edit to find errors early.
 
     Raises:
-        UserError: An unknown format, or a protocol that puts the unedited model back.
+        UserError: An unknown format, or a protocol that restores the unedited model.
     """
     wanted = [config.export] if isinstance(config.export, str) else list(config.export or ())
     for name in wanted:
@@ -37,7 +37,7 @@ def formats_wanted(config: DictConfig, stream: EditStream) -> list[str]:
 def export_all(
     wanted: list[str], config: DictConfig, folder: Path, module: EditingModule, stream: EditStream, out: Console
 ) -> list[dict[str, Any]]:
-    """Export the live module; one that fails is reported, not raised, so that the run keeps its results.
+    """Export the live module. A failure is reported and not raised, so that the run keeps its results.
 
     Returns:
         One report per format; a failed one has the key ``failed``.
@@ -64,7 +64,7 @@ def export_all(
 
 
 def raise_failed(reports: list[dict[str, Any]]) -> None:
-    """Raise a :class:`UserError` that names the exports which failed, if any did."""
+    """Raise a :class:`UserError` that names the failed exports, if there are any."""
     failed = [f"export={report['format']} failed: {report['failed']}" for report in reports if "failed" in report]
     if failed:
         raise UserError("the run is complete, but " + "; ".join(failed))

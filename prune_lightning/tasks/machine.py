@@ -1,4 +1,4 @@
-"""What this machine can do and has left: measured for a second, not looked up."""
+"""Measures the speed and the free memory of this machine, in about a second."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prune_lightning.tasks.counting import Counter
 
 
 def _best(work: Callable[[], object], device: torch.device, seconds: float = 0.25) -> float:
-    """Return the shortest time of some work, repeated for a while."""
+    """Return the shortest time of repeated runs of some work."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -30,10 +30,10 @@ def _best(work: Callable[[], object], device: torch.device, seconds: float = 0.2
 
 
 def measure(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> Machine:
-    """Measure matrix products, memory traffic and the price of a small operation.
+    """Measure matrix products, memory traffic and the overhead of a small operation.
 
     Args:
-        device: Where.
+        device: The device.
         dtype: Dtype of the weights.
         shape: ``(tokens, in, out)`` of a typical product of the run.
     """
@@ -56,12 +56,12 @@ def measure(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int
 
 
 def free_memory(device: torch.device) -> float:
-    """Return bytes that are free on a device; on the CPU those that can be had without swapping."""
+    """Return the free bytes of a device; on the CPU those available without swapping."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(psutil.virtual_memory().available)
 
 
 def resident() -> float:
-    """Return bytes that this process holds: the interpreter and its libraries."""
+    """Return the resident bytes of this process, i.e. of the interpreter and its libraries."""
     return float(psutil.Process().memory_info().rss)

@@ -1,4 +1,4 @@
-"""The job that predicts memory, disk and time of a run from shapes alone; no weight is loaded."""
+"""The job that predicts memory, disk and time of a run from shapes, without loading weights."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from prune_lightning.tasks.presets import model_arguments, settled
 from prune_lightning.tasks.setup import choice, quieten, run_folder
 from prune_lightning.types import EditRequest
 
-CHARACTERS_PER_TOKEN = 4  # where the tokenizer is not at hand
+CHARACTERS_PER_TOKEN = 4  # if the tokenizer is not available
 _CUDA_CONTEXT = 0.6e9
 
 
 def run(config: DictConfig) -> None:
-    """Predict, print, and leave the figures in `plan.json`."""
+    """Predict, print, and write the figures to `plan.json`."""
     quieten()
     config = settled(config)
     folder = run_folder()
@@ -49,7 +49,7 @@ def run(config: DictConfig) -> None:
     disk, seconds, once = needs.disk(), needs.seconds(machine), machine.seconds(needs.cost.once)
     problems = misfits(config, sum(memory.values()), sum(disk.values()), device, folder)
     if needs.cost.unknown:
-        problems.append(f"method={choice('method')} does not say what its own computations need; they come on top")
+        problems.append(f"method={choice('method')} has no cost estimate; its own computations are not included")
     _print(memory, disk, seconds, once, needs, problems)
     plan = {
         "memory_bytes": memory,
@@ -68,15 +68,15 @@ def run(config: DictConfig) -> None:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the parts of a run need.
+    """The needs of the parts of a run.
 
     Args:
         model: The model's shapes.
         stream: The stream's.
-        cost: What the method says.
-        restraint: What the restraint says.
-        kept: The changes that accumulate.
-        counted: Where the token counts come from.
+        cost: Cost of the method.
+        restraint: Cost of the restraint.
+        kept: The accumulated changes.
+        counted: Source of the token counts.
     """
 
     model: ShapeModel
@@ -88,10 +88,10 @@ class Needs:
 
     @classmethod
     def of(cls, config: DictConfig, model: ShapeModel, stream: EditStream) -> Needs:
-        """Ask the method and the restraint of a configuration.
+        """Return the needs of a configuration's method and restraint.
 
         Raises:
-            UserError: The method's layers are not the model's.
+            UserError: A layer is outside the model.
         """
         for layer in config.method.layers or ():
             if not 0 <= layer < model.num_layers:
@@ -105,7 +105,7 @@ class Needs:
         return cls(model, shape, cost, restraint, kept, counted)
 
     def memory(self) -> dict[str, float]:
-        """Return bytes on the device, by what they are for."""
+        """Return bytes on the device, by purpose."""
         weights = float(self.model.weight_bytes)
         return costs.memory(weights, self.cost, self.restraint, self.kept, self.model.weight_size)
 
@@ -114,12 +114,12 @@ class Needs:
         return costs.disk(self.cost, self.stream, self.kept)
 
     def seconds(self, machine: Machine) -> dict[str, float]:
-        """Return seconds per edit, by what they go to."""
+        """Return seconds per edit, by purpose."""
         return costs.time(self.cost, self.restraint, self.stream, self.kept, machine)
 
 
 def _token_counts(config: DictConfig, requests: list[EditRequest]) -> tuple[float, float, float, str]:
-    """Return mean tokens of prompts, targets, and prompts up to the subject's end, and how they were counted."""
+    """Return mean tokens of prompts, of targets, and of prompts up to the subject's end, and how they were counted."""
     pairs = [(request.pair(), request.behind("")[1]) for request in requests[:200]]
     texts = [(pair.context, pair.continuation, pair.context[:end]) for pair, end in pairs]
     name, local = located(config.model.path)
@@ -148,7 +148,7 @@ def _machine(config: DictConfig, model: ShapeModel, needs: Needs, device: torch.
 
 
 def misfits(config: DictConfig, memory: float, disk: float, device: torch.device, folder: Path) -> list[str]:
-    """Return what would not fit, a sentence each."""
+    """Return one sentence for each need that does not fit."""
     problems = []
     available = free_memory(device) if config.plan.memory_gb is None else config.plan.memory_gb * 1e9
     elsewhere = config.trainer.accelerator == "gpu" and device.type == "cpu" and config.plan.memory_gb is None

@@ -1,4 +1,4 @@
-"""What a run takes from its model's YAML: layers, dtype, family, and where the hyper-parameters come from."""
+"""Settings of a run from its model's YAML: layers, dtype, family, and the source of the hyper-parameters."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _LOG = logging.getLogger(__name__)
 
 
 def settled(config: DictConfig) -> DictConfig:
-    """Return a copy of a configuration in which what depends on the model itself and on the machine is filled in.
+    """Return a copy of a configuration with the settings filled in that depend on the model and the machine.
 
     - ``model.family``: from a YAML outside the package (``--config-dir``), if there is one for the architecture
     - ``model.dtype``: ``float32`` on a CPU, ``model.gpu_dtype`` elsewhere, which defaults to the checkpoint's
-    - ``model.edit.layers``: from the depth, where the method refers to layers that the model's YAML leaves open
+    - ``model.edit.layers``: from the depth, if the method refers to layers that the model's YAML does not set
 
-    What is set in the configuration is kept. The model's own configuration is loaded only where it is needed.
+    Explicit settings are kept. The model's own configuration is loaded only if needed.
 
     Raises:
-        UserError: The model's configuration is needed and cannot be loaded, or the model's YAML has a value for the
-            method that is none of its options.
+        UserError: The model's configuration is needed but cannot be loaded, or the model's YAML sets an unknown option
+            of the method.
     """
     config = copy.deepcopy(config)
     _check_section(config)
@@ -72,7 +72,7 @@ def _dtype(config: DictConfig, loaded: PretrainedConfig | None) -> str:
 
 
 def _check_section(config: DictConfig) -> None:
-    """Raise if the model's section for the method holds what is no option of the method, e.g. a misspelt one."""
+    """Raise if the model's section for the method has an unknown option, e.g. a misspelt one."""
     if not HydraConfig.initialized():
         return
     section = (config.model.get("edit") or {}).get(name := choice("method")) or {}
@@ -95,7 +95,7 @@ def _unresolved(node: DictConfig) -> str:
 
 
 def _open_layers(config: DictConfig) -> list[str]:
-    """Return the kinds of layers that the method refers to and that the model's YAML leaves open."""
+    """Return the kinds of layers that the method refers to but the model's YAML does not set."""
     layers = (config.model.get("edit") or {}).get("layers") or {}
     wanted = _LAYERS.findall(_unresolved(config.method))
     return [kind for kind in dict.fromkeys(wanted) if layers.get(kind) is None and kind in FROM_DEPTH]
@@ -115,7 +115,7 @@ def _say(text: str) -> None:
 
 
 def _config_folders() -> list[Path]:
-    """Return the folders in which Hydra looks for this run's YAMLs, the shipped one last."""
+    """Return Hydra's search path of folders for this run, the shipped one last."""
     if not HydraConfig.initialized():
         return []
     sources = HydraConfig.get().runtime.config_sources
@@ -134,7 +134,7 @@ def _family(folders: list[Path], model_type: str) -> Any:
 
 
 def model_arguments(config: DictConfig) -> dict[str, Any]:
-    """Return what :func:`~prune_lightning.models.loading.load_language_model` needs, JSON-able."""
+    """Return the arguments of :func:`~prune_lightning.models.loading.load_language_model`, JSON-serializable."""
     found = {key: config.model.get(key) for key in ("path", "dtype", "revision", "family")}
     return {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in found.items()}
 
@@ -145,7 +145,7 @@ def load_model(config: DictConfig) -> LanguageModel:
 
 
 def model_label(config: DictConfig) -> str:
-    """Return what to call the model: its option, or its path where that is not the option's own."""
+    """Return a label of the model: its option, or its path if that is not the option's own."""
     option, path = choice("model"), str(config.model.path)
     files = [file for folder in _config_folders() if (file := folder / "model" / f"{option}.yaml").is_file()]
     own = (yaml.safe_load(files[0].read_text("utf-8")) or {}).get("path") if files else None
@@ -155,7 +155,7 @@ def model_label(config: DictConfig) -> str:
 
 
 def model_facts(config: DictConfig) -> dict[str, Any]:
-    """Return what a run's summary says of its model and of where the hyper-parameters come from.
+    """Return the entries of a run's summary about its model and the source of the hyper-parameters.
 
     Args:
         config: A configuration that is :func:`settled`.

@@ -1,4 +1,4 @@
-"""The job that makes the bundled model: train, score, and save with a model card."""
+"""The job that trains the bundled model, scores it, and saves it with a model card."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(config: DictConfig) -> None:
 
 
 def recall(model: LanguageModel) -> dict[str, float]:
-    """Return the share of facts that the model states, in the phrasing of edits and in the one held out."""
+    """Return the share of known facts, in the phrasing of edits and in the held-out one."""
     facts = load_world().facts
     asked = {
         "facts": [(fact.phrasings[EDIT_PHRASING], fact.answer) for fact in facts],

@@ -14,7 +14,7 @@ from prune_lightning.ledger import Ledger
 
 
 def ledger_to_resume(run: str | None, folder: Path) -> Ledger | None:
-    """Return the ledger of a run, cut after the last step that is whole.
+    """Return the ledger of a run up to its last intact step.
 
     Args:
         run: The run to resume; ``None`` for a new one.
@@ -27,18 +27,18 @@ def ledger_to_resume(run: str | None, folder: Path) -> Ledger | None:
 
 
 def check_stream(ledger: Ledger, stream: EditStream) -> None:
-    """Refuse a stream that is not the one of the run to resume.
+    """Check that a stream is the one of the run to resume.
 
     Args:
         ledger: The run's ledger.
         stream: The stream, set up.
 
     Raises:
-        UserError: It is another stream, or nothing is left to do.
+        UserError: It is another stream, or the run is complete.
     """
     folder = ledger.folder.parent
     if stream.protocol.from_base:
-        raise UserError(f"data.protocol={stream.protocol.value} starts every step from the unedited model: run it anew")
+        raise UserError(f"data.protocol={stream.protocol.value} starts each step from the unedited model: run it again")
     written = [request for line in ledger.lines for request in line["requests"]]
     if len(written) > len(stream.requests) or (len(written) == len(stream.requests) and ledger.finish_line):
         raise UserError(f"{folder} holds all of its {len(written)} edits: there is nothing to resume")
@@ -48,7 +48,7 @@ def check_stream(ledger: Ledger, stream: EditStream) -> None:
 
 
 def earlier_metrics(path: Path, num_requests: int) -> list[tuple[int, dict[str, float]]]:
-    """Return what a run has logged into its CSV file up to an edit count, the baseline left out."""
+    """Return the rows of a run's CSV file up to an edit count, without the baseline."""
     if not path.is_file():
         return []
     found = []
@@ -61,6 +61,6 @@ def earlier_metrics(path: Path, num_requests: int) -> list[tuple[int, dict[str, 
 
 
 def log_again(logger: Logger, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
-    """Hand rows that were logged before to a logger that begins its file anew."""
+    """Log earlier rows again with a logger that starts a new file."""
     for step, values in rows:
         logger.log_metrics(values, step=step)

@@ -1,4 +1,4 @@
-"""What every job does first: find its folder, keep earlier results, build trainer and loggers."""
+"""Shared setup of all jobs: the run's folder, earlier results, trainer and loggers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from prune_lightning.types import EditRequest
 _OF_EDITING = ("summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "quarantine.jsonl", "plots", "report.html")
 RESULTS = (*_OF_EDITING, "export", "ledger", "check.json", "plan.json", "error.txt", RUN_ID)
 
-# Remarks of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
+# Warnings of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
 _BESIDE_THE_POINT = (
     ".*does not have many workers.*",
     ".*LeafSpec.*",
@@ -41,12 +41,12 @@ _BESIDE_THE_POINT = (
 
 
 def first_process() -> bool:
-    """Whether this is the process that speaks for a distributed run."""
+    """Whether this is rank 0 of a distributed run."""
     return not getattr(rank_zero_only, "rank", 0)
 
 
 def run_folder(resumed: bool = False) -> Path:
-    """Return the run's folder; results of an earlier run in it are moved aside, unless that is gone on with."""
+    """Return the run's folder. Results of an earlier run in it are moved aside, unless it is resumed."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     if resumed:
         return folder
@@ -60,12 +60,12 @@ def run_folder(resumed: bool = False) -> Path:
 
 
 def choice(group: str) -> str:
-    """Return the option that was chosen for a group."""
+    """Return the chosen option of a group."""
     return str(HydraConfig.get().runtime.choices[group])
 
 
 def usable_by(method: DictConfig | None) -> Callable[[EditRequest], str | None] | None:
-    """Return what says why the configured method cannot write a request; ``None`` where there is no method.
+    """Return the configured method's ``unusable`` function; ``None`` without a method.
 
     Raises:
         UserError: The method's class does not exist.
@@ -75,13 +75,13 @@ def usable_by(method: DictConfig | None) -> Callable[[EditRequest], str | None] 
         return None
     try:
         kind = get_class(target)
-    except Exception as error:  # hydra raises what importing raises
+    except Exception as error:  # hydra raises any error of the import
         raise UserError(f"method._target_: {target!r} is no class: {error}") from error
     return getattr(kind, "unusable", None)
 
 
 def quieten() -> None:
-    """Leave the terminal to the job's own display: no remarks of libraries that do not apply here."""
+    """Hide warnings of libraries that do not apply here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -90,19 +90,19 @@ def quieten() -> None:
 
 
 def run_clock() -> PhaseClock:
-    """Return the clock of the job: what its process did until now, such as imports, is the phase ``start``."""
+    """Return the clock of the job. The time of the process so far, such as imports, is the phase ``start``."""
     hydra = HydraConfig.get()
     later = hydra.mode == RunMode.MULTIRUN and bool(hydra.job.num)  # the process has run other jobs before
     return PhaseClock(start=0.0 if later else process_age())
 
 
 def build_loggers(config: DictConfig, folder: Path, keep: int | None = None) -> list[Logger]:
-    """Return the logger of `metrics.csv` and whatever the configuration adds.
+    """Return the logger of `metrics.csv` and those of the configuration.
 
     Args:
         config: The job's configuration.
         folder: The run's folder.
-        keep: The step up to which `metrics.csv` of the run that is resumed stays; ``None`` for a new run.
+        keep: When a run is resumed, the step up to which its `metrics.csv` is kept; ``None`` for a new run.
     """
     loggers: list[Logger] = [StepCSVLogger(folder, keep)]
     if config.logger:
@@ -133,10 +133,10 @@ def build_trainer(
 
     Args:
         config: The job's configuration.
-        callbacks: In order.
-        loggers: None for none.
-        folder: Where callbacks and loggers write by default.
-        further: Arguments that go before the configured ones.
+        callbacks: Callbacks, in order.
+        loggers: Loggers; empty for none.
+        folder: Default folder of callbacks and loggers.
+        further: Arguments that take precedence over the configured ones.
     """
     for name, instead in (("callbacks", "callbacks=..."), ("logger", "logger=...")):
         if name in config.trainer:
@@ -144,7 +144,7 @@ def build_trainer(
     own = {"callbacks": list(callbacks), "logger": list(loggers) or False, "default_root_dir": folder}
     try:
         trainer: Any = instantiate(config.trainer, **own, **further)
-    except Exception as error:  # of Hydra, around whatever Lightning says of its arguments
+    except Exception as error:  # Hydra's error around any error of Lightning about its arguments
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"trainer: Lightning does not take these arguments: {reason}") from error
     assert isinstance(trainer, L.Trainer)
@@ -152,10 +152,10 @@ def build_trainer(
 
 
 def settle_trainer(config: DictConfig) -> None:
-    """Refuse Trainer arguments that an edit stream cannot use, before anything is loaded.
+    """Refuse Trainer arguments that an edit stream does not support, before anything is loaded.
 
-    ``trainer.precision`` becomes the dtype in which the model is loaded, so that everything that goes by
-    ``model.dtype``, such as the ledger, knows of it.
+    ``trainer.precision`` sets the dtype in which the model is loaded, so that everything that uses ``model.dtype``,
+    such as the ledger, agrees with it.
 
     Raises:
         UserError: See :func:`prune_lightning.methods.trainer_checks.check_trainer`.

@@ -1,4 +1,4 @@
-"""The job that takes a model's second moments alone, for runs to come."""
+"""The job that computes only a model's second moments, for later runs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from prune_lightning.tasks.setup import choice, quieten, run_clock
 
 
 def run(config: DictConfig) -> None:
-    """Take the statistics of the method's layers and leave them in the cache."""
+    """Compute the statistics of the method's layers and store them in the cache."""
     quieten()
     config = settled(config)
     if "second_moments" not in config.method:
         raise UserError(f"method={choice('method')} needs no statistics; choose one that does, e.g. method=memit")
     moments: SecondMoments = instantiate(config.model.second_moments, _convert_="all")
     if moments.cache is None:
-        raise UserError("statistics that nobody keeps: give model.second_moments.cache=FOLDER")
+        raise UserError("the statistics would not be stored: give model.second_moments.cache=FOLDER")
     clock = run_clock()
     RunLog(clock)
     with RunProgress(clock, Console(stderr=True, quiet=not config.progress)):

@@ -1,4 +1,4 @@
-"""The job that trains MEND's network for a model, for edits to come."""
+"""The job that trains MEND's network for a model, for later edits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prune_lightning.tasks.setup import build_loggers, build_trainer, close_logg
 
 
 def run(config: DictConfig) -> None:
-    """Train, and leave the best network in `hypernetwork/` of the run folder."""
+    """Train, and write the best network to `hypernetwork/` in the run folder."""
     quieten()
     config = settled(config)
     folder, settings = run_folder(), config.mend_training
@@ -56,8 +56,8 @@ def run(config: DictConfig) -> None:
     }
     save_network(folder / "hypernetwork", module.network, editor.edited_modules(), facts, _dtype(settings.dtype))
     write_json(folder / "summary.json", {**facts, "wall_s": time.perf_counter() - started})
-    shown = {name: round(score, 3) for name, score in scores.items()}
-    Console().print(shown, f"\nThe best network: method=mend method.hypernetwork={folder / 'hypernetwork'}")
+    rounded = {name: round(score, 3) for name, score in scores.items()}
+    Console().print(rounded, f"\nThe best network: method=mend method.hypernetwork={folder / 'hypernetwork'}")
 
 
 def _checkpoint(path: str | None) -> str | None:

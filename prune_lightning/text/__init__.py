@@ -1,1 +1,1 @@
-"""Rules about text alone: scripts, where a subject stands, what stands between a prompt and its target."""
+"""Rules about text: scripts, positions of subjects, separators between prompts and targets."""

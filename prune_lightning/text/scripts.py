@@ -1,4 +1,4 @@
-"""Characters: scripts that are written without blanks between words, and what belongs to a word."""
+"""Classes of characters: scripts without blanks between words, and characters of words."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _UNSPACED_NAMES = ("THAI ", "LAO ", "KHMER ", "MYANMAR ", "HALFWIDTH KATAKANA", 
 
 
 def is_unspaced(char: str) -> bool:
-    """Whether a character belongs to writing without blanks between words: Chinese, Japanese, Thai and the like.
+    """Whether a character belongs to a script without blanks between words, such as Chinese, Japanese or Thai.
 
-    Wide and full-width letters, digits and punctuation count, except for Korean, which has blanks.
+    Wide and full-width letters, digits and punctuation count, but not Korean, which has blanks.
 
     >>> [is_unspaced(char) for char in "京の。ไaé한"]
     [True, True, True, True, False, False, False]
@@ -21,7 +21,7 @@ def is_unspaced(char: str) -> bool:
 
 
 def is_hangul(char: str) -> bool:
-    """Whether a character is Korean; there, particles follow a word without a blank."""
+    """Whether a character is Korean, in which particles follow a word without a blank."""
     return unicodedata.name(char, "").startswith("HANGUL")
 
 
@@ -36,6 +36,6 @@ def is_word(char: str) -> bool:
 
 
 def mostly_unspaced(text: str) -> bool:
-    """Whether more of a text's letters are written without blanks than with them."""
+    """Whether most letters of a text belong to scripts without blanks."""
     letters = [is_unspaced(char) for char in text if char.isalpha()]
     return 2 * sum(letters) > len(letters)

@@ -1,4 +1,4 @@
-"""What stands between a prompt and its target, and where the text of a pair is cut in two."""
+"""The separator between a prompt and its target, and the split of their text."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ NAMED = {"blank": " ", "none": ""}
 _CONTROL_TOKEN = re.compile(r"(<[|｜][^<>]*[|｜]>|<[A-Za-z][^<>]*>)$")  # <|assistant|>, <s>, <b>; </b> closes
 _GLUED = frozenset("@\\^/")
 _HYPHENS = frozenset("-‐‑–—=")
-_PAIRED = frozenset('"`*_')  # the same mark opens and closes
+_PAIRED = frozenset('"`*_')  # marks that both open and close
 _PARTNERS = {"“": "„", "‘": "‚", "«": "»", "»": "«", "‹": "›", "›": "‹"}
 _CLOSING_TARGET = re.compile(r"[,;:!?%]|\.(\s|$)|['’]s\b")
 
 
 @dataclass(frozen=True)
 class TextPair:
-    """A prompt with its target as literal text, cut where the target's tokens begin.
+    """A prompt with its target as literal text, split where the target's tokens begin.
 
     Args:
-        context: The text that comes before.
-        continuation: The text to be predicted: the target, with the blank directly before it if there is one.
-            Tokenizers make one token of a blank and the word behind it.
+        context: The text before the target.
+        continuation: The text to predict: the target, including a blank directly before it, since tokenizers merge a
+            blank with the following word.
     """
 
     context: str
@@ -41,16 +41,16 @@ class TextPair:
 
 
 Pair: TypeAlias = TextPair | tuple[str, str]
-"""Literal text, or a prompt and its target, whose separator is inferred."""
+"""Literal text, or a prompt and its target with an inferred separator."""
 
 
 @dataclass(frozen=True)
 class Inferred:
-    """The separator that the rule gives, and why it may be wrong.
+    """An inferred separator, and why it may be wrong.
 
     Args:
         separator: A blank or nothing.
-        doubt: What makes it doubtful; ``None`` if nothing does.
+        doubt: The reason for doubt, or ``None``.
     """
 
     separator: str
@@ -58,10 +58,10 @@ class Inferred:
 
 
 def checked_separator(name: str, value: object) -> str:
-    """Return a separator as it was given.
+    """Check and return a separator.
 
     Raises:
-        UserError: It is no text.
+        UserError: It is not a text.
     """
     if not isinstance(value, str):
         raise UserError(f"`{name}` is expected to be auto, blank, none or a literal text, but got {value!r}")
@@ -69,12 +69,12 @@ def checked_separator(name: str, value: object) -> str:
 
 
 def join(prompt: str, target: str, separator: str = AUTO) -> TextPair:
-    """Put a prompt and its target together.
+    """Join a prompt and its target.
 
     Args:
         prompt: Text before the target; blanks and line breaks at its end are part of it.
-        target: The continuation, or nothing to get the text before one. Blanks at its end are dropped.
-        separator: What stands between them: ``auto`` (see :func:`infer`), ``blank``, ``none``, or the text itself.
+        target: The continuation; empty to return only the text before it. Blanks at its end are dropped.
+        separator: The text between them: ``auto`` (see :func:`infer`), ``blank``, ``none``, or a literal text.
 
     >>> join("The capital of France is", "Lyon")
     TextPair(context='The capital of France is', continuation=' Lyon')
@@ -97,7 +97,7 @@ def join(prompt: str, target: str, separator: str = AUTO) -> TextPair:
 
 
 def trimmed(prompt: str, target: str, separator: str = AUTO) -> str:
-    """Return a prompt without the one blank at its end, where the text of the pair is the same without it."""
+    """Return a prompt without a single blank at its end, if the text of the pair is the same without it."""
     shorter = prompt[:-1]
     same = prompt.endswith(" ") and join(shorter, target, separator) == join(prompt, target, separator)
     return shorter if same else prompt
@@ -109,15 +109,15 @@ def as_pair(pair: Pair) -> TextPair:
 
 
 def infer(prompt: str, target: str) -> Inferred:
-    """Infer what stands between a prompt and its target; the first line that fits decides.
+    """Infer the separator between a prompt and its target by the first rule that applies.
 
-    1. Whitespace at the prompt's end or the target's beginning is taken literally, and nothing is added.
-    2. Nothing, after what opens or holds on to the next word: a control token or opening tag, an opening bracket or
-       quotation mark, a currency sign before its amount, ``# @ / -`` and the like.
+    1. Nothing, if the prompt ends or the target begins with whitespace, which is taken literally.
+    2. Nothing, after a control token, an opening tag, bracket or quotation mark, a currency sign before its amount, ``#
+    @ / -`` and similar characters that attach to the next word.
     3. Nothing, before a target that begins with closing punctuation.
-    4. Nothing, where both sides are in a script without blanks between words; where only one side is, the script of
-       most of the prompt's letters decides.
-    5. A blank everywhere else.
+    4. Nothing, if both sides are in a script without blanks between words. If only one side is, the script of most of
+    the prompt's letters decides.
+    5. A blank otherwise.
     """
     if target[:1].isspace() or prompt[-1:].isspace():
         return Inferred("", _whitespace_doubt(prompt, target))
@@ -147,12 +147,12 @@ def _whitespace_doubt(prompt: str, target: str) -> str | None:
 
 
 def _opens(prompt: str) -> bool:
-    """Whether the end of a prompt holds on to what comes next."""
+    """Whether the end of a prompt attaches to the next word."""
     last, before = prompt[-1], prompt[:-1]
     category = unicodedata.category(last)
     if _CONTROL_TOKEN.search(prompt) or category == "Ps" or last in _GLUED or last in "¿¡":
         return True
-    if last in _PARTNERS:  # „a“ and »a« close with what elsewhere opens
+    if last in _PARTNERS:  # „a“ and »a« close with a mark that opens in other languages
         return before.count(_PARTNERS[last]) <= before.count(last)
     if last in _PAIRED:
         return len(re.findall(f"{re.escape(last)}+", prompt)) % 2 == 1

@@ -1,4 +1,4 @@
-"""Where in a prompt its subject stands."""
+"""Finds the subject in its prompt."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _HYPHENS = "-‐‑"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a subject stands.
+    """The position of a subject.
 
     Args:
         start: Index of its first character in the prompt.
-        doubt: Why another place may be meant; ``None`` if nothing speaks for one.
+        doubt: Why another position may be meant, or ``None``.
     """
 
     start: int
@@ -25,11 +25,11 @@ class Place:
 
 
 def locate(subject: str, prompt: str) -> Place:
-    """Return the first occurrence of a subject as a word of its own.
+    """Return the first occurrence of a subject as a separate word.
 
-    Preferred are, in this order: whole words; parts of a hyphenated word; the beginning of a longer word, as in
-    languages with endings; any other place. Scripts without blanks between words have no borders of words, so that
-    every occurrence there is a whole word.
+    The order of preference is: whole words; parts of a hyphenated word; the beginning of a longer word, as in languages
+    with inflections; any other position. In scripts without blanks between words every occurrence counts as a whole
+    word.
 
     Raises:
         UserError: The prompt does not contain the subject, or only inside several longer words.
@@ -85,7 +85,7 @@ def _rank(subject: str, prompt: str, start: int) -> int:
 
 
 def _joined(before: str, after: str) -> bool:
-    """Whether no border of words lies between two neighbouring characters."""
+    """Whether two adjacent characters belong to the same word."""
     if is_mark(after):
         return True
     return is_word(before) and is_word(after) and not (is_unspaced(before) or is_unspaced(after))
@@ -100,7 +100,7 @@ def _word_around(prompt: str, start: int, end: int) -> str:
 
 
 def _hint(subject: str, prompt: str) -> str:
-    """Return what is there instead: other capitals, or another Unicode form."""
+    """Return a hint about an occurrence with different case or in another Unicode form."""
     at = prompt.lower().find(subject.lower())
     if at >= 0 and len(prompt.lower()) == len(prompt):
         return f"; there it is written {shown(prompt[at : at + len(subject)])}"
