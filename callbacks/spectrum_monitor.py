@@ -67,7 +67,7 @@ class SpectrumMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin a new curve, and find the matrices anew; a weight that was watched before keeps its original."""
         self._originals.keep(self.matrices.values())
-        self.matrices, self.curve, self._original, self._steps, self._kept = {}, [], {}, -1, 0
+        self.matrices, self.curve, self._original, self._steps, self._reported = {}, [], {}, -1, 0
 
     @override
     @part_of_phase("spectrum")
@@ -177,7 +177,7 @@ def spectra(matrices: Iterable[RestrainedMatrix]) -> list[Spectra]:
             change = change.master
         elif isinstance(change, FactoredMatrix):
             change = change.dense()
-        looked_at = {
+        tensors = {
             "original": matrix.original(),
             "edited": matrix.original().to(change) + change,
             "restrained": matrix.weight(),

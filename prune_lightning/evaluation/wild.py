@@ -181,7 +181,7 @@ class WildGeneration(SampledMeasurement):
                 raise UserError("edit/wild compares with the unedited model: call take_reference on it first")
             same.append(answer.finite and before.finite and answer.ids == before.ids)
             row = {"context": context, "kind": "locality", "prompt": question.prompt, "generated": answer.text}
-            said.append((case, {**row, "generated_before": before.text}))
+            generations.append((case, {**row, "generated_before": before.text}))
         for context in self.contexts:
             here = [i for i, (c, _, _) in enumerate(asked) if c == context]
             cases_of = torch.tensor([asked[i][1] for i in here], dtype=torch.long)
