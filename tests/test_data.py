@@ -145,8 +145,8 @@ def test_missing_file_names_near_matches(tmp_path):
         ({"protocol": "sequental"}, "did you mean 'sequential'"),
         ({"protocol": "single", "batch_size": 4}, "one edit at a time"),
         ({"bad_rows": "ignore"}, "choose from 'fail', 'skip'"),
-        ({"num_requests": 0}, "at least 1"),
-        ({"num_requests": "ten"}, "whole number"),
+        ({"num_edits": 0}, "at least 1"),
+        ({"num_edits": "ten"}, "whole number"),
     ],
 )
 def test_bad_arguments_are_refused(kwargs, message):

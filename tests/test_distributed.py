@@ -22,7 +22,7 @@ def in_two_processes(script, folder, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     arguments = [str(ROOT / "tests" / script), str(folder), *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}  # the script's own folder would come first, and not this checkout
-    done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "weights.pt")
 

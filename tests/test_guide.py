@@ -22,7 +22,7 @@ def test_the_method_of_the_guide_runs(tmp_path):
     command = command.strip().replace("python train.py", f"'{sys.executable}' '{ROOT / 'train.py'}'")
     quick = "evaluation.miniature.max_items=4 progress=false hydra.run.dir=run"
     done = subprocess.run(
-        f"{command} {quick}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        f"{command} {quick}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
