@@ -194,7 +194,7 @@ def test_a_refused_step_does_not_put_off_the_restraint_of_those_before(tiny):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_stream_that_begins_behind_earlier_edits_hands_out_all_others_in_order(size):
     protocol = "sequential" if size == 1 else "sequential_batched"
-    options = {"num_requests": 9, "protocol": protocol, "batch_size": size}
+    options = {"num_edits": 9, "protocol": protocol, "batch_size": size}
     whole = BundledWorld(**options)
     whole.setup()
     wanted = [request.case_id for request in whole.requests]

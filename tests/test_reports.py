@@ -63,7 +63,7 @@ def configured(folder, number, choices, seed=0, kept=0.5, **changes):
         "progress": True,
         "method": {"layers": [0], "contexts": {"seed": "${seed}"}, "second_moments": "${model.second_moments}"},
         "model": {"path": "bundled", "second_moments": {"cache": None, "ridge": 1e-3}},
-        "data": {"num_requests": 20, "seed": "${seed}"},
+        "data": {"num_edits": 20, "seed": "${seed}"},
         "restraint": {"base": 1.2} if choices["restraint"] != "none" else None,
         "trainer": {"devices": 1},
     }
