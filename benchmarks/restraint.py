@@ -63,7 +63,7 @@ def difference(ours: Tensor, theirs: np.ndarray, original: Tensor) -> float:
 
 
 def factored_step(original: Tensor, top: float, behind: int) -> tuple[float, str, EditedMatrix, Tensor]:
-    """Return the median time of a restrained step after ``behind`` edits, and the resulting weight."""
+    """Return the median time of a restrained step after ``behind`` edits, its path, matrix, and edited weight."""
     law, times = Logarithm(BASE, guard=False), []
     matrix = EditedMatrix("weight", nn.Parameter(original.clone(), requires_grad=False), transposed=False)
     stream = updates(*original.shape, behind + ROUNDS, top, original.device)

@@ -107,7 +107,7 @@ class AdaptedMatrix:
 
     @contextmanager
     def withholding(self, correction: LowRankUpdate | None) -> Iterator[None]:
-        """Write the factors without ``correction`` inside the block; every bit is put back."""
+        """Write the factors without ``correction`` inside the block, then restore them bit for bit."""
         left = self._factors[0]
         saved = left.detach().clone()
         if correction is not None:
@@ -121,7 +121,7 @@ class AdaptedMatrix:
     @torch.no_grad()
     def subtract(self, correction: LowRankUpdate | Tensor) -> None:
         """Take ``correction``, whose rows are in the row space of the second factor, from the first one for good."""
-        assert isinstance(correction, LowRankUpdate), "of a dense correction step() has said that it cannot be"
+        assert isinstance(correction, LowRankUpdate), "step() refuses dense corrections"
         left, right, scale = self._factors
         exact = correction.right.dtype
         inverse = torch.linalg.pinv(whole(right).to(correction.right.device, exact))

@@ -49,7 +49,7 @@ class EditEvaluation(L.Callback):
         cases_file: JSONL file for per-case rows.
         max_case_mb: See :class:`~.case_rows.CaseRows`.
         earlier: An evaluation of the same stream with the same measurements; its baseline is reused.
-        clock: Accounts for the time; one of its own by default.
+        clock: Measures the time; a new clock by default.
 
     Attributes:
         evaluator: What has been measured.

@@ -64,7 +64,7 @@ class Sentinel:
             )
         if policy not in (None, "warn", "rollback", "stop"):
             raise UserError(
-                f"guards.perplexity looks at edits that are written, so it can warn, rollback or stop, not {policy!r}"
+                f"guards.perplexity checks edits that are written, so it can warn, rollback or stop, not {policy!r}"
             )
         self.every_n, self.factor, self.readings, self.policy = every_n, factor, readings, policy
         self.sentences = _bundled() if path is None else _lines(Path(path).expanduser())

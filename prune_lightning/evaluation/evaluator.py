@@ -70,7 +70,7 @@ class Evaluator:
 
         Args:
             model: The unedited model.
-            cases: All cases that will be looked at.
+            cases: All cases that will be evaluated.
             spectrum: Measures the edited matrices.
         """
         with self.clock.phase("baseline"):
@@ -85,7 +85,7 @@ class Evaluator:
 
         Args:
             model: The unedited model.
-            cases: All cases that will be looked at.
+            cases: All cases that will be evaluated.
             commits: Edit count at which each case of the stream is written.
             max_probes: Largest number of unrelated probes; ``None`` for all.
         """

@@ -50,7 +50,7 @@ def restore_events(
 
 
 def stored(tensor: Tensor) -> Tensor:
-    """Return a tensor as it is stored: on the CPU and contiguous."""
+    """Return a tensor for storage, on the CPU and contiguous."""
     return tensor.detach().cpu().contiguous()
 
 

@@ -63,7 +63,7 @@ class EditingModule(L.LightningModule, ABC):
         self.language_model = language_model
         self.layers = tuple(layers)
         for layer in self.layers:
-            stores_transposed(language_model.rewrite_module(layer))  # says what cannot be edited
+            stores_transposed(language_model.rewrite_module(layer))  # raises if it cannot be edited
         self.facts: dict[str, float] = {}
         self.clock = clock or PhaseClock()
         self.run = EditRun(self.edited_modules, self, non_finite, language_model.frozen_mode)

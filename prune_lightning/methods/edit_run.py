@@ -175,7 +175,7 @@ class EditRun:
 
     def _not_finite(self, step: EditStep) -> str:
         cases = ", ".join(str(request.case_id) for request in step.requests)
-        message = f"the update of case {cases} is not finite; the model was left as it was"
+        message = f"the update of case {cases} is not finite; the model is unchanged"
         if self.non_finite == "raise":
             raise NonFiniteChange(f"{message}. `non_finite=skip` continues with the next edit")
         rank_zero_warn(f"{message} and the edit was skipped")

@@ -101,7 +101,7 @@ class EditedMatrix:
         self._do(MatrixEvent("add", update))
 
     def withhold(self, correction: LowRankUpdate | None) -> None:
-        """Write the weight without ``correction``; the sum of the updates stays as it is."""
+        """Write the weight without ``correction``; the sum of the updates does not change."""
         if correction is not None or self.withheld is not None:
             self._do(MatrixEvent("withhold", correction))
 

@@ -39,7 +39,7 @@ class SelectionOptions:
             on which generalization is scored.
         share: A neuron is kept if it is in the coarse sets of more than this share of the prompts.
         wanted: Smallest and largest number of neurons; ``share`` is lowered or raised in steps of 0.05 until the number
-            is in this range, but never to an empty set. ``None`` leaves ``share`` as it is.
+            is in this range, but never to an empty set. ``None`` keeps ``share`` fixed.
     """
 
     threshold: float = 0.2

@@ -14,7 +14,7 @@ from prune_lightning.types import EditRequest, LowRankUpdate
 
 
 class LayerwiseEdit(LocateThenEdit):
-    r"""Base of the batch methods. A method says how keys and residuals of one layer become an update.
+    r"""Base of the batch methods. Subclasses compute the update of one layer from its keys and residuals.
 
     The values :math:`Z` are optimised at the last layer's output, on the model before the batch. Then the layers are
     edited from below, each with the lower ones already edited. :math:`\Delta_l` maps the keys :math:`K_l` to

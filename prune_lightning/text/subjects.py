@@ -50,7 +50,7 @@ def locate(subject: str, prompt: str) -> Place:
         if len(chosen) > 1:
             raise UserError(
                 f"the subject {shown(subject)} is found only inside words of its prompt, {shown(word)} and others; "
-                "`subject_start` says which is meant"
+                "set `subject_start` to choose one"
             )
         return Place(chosen[0], f"the subject {shown(subject)} is found only inside the word {shown(word)}")
     if len(chosen) > 1:
