@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors import safe_open
 from test_configs import compose
 from test_train import train
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_lightning.callbacks import PRUNE, RECT
 from prune_lightning.data.bundled import BundledWorld
@@ -244,8 +244,30 @@ def test_card_takes_hostile_records_as_text(rome, tmp_path):
         assert "<script" not in card
         assert "49" not in body.split("## Edits")[1]
         assert [line for line in body.splitlines() if line.startswith("```")] == ["```json", "```"] * 2
-        edit = json.loads(body.split("## Edits")[1].split("```json\n")[1].split("\n```")[0])
+        facts, (edit,) = (json.loads(block.split("\n```")[0]) for block in body.split("```json\n")[1:])
+        assert (facts["base model"], facts["method"], facts["edits"]) == (origin.base_model, HOSTILE, 1)
         assert (edit["subject"], edit["target_new"], edit["target_old"]) == (HOSTILE, HOSTILE.strip(), HOSTILE)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_card_is_json_that_can_be_read(rome, tmp_path, count):
+    requests = tuple(EditRequest(i, f"Ann {i}", f"Ann {i} is", "é<b>", "old") for i in range(count))
+    source = ExportSource(rome.language_model, rome.matrices, Provenance("base", "v1", "rome", "prune", requests))
+    export(source, tmp_path / "delta", "delta")
+    blocks = (tmp_path / "delta" / "README.md").read_text("utf-8").split("```json\n")[1:]
+    facts, edits = (json.loads(block.split("\n```")[0]) for block in blocks)
+    assert (facts["base model"], facts["revision"], facts["method"]) == ("base", "v1", "rome")
+    assert facts["edited weights"] == [matrix.name for matrix in rome.matrices]
+    assert [(edit["subject"], edit["target_new"]) for edit in edits] == [(r.subject, r.target_new) for r in requests]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_export_brings_its_tokenizer(rome, tmp_path, kind):
+    export(rome, tmp_path / kind, kind)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / kind, local_files_only=True)
+    text = "In the morning they é 12"
+    assert tokenizer(text)["input_ids"] == rome.language_model.tokens.tokenizer(text)["input_ids"]
+    assert tokenizer.pad_token == rome.language_model.tokens.tokenizer.pad_token
 
 
 def test_failed_export_leaves_nothing(rome, tmp_path, monkeypatch):

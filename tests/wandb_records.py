@@ -1,0 +1,46 @@
+"""Reads what Weights & Biases writes offline: a LevelDB log of protobuf records, behind a header of seven bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+_BLOCK = 2**15
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+def records(file: Path) -> Iterator[Record]:
+    """Yield the records of a `run-ID.wandb`."""
+    raw, at, joined = file.read_bytes(), 7, b""
+    while at + 7 <= len(raw):
+        if _BLOCK - at % _BLOCK < 7:  # no header fits into the rest of the block
+            at += _BLOCK - at % _BLOCK
+            continue
+        size, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        joined += raw[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (_WHOLE, _LAST):
+            yield Record.FromString(joined)
+            joined = b""
+
+
+def offline_run(folder: Path) -> dict:
+    """Return what the only offline run below a folder holds: id, name, group, config, history and exit code."""
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    found: dict = {"config": {}, "history": [], "exit": None}
+    for record in records(file):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found |= {"id": record.run.run_id, "name": record.run.display_name, "group": record.run.run_group}
+        if kind in ("run", "config"):
+            update = record.run.config.update if kind == "run" else record.config.update
+            found["config"] |= {item.key: json.loads(item.value_json) for item in update if item.key}
+        if kind == "history":
+            items = record.history.item
+            found["history"].append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
+        if kind == "exit":
+            found["exit"] = record.exit.exit_code
+    return found
