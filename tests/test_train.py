@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,9 +26,9 @@ SCORES = {
 }
 
 
-def train(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def train(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, env=os.environ | environment)
 
 
 def lines(folder: Path) -> list[dict]:

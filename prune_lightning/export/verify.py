@@ -39,10 +39,19 @@ def next_token_logits(model: LanguageModel, prompts: Sequence[str]) -> Tensor:
     return torch.stack(found)
 
 
+@torch.no_grad()
 def reloaded_logits(source: ExportSource, reloaded: Any, prompts: Sequence[str]) -> Tensor:
-    """Return the logits of a model that was loaded from an export."""
-    live = source.language_model
-    return next_token_logits(LanguageModel(reloaded, live.tokens.tokenizer, live.family), prompts)
+    """Return the logits of a model that was loaded from an export, by a plain forward pass as its user would run it.
+
+    Args:
+        source: What was exported; its tokenizer is used.
+        reloaded: A ``transformers`` model, perhaps under a ``peft`` adapter.
+        prompts: The prompts.
+    """
+    tokens, device = source.language_model.tokens, source.language_model.device
+    model = reloaded.to(device).eval()
+    rows = [torch.tensor([tokens.encode(prompt)[-tokens.max_length :]], device=device) for prompt in prompts]
+    return torch.stack([model(input_ids=ids).logits[0, -1].double().cpu() for ids in rows])
 
 
 def tolerance(logits: Tensor, dtype: torch.dtype) -> float:
