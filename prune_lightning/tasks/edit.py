@@ -56,10 +56,11 @@ def run(config: DictConfig) -> None:
             job = _load(config, folder, clock)
             loggers = build_loggers(config, folder, keep=sum(job.stream.done) if config.resume else None)
             trainer = build_trainer(config, [*job.callbacks(), run_log, *job.ledger_callback()], loggers, folder)
+        _check_bisection(config, job, trainer)
         with clock.phase("edit"):
             trainer.fit(job.module, datamodule=job.stream)
         with clock.phase("bisect"):
-            collapses = _collapses(config, job, trainer)
+            collapses = _collapses(config, job)
         with clock.phase("spectrum"):
             looked_at = spectra(job.module.edited_matrices().values())
         with clock.phase("export"):
@@ -190,12 +191,22 @@ def _share(summary: RunSummary) -> float:
     return float(spent / ((spent + summary["edit_s"]) or 1.0))
 
 
-def _collapses(config: DictConfig, job: Job, trainer: L.Trainer) -> dict[str, int]:
-    """Return the exact number of edits to collapse, if requested."""
-    if not config.bisect_collapse or not trainer.is_global_zero:
-        return {}
-    if job.ledger is None or job.ledger.ledger is None or getattr(job.restraint, "schedule", "") == "end":
+def _check_bisection(config: DictConfig, job: Job, trainer: L.Trainer) -> None:
+    """Refuse a bisection that cannot be done, before the first edit."""
+    if not config.bisect_collapse:
+        return
+    if job.ledger is None or getattr(job.restraint, "schedule", "") == "end":
         raise UserError("bisect_collapse rebuilds earlier states: it needs ledger=true, and no restraint at the end")
+    if trainer.world_size > 1:
+        raise UserError("bisect_collapse runs in one process: leave it out, or use a trainer with one device")
+
+
+def _collapses(config: DictConfig, job: Job) -> dict[str, int]:
+    """Return the exact number of edits to collapse, if requested."""
+    if not config.bisect_collapse:
+        return {}
+    assert job.ledger is not None
+    assert job.ledger.ledger is not None
     restrain = job.restraint.restrain if job.restraint else None
     return bisect_collapses(job.module, job.ledger.ledger, job.evaluation, restrain)
 
