@@ -78,6 +78,10 @@ class LowRankUpdate:
         """``(out_features, in_features)``."""
         return self.left.shape[0], self.right.shape[0]
 
+    def contiguous(self) -> LowRankUpdate:
+        """Return the update with its factors laid out row by row, as they are read from the disk."""
+        return LowRankUpdate(self.left.contiguous(), self.right.contiguous())
+
     def to(self, device: torch.device) -> LowRankUpdate:
         """Return the update on a device."""
         return LowRankUpdate(self.left.to(device), self.right.to(device))
@@ -114,6 +118,10 @@ class DenseUpdate:
     def shape(self) -> tuple[int, int]:
         """``(out_features, in_features)``."""
         return self.matrix.shape[0], self.matrix.shape[1]
+
+    def contiguous(self) -> DenseUpdate:
+        """Return the update laid out row by row, as it is read from the disk."""
+        return DenseUpdate(self.matrix.contiguous())
 
     def to(self, device: torch.device) -> DenseUpdate:
         """Return the update on a device."""

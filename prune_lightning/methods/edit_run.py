@@ -189,7 +189,7 @@ class EditRun:
         if self._unsettled is not None:
             requests, self._unsettled = self._unsettled, None
             with self._frozen():
-                self._observed = dict(self._memory.observe(requests))
+                self._observed = {name: t.contiguous() for name, t in self._memory.observe(requests).items()}
                 self._memory.remember(self._observed)
         return self._observed
 

@@ -122,6 +122,8 @@ class EditedMatrix:
         self._do(MatrixEvent("subtract", DenseUpdate(correction) if isinstance(correction, Tensor) else correction))
 
     def _do(self, event: MatrixEvent) -> None:
+        if event.change is not None:  # one layout: what is read from the disk rounds in products as this does
+            event = replace(event, change=event.change.contiguous())
         self._apply(event)
         self.journal.append(event)
         self.write()

@@ -43,7 +43,8 @@ class RecursiveInverse:
     """
 
     def __init__(self, inverse: Tensor) -> None:
-        self.inverse = inverse
+        # One layout, so that a state that was read from the disk rounds in products as this one does.
+        self.inverse = inverse.contiguous()
 
     def to(self, device: torch.device) -> RecursiveInverse:
         """Move to a device, in place."""
