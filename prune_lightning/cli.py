@@ -36,9 +36,6 @@ def _run(config: DictConfig) -> None:
     """Run the configured task; the reason of a user error is also written to the run folder."""
     try:
         check_settings(config)
-    except UserError as error:
-        _leave(str(error))
-    try:
         _task(config.task)(config)
     except Exception as error:
         reason = _user_error(error)
@@ -51,6 +48,8 @@ def _run(config: DictConfig) -> None:
 
 def _said_by_first_process(error: Exception) -> bool:
     """Whether this is not the first process, and the first process reports the same error."""
+    if "lightning" not in sys.modules:  # which takes seconds to import: no other process has been started yet
+        return False
     from prune_lightning.distributed import raised_on_all_ranks
     from prune_lightning.tasks.setup import first_process
 

@@ -61,7 +61,7 @@ def test_examples_of_the_help_compose():
     examples = [line.split()[1:] for line in shown]
     assert len(examples) == 5
     for words in examples:
-        if words[0].startswith("resume="):  # there is no such run
+        if words and words[0].startswith("resume="):  # there is no such run
             continue
         words = [word.split(",")[0] for word in words if word != "-m"]
         done = command(*words, "--cfg", "job")

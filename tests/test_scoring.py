@@ -228,10 +228,11 @@ def test_shared_beginnings_change_nothing(tiny, family):
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     encoded = model.tokens.encode_pairs(SHARING)
-    assert model.tree_depth >= max(len(pair.ids) for pair in encoded)
+    shares = family not in ("bloom", "mpt")  # their positions are distances, which a shared beginning would change
+    assert model.tree_depth >= max(len(pair.ids) for pair in encoded) if shares else model.tree_depth == 0
     seen.clear()
     shared = score_encoded(model, encoded)
-    assert sum(seen) < 0.8 * sum(len(pair.ids) - 1 for pair in encoded)
+    assert not shares or sum(seen) < 0.8 * sum(len(pair.ids) - 1 for pair in encoded)
     alone = [score_encoded(model, [pair], trees=False) for pair in encoded]
     tolerance = 1e-6 if family in ("gemma2", "gptj") else 1e-10  # norms, attention: single precision in any model
     assert torch.allclose(shared.nll, torch.cat([one.nll for one in alone]), atol=tolerance, rtol=0)

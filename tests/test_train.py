@@ -177,7 +177,7 @@ def test_real_records_on_the_bundled_model(tmp_path, data, file):
     [
         (["method=rme"], "unknown option method=rme: did you mean 'rome'"),
         (["methd=memit"], "unknown key 'methd': did you mean 'method'"),
-        (["data.num_edit=5"], "unknown key 'data.num_edit': did you mean 'num_requests'"),
+        (["data.num_edit=5"], "unknown key 'data.num_edit': did you mean 'num_edits'"),
         (["data=counterfact"], "these settings need a value: data.path"),
         (["data=counterfact", "data.path=configs/trian.yaml"], "did you mean 'train.yaml'"),
         (["restraint.base=0.5"], "a number > 1"),

