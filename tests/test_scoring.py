@@ -234,7 +234,7 @@ def test_shared_beginnings_change_nothing(tiny, family):
     shared = score_encoded(model, encoded)
     assert not shares or sum(seen) < 0.8 * sum(len(pair.ids) - 1 for pair in encoded)
     alone = [score_encoded(model, [pair], trees=False) for pair in encoded]
-    tolerance = 1e-6 if family in ("gemma2", "gptj") else 1e-10  # norms, attention: single precision in any model
+    tolerance = 1e-10 if family in ("gpt2", "gpt_neox") else 1e-6  # elsewhere norms or attention run in fp32
     assert torch.allclose(shared.nll, torch.cat([one.nll for one in alone]), atol=tolerance, rtol=0)
     assert shared.nll.dtype == torch.float64
     assert shared.num_hits.tolist() == [int(one.num_hits) for one in alone]
