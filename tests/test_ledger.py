@@ -266,6 +266,17 @@ def test_a_snapshot_and_the_end_come_back_bit_for_bit(name, tiny, tmp_path):
         assert torch.equal(again.matrix().state_dict()[name_], tensor), name_
 
 
+def test_a_damaged_end_is_reported(tiny, tmp_path):
+    """Otherwise an export would be of the model before its last restraint, without a word."""
+    written(tiny, tmp_path, edits(4), PRUNE(BASE, schedule="end"))
+    path = tmp_path / "finish.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.warns(UserWarning, match="what happened when the stream ended is missing"):
+        assert Ledger.open(tmp_path).finish_line is None
+
+
 @pytest.mark.filterwarnings("ignore:.*snapshot.*is damaged")
 def test_a_damaged_snapshot_costs_nothing_but_the_replay(tiny, tmp_path):
     keep = written(tiny, tmp_path, edits(12), PRUNE(BASE), snapshot_every=4)

@@ -110,11 +110,19 @@ class Ledger:
             yield line
 
     def _read_finish(self) -> dict[str, Any] | None:
+        path = self.folder / f"{_FINISH}.json"
+        if not path.exists():
+            return None
         try:
-            line = json.loads((self.folder / f"{_FINISH}.json").read_text("utf-8"))
+            line = json.loads(path.read_text("utf-8"))
             whole = line["step"] == len(self.lines) and checksum(_tensors(self._finish_tensors, "")) == line["checksum"]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            return None
+            whole = False
+        if not whole:
+            rank_zero_warn(
+                f"{path} does not fit the last step or is damaged: what happened when the stream ended is missing. "
+                f"resume={self.folder.parent} repeats it"
+            )
         return line if whole else None
 
     @property
@@ -215,8 +223,7 @@ class Ledger:
         Raises:
             UserError: The disk is full, or the folder cannot be written; earlier steps are intact.
         """
-        line, tensors = record.flatten()
-        line = nan_to_null({**line, "checksum": checksum(tensors)})
+        line, tensors = _prepared(record)
         with DiskErrors(self):
             named = {f"{record.step}/{name}": tensor for name, tensor in tensors.items()}
             write_tensors(self._single(record.step), named)
@@ -234,8 +241,7 @@ class Ledger:
         Raises:
             UserError: The disk is full, or the folder cannot be written; all steps are intact.
         """
-        line, tensors = record.flatten()
-        line = nan_to_null({**line, "checksum": checksum(tensors)})
+        line, tensors = _prepared(record)
         with DiskErrors(self):
             write_tensors(self._finish_tensors, tensors)
             write_json(self.folder / f"{_FINISH}.json", line)
@@ -250,6 +256,12 @@ class Ledger:
         write_tensors(self.folder / f"steps_{steps[0]:06d}_{last:06d}.safetensors", together)
         for path in singles:
             path.unlink()
+
+
+def _prepared(record: StepRecord | FinishRecord) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the line of a record, with a checksum of its tensors, and the tensors."""
+    line, tensors = record.flatten()
+    return nan_to_null({**line, "checksum": checksum(tensors)}), tensors
 
 
 def _tensors(path: Path, start: str) -> dict[str, Tensor]:

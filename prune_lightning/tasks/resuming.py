@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
 from pathlib import Path
-
-from lightning.pytorch.loggers import Logger
 
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
@@ -45,22 +41,3 @@ def check_stream(ledger: Ledger, stream: EditStream) -> None:
     for place, (earlier, request) in enumerate(zip(written, stream.requests, strict=False)):
         if (earlier["prompt"], earlier["target_new"]) != (request.prompt, request.target_new):
             raise UserError(f"the data are not the run's: edit {place + 1} was {earlier['prompt']!r}")
-
-
-def earlier_metrics(path: Path, num_requests: int) -> list[tuple[int, dict[str, float]]]:
-    """Return the rows of a run's CSV file up to an edit count, without the baseline."""
-    if not path.is_file():
-        return []
-    found = []
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if (row.get("step") or "").isdigit() and 0 < int(row["step"]) <= num_requests:
-                values = {key: value for key, value in row.items() if value and key and key not in ("step", "epoch")}
-                found.append((int(row["step"]), {key: float(value) for key, value in values.items()}))
-    return found
-
-
-def log_again(logger: Logger, rows: Sequence[tuple[int, dict[str, float]]]) -> None:
-    """Log earlier rows again with a logger that starts a new file."""
-    for step, values in rows:
-        logger.log_metrics(values, step=step)
