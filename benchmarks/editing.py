@@ -2,12 +2,13 @@
 
     python benchmarks/editing.py                          GPT-2's 124M shape on the CPU
     python benchmarks/editing.py --shape llama-3-8b --dtype bfloat16 --device cuda
-    python benchmarks/editing.py --batch-sizes 1 --json FILE
+    python benchmarks/editing.py --methods memit --batch-sizes 1 --json FILE --trace TRACE.json.gz
 
 The plain path is that of the papers' and the public code: each value is optimised alone, every step runs the whole
 model and computes all logits (``tests/plain_values.py``), and keys and hidden states need two whole forward passes per
-edited layer. There is no early stopping: 20 steps each. Both paths are timed on the same requests (for a batch, the
-plain path only on the first ones, since it processes them one by one), and their values are compared.
+edited layer. There is no early stopping, and 20 steps each by default. Both paths are timed on the same requests (for a
+batch, the plain path only on the first ones, since it processes them one by one), and their values are compared. A
+third run gives the shares of the parts; it is not the one that is timed, since on a GPU it waits at the ends of each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, random_model
-from timing import clock
+from timing import Shares, clock
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from prune_lightning.callbacks import PRUNE
 from prune_lightning.data.bundled import BundledWorld
+from prune_lightning.methods.alphaedit import AlphaEdit
+from prune_lightning.methods.layerwise_keys import LayerwiseKeyReader
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.methods.memit import MEMIT
 from prune_lightning.methods.prompts import key_row
@@ -35,14 +41,18 @@ from prune_lightning.methods.value import ValueOptions
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.statistics import SecondMoments
+from prune_lightning.models.statistics import SecondMoment, SecondMoments
 from prune_lightning.types import EditRequest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from plain_values import plain_value
 
-LAYERS = {"gpt2": {"rome": [5], "memit": [3, 4, 5, 6, 7]}, "llama-3-8b": {"rome": [5], "memit": [4, 5, 6, 7, 8]}}
-SITES = {"rome": "mlp", "memit": "block"}
+LAYERS = {
+    "gpt2": {"single": [5], "window": [3, 4, 5, 6, 7]},
+    "toy": {"single": [1], "window": [1, 2, 3]},
+    "llama-2-7b": {"single": [5], "window": [4, 5, 6, 7, 8]},
+    "llama-3-8b": {"single": [5], "window": [4, 5, 6, 7, 8]},
+}
 WORDS = ("The", "river", "runs", "slowly", "through", "an", "old", "town", "where", "nobody", "has", "lived", "for")
 
 
@@ -52,24 +62,100 @@ def prefixes(count: int) -> list[str]:
     return [" ".join(itertools.islice(words, 5 if i < count // 2 else 10)) + ". " for i in range(count)]
 
 
-def build(method: str, model: LanguageModel, shape: str) -> LocateThenEdit:
-    """Return a method with identity statistics, since their values do not change the time of an edit."""
+class RandomMoments(SecondMoments):
+    """Positive definite moments of low rank and the identity, without a corpus: values do not change an edit's time."""
+
+    def compute(self, model: LanguageModel, layers: Sequence[int], clock: Any = None) -> dict[int, SecondMoment]:
+        """Return them."""
+        return {layer: SecondMoment(self.matrix(model.key_size(layer), model.device)) for layer in layers}
+
+    @staticmethod
+    def matrix(size: int, device: torch.device) -> Tensor:
+        """Return one."""
+        factor = torch.randn(size, max(1, size // 32), device=device)
+        return (factor @ factor.T).double() / len(factor) + torch.eye(size, dtype=torch.float64, device=device)
+
+
+class CheapAlphaEdit(AlphaEdit):
+    """AlphaEdit without the decomposition that :meth:`prepare` needs once: a random null space."""
+
+    def prepare(self) -> None:
+        """Prepare as the base does, but find no null space."""
+        super(AlphaEdit, self).prepare()
+        self.forget()
+
+    def unprotected_inverse(self, layer: int) -> Tensor:
+        """Return the projector onto a random space's complement, divided by the ridge."""
+        size = self.language_model.key_size(layer)
+        known = torch.linalg.qr(torch.randn(size, size // 8, dtype=torch.float64, device=self.device))[0]
+        inverse = torch.addmm(torch.eye(size, dtype=torch.float64, device=self.device), known, known.T, alpha=-1)
+        return inverse.div_(self.ridge)
+
+
+def build(method: str, model: LanguageModel, shape: str, steps: int = 20) -> LocateThenEdit:
+    """Return a method with random statistics."""
+    single = method == "rome"
     shared: dict[str, Any] = {
         "language_model": model,
-        "layers": LAYERS[shape][method],
-        "second_moments": SecondMoments(None),
-        "value": ValueOptions(stop_loss=0.0, clamp=4.0 if method == "rome" else 0.75),
-        "contexts": ContextOptions(fixed=prefixes(20 if method == "rome" else 5)),
+        "layers": LAYERS[shape]["single" if single else "window"],
+        "second_moments": RandomMoments(None),
+        "value": ValueOptions(steps=steps, stop_loss=0.0, clamp=4.0 if single else 0.75),
+        "contexts": ContextOptions(fixed=prefixes(20 if single else 5)),
     }
-    module = ROME(**shared) if method == "rome" else MEMIT(**shared, ridge=15000)
+    kind, options = {"rome": (ROME, {}), "memit": (MEMIT, {"ridge": 15000}), "alphaedit": (CheapAlphaEdit, {})}[method]
+    module = kind(**shared, **options).to(model.device)
     module.prepare()
     return module
+
+
+def site_of(module: LocateThenEdit) -> ShiftSite:
+    """Return where a method's values enter."""
+    return ShiftSite(module.layers[-1], "mlp" if isinstance(module, ROME) else "block")
+
+
+def shares(module: LocateThenEdit, batch: list[EditRequest], device: torch.device) -> dict[str, float]:
+    """Return the share of each part in an edit with PRUNE, from one batch; ``other`` is what is left."""
+    restraint = PRUNE()
+    restraint.attach(module)
+    name = "_rank_one" if isinstance(module, ROME) else "solve"
+    parts = {
+        "values": [(module, "optimise")],
+        "keys": [(LayerwiseKeyReader, "keys"), (module, "walk")],
+        "solve": [(module, name)],
+        "restraint": [(restraint, "after_step")],
+        "settle": [(module.run, "settle")],
+    }
+
+    def step() -> None:
+        module.edit(batch)
+        restraint.after_step(module.run.num_steps)
+        module.run.settle()
+
+    spent = Shares(device)
+    for matrix in module.edited_matrices().values():
+        restraint.reference(matrix)  # computed once
+    with spent.measuring(parts):
+        whole, _ = clock(step, device)
+    module.run.restart()
+    found = {part: seconds / whole for part, seconds in spent.seconds.items()}
+    return found | {"other": 1 - sum(found.values()), "seconds": whole}
+
+
+def traced(module: LocateThenEdit, batch: list[EditRequest], file: Path, device: torch.device) -> list[dict[str, Any]]:
+    """Write a trace of one batch and return the operations that take most of the time."""
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=kinds) as found:
+        module.compute_update(batch)
+    found.export_chrome_trace(str(file))
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    table = sorted(found.key_averages(), key=lambda entry: -getattr(entry, key))[:25]
+    return [{"name": e.key[:80], "count": e.count, "ms": getattr(e, key) / 1e3} for e in table]
 
 
 def plain_edit(module: LocateThenEdit, requests: list[EditRequest]) -> Tensor:
     """Compute an edit as in the public code, without writing the weights; return the values."""
     model = module.language_model
-    site = ShiftSite(module.layers[-1], SITES["memit" if isinstance(module, MEMIT) else "rome"])
+    site = site_of(module)
     values = [plain_value(model, rows, site, module.value)[0] for rows in module.rows(requests)]
     rows = [key_row(model, request, prefix) for request in requests for prefix in module.prefixes]
     ids, mask = model.tokens.pad([row.ids for row in rows], model.device)
@@ -77,6 +163,32 @@ def plain_edit(module: LocateThenEdit, requests: list[EditRequest]) -> Tensor:
         for _ in range(2 * len(module.layers)):
             model(ids, mask)
     return torch.stack(values)
+
+
+def measure(
+    module: LocateThenEdit, requests: list[EditRequest], size: int, options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Return what a method needs in batches of one size."""
+    timed = requests[: options.requests]
+    batches = [requests[start : start + size] for start in range(0, len(timed), size)]
+    clock(lambda: module.compute_update(batches[0][:1]), device)  # warm up
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    whole, _ = clock(lambda: [module.compute_update(batch) for batch in batches], device)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    plain, theirs = clock(lambda: plain_edit(module, timed), device)
+    edits, ours = sum(len(batch) for batch in batches), module.optimise(timed, site_of(module)).target
+    return {
+        "contexts": len(module.prefixes),
+        "layers": list(module.layers),
+        "seconds_per_edit": whole / edits,
+        "edits_per_second": edits / whole,
+        "plain_seconds_per_edit": plain / len(timed),
+        "ratio": plain / len(timed) / (whole / edits),
+        "shares": shares(module, batches[0], device),
+        "difference": float((ours - theirs).norm() / theirs.norm()),
+        "peak_gib": peak,
+    }
 
 
 def main() -> None:
@@ -87,48 +199,39 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="+", default=["rome", "memit"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--steps", type=int, default=20, help="passes of the value optimisation")
     parser.add_argument("--requests", type=int, default=3, help="requests on which the plain path is timed")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="trace of one batch of the last method")
     options = parser.parse_args()
     device = torch.device(options.device)
     model = random_model(options.shape, getattr(torch, options.dtype), device)
     stream = BundledWorld(num_edits=max(options.requests, *options.batch_sizes), protocol="sequential")
     stream.setup()
     requests = [request for batch in stream.batches() for request in batch.requests]
-    records = []
-    for method, size in itertools.product(options.methods, options.batch_sizes):
-        module, site = build(method, model, options.shape), ShiftSite(LAYERS[options.shape][method][-1], SITES[method])
-        timed = requests[: options.requests]
-        batches = [requests[start : start + size] for start in range(0, len(timed), size)]
-        clock(lambda m=module, b=batches: m.compute_update(b[0][:1]), device)  # warm up
-        whole, _ = clock(lambda m=module, b=batches: [m.compute_update(batch) for batch in b], device)
-        in_values, values = clock(lambda m=module, b=batches, s=site: [m.optimise(batch, s) for batch in b], device)
-        plain, theirs = clock(lambda m=module, b=timed: plain_edit(m, b), device)
-        edits = sum(len(batch) for batch in batches)
-        ours = torch.cat([part.target for part in values])[: len(timed)]
-        records.append(
-            {
-                "method": method,
-                "batch": size,
-                "contexts": len(module.prefixes),
-                "layers": list(module.layers),
-                "seconds_per_edit": whole / edits,
-                "edits_per_second": edits / whole,
-                "plain_seconds_per_edit": plain / len(timed),
-                "ratio": plain / len(timed) / (whole / edits),
-                "share_of_values": min(1.0, in_values / whole),
-                "difference": float((ours - theirs).norm() / theirs.norm()),
-                "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-            }
-        )
-    keys = ("method", "batch", "contexts", "seconds_per_edit", "plain_seconds_per_edit", "ratio", "share_of_values")
-    table = Table(*(key.replace("_", " ") for key in (*keys, "difference")), title=f"{options.shape}, {options.dtype}")
+    found: dict[str, Any] = {name: str(value) for name, value in vars(options).items()} | {"records": []}
+    for method in options.methods:
+        module = build(method, model, options.shape, options.steps)
+        for size in options.batch_sizes if method != "rome" else [1]:
+            measured = measure(module, requests, size, options, device)
+            found["records"].append({"method": method, "batch": size} | measured)
+            if options.json:  # after each, since the whole takes long
+                options.json.write_text(json.dumps(found, indent=2))
+        module.run.restart()
+        if options.trace and method == options.methods[-1]:
+            short = build(method, model, options.shape, min(3, options.steps))
+            found["operations"] = traced(short, requests[: max(options.batch_sizes)], options.trace, device)
+        del module
+    records = found["records"]
+    keys = ("method", "batch", "contexts", "seconds_per_edit", "plain_seconds_per_edit", "ratio")
+    columns = [key.replace("_", " ") for key in keys]
+    table = Table(*columns, "values' share", "difference", title=f"{options.shape}, {options.dtype}")
     for record in records:
         cells = [f"{record[key]:.3g}" if isinstance(record[key], float) else str(record[key]) for key in keys]
-        table.add_row(*cells, f"{record['difference']:.1e}")
+        table.add_row(*cells, f"{record['shares']['values']:.2f}", f"{record['difference']:.1e}")
     Console(width=140).print(table)
     if options.json:
-        options.json.write_text(json.dumps({**vars(options), "json": None, "records": records}, indent=2))
+        options.json.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

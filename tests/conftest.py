@@ -93,3 +93,9 @@ def write(module: EditingModule, requests: Sequence[EditRequest], updates: Mappi
 
 def load_path() -> str:
     return str(ROOT / "prune_lightning" / "bundled" / "model")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU with CUDA, and this machine has none")

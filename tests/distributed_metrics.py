@@ -20,22 +20,26 @@ def shares(ranks: int) -> list[list[int]]:
     return [padded[rank::ranks] for rank in range(ranks)]
 
 
-def compute(cases: list[int], sparse: bool) -> dict[str, torch.Tensor]:
+def compute(cases: list[int], sparse: bool, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
     """Feed the metrics with made-up numbers of some cases and return all results.
 
     Args:
         cases: Cases of this rank.
         sparse: Give the generation metric the cases up to 0 only, so that another rank has none.
+        device: Where the metrics are.
     """
-    counterfact, tokens, generation = CounterFactScore(), TokenMatch(["efficacy"], harmonic=True), GenerationScore()
+    counterfact, tokens, generation = (
+        metric.to(device) for metric in (CounterFactScore(), TokenMatch(["efficacy"], harmonic=True), GenerationScore())
+    )
     for case in cases:
         values = torch.Generator().manual_seed(case)
         for kind, prompts in (("efficacy", 1), ("generalization", 2), ("locality", 1 + case % 3)):
             nll = torch.rand(2, prompts, generator=values) * 3
             nll[0, 0] = float("nan") if case == 5 else nll[0, 0]
             hit = torch.rand(prompts, generator=values) < 0.5
-            counterfact.update(kind, nll[0], nll[1], hit, torch.full((prompts,), case))
-        tokens.update("efficacy", torch.tensor([case % 3]), torch.tensor([3]), torch.tensor([case]))
+            whole = (nll[0], nll[1], hit, torch.full((prompts,), case))
+            counterfact.update(kind, *(each.to(device) for each in whole))
+        tokens.update("efficacy", *(torch.tensor([each], device=device) for each in (case % 3, 3, case)))
         if not sparse or case == 0:
             generation.update([" ".join(WORDS[case:])], case)
     return {**tokens.compute(), **generation.compute(), **counterfact.compute()}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The numeric and the ledger tests in every numeric environment that a processor of today can present: one line each.
-# PYTEST_ARGS chooses other tests; WHOLE=1 runs the whole suite in each.
+# PYTEST_ARGS chooses other tests; WHOLE=1 runs the whole suite in each; AT_ONCE=N runs N environments at once, each in
+# one process.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -19,16 +20,26 @@ ENVIRONMENTS=(
   "OMP_NUM_THREADS=2"
   "OMP_NUM_THREADS=4"
 )
-failed=0
-for environment in "${ENVIRONMENTS[@]}"; do
+at_once=${AT_ONCE:-1}
+if [ "$at_once" -gt 1 ]; then workers=0; else workers=2; fi
+
+run() {
+  local environment=$1 log start=$SECONDS status
   log=$(mktemp)
-  start=$SECONDS
   # shellcheck disable=SC2086
-  env OMP_NUM_THREADS=1 $environment "$PYTHON" -m pytest -n 2 --dist worksteal -p no:warnings \
-    ${PYTEST_ARGS:-$NUMERIC} >"$log" 2>&1
+  env OMP_NUM_THREADS=1 $environment "$PYTHON" -m pytest -n $workers --dist worksteal -p no:warnings \
+    -p no:cacheprovider ${PYTEST_ARGS:-$NUMERIC} >"$log" 2>&1
   status=$?
-  [ $status -eq 0 ] || { failed=1; grep -E "^(FAILED|ERROR|E  )" "$log" | head -20; }
+  [ $status -eq 0 ] || grep -E "^(FAILED|ERROR|E  )" "$log" | head -20
   printf '%-40s %s, %d s\n' "$environment" "$(tail -1 "$log" | sed -E 's/ in [0-9.]+s.*//')" $((SECONDS - start))
   rm -f "$log"
+  return $status
+}
+
+failed=0
+for environment in "${ENVIRONMENTS[@]}"; do
+  if [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; then wait -n || failed=1; fi
+  if [ "$at_once" -gt 1 ]; then run "$environment" & else run "$environment" || failed=1; fi
 done
+for job in $(jobs -p); do wait "$job" || failed=1; done
 exit $failed

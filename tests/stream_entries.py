@@ -28,10 +28,10 @@ def entries():
 ENTRIES = entries()
 
 
-def filled(rows):
-    metric = RetentionMatrix()
-    for t, commit, index, value in rows:
-        metric.update(t, torch.tensor([commit]), torch.tensor([index]), torch.tensor([value]))
+def filled(rows, device="cpu"):
+    metric = RetentionMatrix().to(device)
+    for t, *entry in rows:
+        metric.update(t, *(torch.tensor([each], device=device) for each in entry))
     return metric
 
 

@@ -69,7 +69,7 @@ def build(name: str, language_model) -> EditingModule:
     given = {"language_model": language_model}
     if settings.pop("second_moments", None):
         given["second_moments"] = SecondMoments(SentenceCorpus(), ridge=1.0)
-    module = instantiate(settings, _convert_="all", **given)
+    module = instantiate(settings, _convert_="all", **given).to(language_model.device)
     module.prepare()
     return module
 

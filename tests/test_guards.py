@@ -49,7 +49,7 @@ class Counted(RandomEdits):
         update, detail = LowRankUpdate(left, 0.01 * right), {"key_ratio": 1.0}
         change = self.planted.get(requests[0].case_id)
         update, detail = change(update, detail) if change else (update, detail)
-        return {name: update}, [detail]
+        return {name: update.to(self.language_model.device)}, [detail]
 
     def forget(self):
         self.remembered = torch.zeros_like(self.language_model.rewrite_module(1).weight[0])

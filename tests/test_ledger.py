@@ -167,7 +167,8 @@ class CaseEdits(RandomEdits):
     def compute_update(self, requests):
         generator = torch.Generator().manual_seed(int(requests[0].case_id))
         sides = [torch.randn(32, 1, generator=generator, dtype=torch.float64) for _ in range(2)]
-        return {self.language_model.rewrite_name(1): LowRankUpdate(sides[0], sides[1])}, [{} for _ in requests]
+        update = LowRankUpdate(sides[0], sides[1]).to(self.language_model.device)
+        return {self.language_model.rewrite_name(1): update}, [{} for _ in requests]
 
     def matrix(self) -> EditedMatrix:
         (matrix,) = self.edited_matrices().values()

@@ -31,7 +31,7 @@ class RandomEdits(EditingModule):
         generator = torch.Generator().manual_seed(self.num_requests)
         sides = [torch.randn(32, 1, generator=generator, dtype=torch.float64) for _ in range(2)]
         name = self.language_model.rewrite_name(1)
-        return {name: LowRankUpdate(sides[0], sides[1])}, [{} for _ in requests]
+        return {name: LowRankUpdate(sides[0], sides[1]).to(self.language_model.device)}, [{} for _ in requests]
 
 
 def fit(module, batches, *callbacks, **kwargs):

@@ -42,7 +42,8 @@ class Steps(EditingModule):
             sides = [torch.randn(32, 2, generator=generator, dtype=torch.float64) for _ in range(2)]
             # Norms from half to six times that of the original: below the reference, just above it, and far beyond.
             scale = (0.05, 0.1, 0.4, 0.05)[self.run.num_steps % 4]
-            updates[self.language_model.rewrite_name(layer)] = LowRankUpdate(scale * sides[0], sides[1])
+            update = LowRankUpdate(scale * sides[0], sides[1])
+            updates[self.language_model.rewrite_name(layer)] = update.to(self.language_model.device)
         return updates, [{} for _ in requests]
 
 
@@ -68,12 +69,12 @@ def restraint(name: str, *overrides: str):
     return instantiate(config.restraint, _convert_="all") if config.restraint else None
 
 
-def run(tiny, callback):
+def run(tiny, callback, trainer=quiet_trainer):
     """Return the original matrices, and the weights and views after every step."""
     module, watch = Steps(tiny("gpt2"), LAYERS), Watch()
     originals = [matrix.original().clone() for matrix in module.edited_matrices().values()]
     batches = [EditBatch(tuple(EditRequest(2 * i + j, "Ann", "Ann is", "old") for j in (0, 1))) for i in range(STEPS)]
-    quiet_trainer(*([callback] if callback else []), watch).fit(module, DataLoader(batches, batch_size=None))
+    trainer(*([callback] if callback else []), watch).fit(module, DataLoader(batches, batch_size=None))
     watch.final = watch._look(module)
     assert len(watch.weights) == STEPS
     return originals, watch

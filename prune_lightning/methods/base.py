@@ -124,6 +124,11 @@ class EditingModule(L.LightningModule, ABC):
                 return window
         return [request]
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the model, which may have been there before this module was built around it."""
+        return self.language_model.device
+
     # -- the matrices ---------------------------------------------------------------------------------------------
     def edited_modules(self) -> Mapping[str, nn.Module]:
         """Return the modules whose weight is edited, by the weight's qualified name in the ``transformers`` model.

@@ -73,8 +73,13 @@ class CaseMeans(Metric):
         if len(case) and int(case.max()) >= _EXACT:
             raise UserError(f"cases are expected to be numbers below {_EXACT}, but got {int(case.max())}")
         index = (*self.means, *self.counts).index(name)
-        self.name.append(torch.full_like(values, index, dtype=torch.float32))
-        for state, tensor in ((self.case, case), (self.prompt, prompt), (self.value, values)):
+        name_of_each = torch.full_like(values, index)
+        for state, tensor in (
+            (self.name, name_of_each),
+            (self.case, case),
+            (self.prompt, prompt),
+            (self.value, values),
+        ):
             state.append(tensor.to(self.device, torch.float32))
 
     def _once(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,7 +100,7 @@ class RetentionMatrix(Metric):
             "half_life_censored": float(half.censored),
             "num_nonfinite": float(seen.num_nonfinite),
         }
-        return {name: torch.tensor(figure, dtype=torch.float64) for name, figure in figures.items()}
+        return {name: torch.tensor(figure, dtype=torch.float64, device=self.device) for name, figure in figures.items()}
 
 
 class AbilityCurve(Metric):
@@ -155,4 +155,4 @@ class AbilityCurve(Metric):
             "edits_to_collapse": math.inf if found is None else float(found),
             "num_nonfinite": float((~torch.isfinite(dim_zero_cat(self.scores))).sum()),
         }
-        return {name: torch.tensor(figure, dtype=torch.float64) for name, figure in figures.items()}
+        return {name: torch.tensor(figure, dtype=torch.float64, device=self.device) for name, figure in figures.items()}

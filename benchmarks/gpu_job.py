@@ -1,0 +1,61 @@
+"""Run the main job on a GPU and write what of its summary says how fast and how well it went.
+
+    python benchmarks/gpu_job.py --json FILE
+    python benchmarks/gpu_job.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --json FILE
+
+With ``TOY=1``, a few edits on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ("phases", "wall_s", "edit_s", "evaluate_s", "evaluate_share", "final", "num_requests", "model", "dtype")
+
+
+def words(gguf: Path | None, toy: bool) -> list[str]:
+    """Return the command's words."""
+    chosen = [f"trainer={'cpu' if toy else 'gpu'}", "progress=false"]
+    if gguf is not None:
+        chosen += ["model=smollm2", f"model.path={gguf}", "method=memit", f"data.num_edits={4 if toy else 200}"]
+    elif toy:
+        chosen += ["data.num_edits=4", "evaluation=editing", "control=false"]
+    return chosen
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Return what is kept of a run's summary."""
+    found = json.loads((folder / "summary.json").read_text())
+    return {name: found[name] for name in KEPT if name in found}
+
+
+def main() -> None:
+    """Run the job."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gguf", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = words(options.gguf and options.gguf.resolve(), bool(os.environ.get("TOY")))
+        command = [sys.executable, str(ROOT / "train.py"), *chosen, f"hydra.run.dir={folder}"]
+        done = subprocess.run(command, cwd=ROOT, check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
+        found = {"arguments": chosen, **summary(Path(folder))}
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2))
+    Console(width=140).print(f"{found['wall_s']:.1f} s: {' '.join(chosen)}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Everything that is worth knowing of a GPU, in one command of less than nine minutes:
+#
+#     benchmarks/on_gpu.sh FOLDER             PARTS="a b" chooses parts, SECONDS_a=90 another limit of one
+#
+# Each part has its own time limit and writes FOLDER/PART.json, or a log, as soon as it has something; one that fails
+# does not stop the others. Without a GPU, or with TOY=1, every part runs at toy size on the CPU.
+#   a  the tests marked `gpu`                  b  the main job, and SmolLM2 where SMOLLM2 names its GGUF
+#   c  restraint and editing at 8B shape       d  thousands of edits at 7B shape
+#   e  the numeric tests in every numeric environment of this processor, beside the others on the upper half of the cores
+# PACK=FILE.tar.gz holds all that is there after each part, for places that hand back few files.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=$(mkdir -p "${1:?usage: benchmarks/on_gpu.sh FOLDER}" && cd "$1" && pwd)
+PYTHON=${PYTHON:-python3}
+PARTS=${PARTS:-a b c d}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+"$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || TOY=1
+export TOY=${TOY:-}
+failed=0
+
+part() { # NAME SECONDS COMMAND...: run a part, keep its output, and say how it went
+  local name=$1 limit=$2 start=$SECONDS status
+  shift 2
+  [ -z "$TOY" ] || limit=600 # a busy machine is no reason to fail
+  timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  status=$?
+  [ $status -eq 124 ] && echo "stopped at its limit of $limit s" >>"$OUT/$name.log"
+  [ $status -eq 0 ] || { failed=1; tail -n "${TAIL:-12}" "$OUT/$name.log"; }
+  pack
+  printf '%-12s exit %-3s %4d s   %s\n' "$name" $status $((SECONDS - start)) "$(tail -1 "$OUT/$name.log" | cut -c1-150)"
+}
+
+pack() {
+  [ -z "${PACK:-}" ] || { tar -C "$OUT" -czf "$PACK.part" . && mv "$PACK.part" "$PACK"; }
+}
+
+choose() { # ON_A_GPU AT_TOY_SIZE: the arguments for this machine
+  if [ -n "$TOY" ]; then echo "$2"; else echo "$1"; fi
+}
+
+environments() {
+  local cores
+  cores=$(nproc)
+  PYTHON="$PYTHON" AT_ONCE=$((cores / 2)) timeout "${SECONDS_e:-420}" taskset -c $((cores / 2))-$((cores - 1)) \
+    tests/environments.sh >"$OUT/environments.log" 2>&1
+}
+
+"$PYTHON" benchmarks/machine.py >"$OUT/machine.json" && cat "$OUT/machine.json"
+case " $PARTS " in *" e "*) environments & beside=$! ;; esac
+for each in $PARTS; do
+  case $each in
+    a) part tests "${SECONDS_a:-150}" "$PYTHON" -m pytest tests/test_gpu.py -p no:cacheprovider $(choose "-m gpu" "") \
+         -n "$(choose "${WORKERS:-8}" 0)" --dist worksteal --tb=short --show-capture=no -p no:warnings --junitxml="$OUT/tests.xml" ;;
+    b) part job "${SECONDS_b:-60}" "$PYTHON" benchmarks/gpu_job.py --json "$OUT/job.json"
+       if [ -n "${SMOLLM2:-}" ]; then
+         part smollm2 "${SECONDS_smollm2:-120}" "$PYTHON" benchmarks/gpu_job.py --gguf "$SMOLLM2" --json "$OUT/smollm2.json"
+       else echo "smollm2      left out: SMOLLM2 names no GGUF"; fi ;;
+    c) part restraint "${SECONDS_restraint:-75}" "$PYTHON" benchmarks/restraint.py --reference device \
+         --json "$OUT/restraint.json" $(choose "--device cuda --shapes 6400x1600 14336x4096" "--shapes 320x80")
+       part editing "${SECONDS_editing:-150}" "$PYTHON" benchmarks/editing.py --json "$OUT/editing.json" \
+         --methods rome alphaedit memit --requests 2 --trace "$OUT/memit_trace.json.gz" $(choose \
+         "--shape llama-3-8b --dtype bfloat16 --device cuda --batch-sizes 1 32 256" \
+         "--shape toy --batch-sizes 1 2 4 --steps 3") ;;
+    d) part stream "${SECONDS_d:-90}" "$PYTHON" benchmarks/gpu_stream.py --json "$OUT/stream.json" $(choose \
+         "--seconds ${SECONDS_edits:-65}" "--shape toy --device cpu --dtype float32 --batch 4 --edits 12 --steps 3") ;;
+    e) ;;
+    *) echo "unknown part $each"; failed=1 ;;
+  esac
+done
+if [ -n "${beside:-}" ]; then wait "$beside" || failed=1; cat "$OUT/environments.log"; fi
+"$PYTHON" benchmarks/gpu_table.py "$OUT" | tee "$OUT/table.txt"
+pack
+exit $failed

@@ -1,0 +1,408 @@
+"""On a GPU, in every precision, against fp64 on the CPU; on a pretended device wherever the tests run.
+
+A model in 16 bits computes its activations in 16 bits. What is written into its weights is computed from them in fp64
+or fp32 and rounded once. So the whole of a method is compared within what 16 bits leave of the activations, and what
+it makes of them within the rounding of fp64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import distributed_metrics
+import pytest
+import stream_entries
+import test_export
+import test_guards
+import test_ledger
+import test_restraint_conformance as rules
+import torch
+from conftest import build_tiny, write
+from hydra.utils import instantiate
+from places import APART, GPU, Place
+from safetensors.torch import load_file
+from test_configs import compose
+from test_conformance import METHODS, REQUESTS, build
+from test_devices import reachable
+from test_restraint import edits
+from test_train import train
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from prune_lightning import metrics
+from prune_lightning.callbacks import PRUNE, EditLedger
+from prune_lightning.data.bundled import BundledWorld
+from prune_lightning.export.delta import apply_delta
+from prune_lightning.export.exporting import export
+from prune_lightning.ledger import Ledger, rebuild, without
+from prune_lightning.methods.layerwise_keys import LayerwiseKeyReader
+from prune_lightning.methods.locate_then_edit import LocateThenEdit
+from prune_lightning.methods.value import Values
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.loading import load_language_model
+from prune_lightning.models.statistics import SecondMoment
+from prune_lightning.tasks.collapse import bisect_collapses
+
+# A fast path that does not fit the device would hide behind its warning.
+pytestmark = pytest.mark.filterwarnings("error:the fast path")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOCATING = ("alphaedit", "emmet", "memit", "p_rome", "r_rome", "rome")
+
+
+def cases(*names: str, apart: str = "fp32") -> list:
+    """Return the precisions on the GPU, and one on the pretended device."""
+    on_gpu = [pytest.param(*GPU.values, DTYPES[name], id=f"cuda-{name}", marks=GPU.marks) for name in names or DTYPES]
+    return [pytest.param(*APART.values, DTYPES[apart], id=f"apart-{apart}"), *on_gpu]
+
+
+@pytest.fixture
+def here(place: Place) -> Iterator[Place]:
+    """The place, active."""
+    with place.active():
+        yield place
+
+
+def rounded(family: str, dtype: torch.dtype, to: torch.dtype, device: torch.device) -> LanguageModel:
+    """Return a tiny model whose weights are numbers of one dtype, in another."""
+    return build_tiny(family, torch.float64).to(dtype).to(to).to(device)
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+@cache
+def in_fp64(method: str, family: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a method's update, computed on the CPU in fp64, of a model with weights of ``dtype``."""
+    module = build(method, rounded(family, dtype, torch.float64, torch.device("cpu")))
+    return {name: update.dense() for name, update in module.compute_update(REQUESTS)[0].items()}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return how far an update may be off, relative to its norm.
+
+    Adam's first step is the sign of the gradient. Of its components a share of some eps are so small that rounding
+    turns their sign, which moves the value by the root of that share.
+    """
+    return 4 * torch.finfo(dtype).eps ** 0.5
+
+
+@pytest.mark.parametrize(("place", "dtype"), cases())
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_computes_what_it_does_in_fp64_on_the_cpu(method, family, place, dtype):
+    if place.name == "apart" and family == "gpt2":
+        pytest.skip("one family is enough to show mistakes of devices")
+    expected = in_fp64(method, family, dtype)
+    with place.active():
+        module = build(method, rounded(family, dtype, dtype, place.device))
+        updates, details = module.compute_update(REQUESTS)
+        found = {name: update.dense().double().cpu() for name, update in updates.items()}
+        devices = {update.dense().device.type for update in updates.values()}
+    assert devices == {place.device.type}
+    assert len(details) == len(REQUESTS)
+    json.dumps(details)  # numbers, not tensors on a device
+    assert found.keys() == expected.keys()
+    total = sum(float((found[name] - expected[name]).square().sum()) for name in expected) ** 0.5
+    norm = sum(float(update.square().sum()) for update in expected.values()) ** 0.5
+    assert total <= tolerance(dtype) * norm
+
+
+@pytest.mark.parametrize(("place", "dtype"), cases(apart="bf16"))
+@pytest.mark.parametrize("method", LOCATING)
+def test_what_is_made_of_keys_and_values_is_exact_and_rounded_once(method, place, dtype, monkeypatch):
+    """What the method read on the device is handed to the same method in fp64 on the CPU."""
+    read: list = []
+    optimise, keys = LocateThenEdit.optimise, LayerwiseKeyReader.keys
+
+    def recorded_values(self, *arguments):
+        read.append(optimise(self, *arguments))
+        return read[-1]
+
+    def recorded_keys(self, layer):
+        found = keys(self, layer)
+        read.append((found, self.hidden))
+        return found
+
+    requests = REQUESTS[1:]  # of several, the later ones read a weight that was rounded in between
+    with place.active(), monkeypatch.context() as patch:
+        patch.setattr(LocateThenEdit, "optimise", recorded_values)
+        patch.setattr(LayerwiseKeyReader, "keys", recorded_keys)
+        module = build(method, rounded("llama", dtype, dtype, place.device))
+        module.value = replace(module.value, clamp=50.0)  # far moves, so that rounding them shows
+        ((name, update),) = module.compute_update(requests)[0].items()
+    with place.active():
+        replayed = [
+            Values(entry.target.cpu(), entry.reference.cpu(), entry.details)
+            if isinstance(entry, Values)
+            else tuple(None if tensor is None else tensor.cpu() for tensor in entry)
+            for entry in read
+        ]
+        before = module.language_model.rewrite_module(1).weight.detach().double().cpu()
+        write(module, requests, {name: update})
+        weight = module.language_model.rewrite_module(1).weight.detach().double().cpu()
+        ours, moments = update.dense().cpu(), module.moments[1].matrix.cpu()
+    assert ours.dtype == torch.float64
+    assert moments.dtype == torch.float64
+
+    def replayed_keys(self, layer):
+        found, self.hidden = replayed.pop(0)
+        return found
+
+    replay = build(method, rounded("llama", dtype, torch.float64, torch.device("cpu")))
+    replay.moments = {1: SecondMoment(moments)}
+    replay.prepare()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocateThenEdit, "optimise", lambda *_: replayed.pop(0))
+        patch.setattr(LayerwiseKeyReader, "keys", replayed_keys)
+        expected = replay.compute_update(requests)[0][name].dense()
+    assert not replayed
+    condition = float(torch.linalg.cond(moments))
+    assert float((ours - expected).norm() / expected.norm()) <= 100 * torch.finfo(torch.float64).eps * condition
+    assert within_rounding(weight, before + expected, expected.norm(), dtype)
+
+
+def within_rounding(weight: Tensor, expected: Tensor, moved: float, dtype: torch.dtype) -> bool:
+    """Whether a weight is the expected one, rounded once; changes of norm ``moved`` are summed in fp32."""
+    info, single = torch.finfo(dtype), torch.finfo(torch.float32).eps
+    once = expected.abs() * info.eps / 2 * (1 + 1e-6) + info.smallest_normal * info.eps
+    return bool(((weight - expected).abs() <= once + 16 * single * (expected.abs() + moved / len(weight))).all())
+
+
+# -- restraints -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("place", "dtype"), cases(apart="bf16"))
+@pytest.mark.parametrize("name", [name for name in rules.NAMES if name != "rect"])
+def test_a_restraint_is_its_rule_in_every_precision(name, here, place, dtype):
+    def model(family):
+        return rounded(family, dtype, dtype, place.device)
+
+    originals, watch = rules.run(model, rules.restraint(name), place.trainer)
+    for index, layer in enumerate(rules.LAYERS):
+        original, change = originals[index].double().cpu(), torch.zeros(32, 32, dtype=torch.float64)
+        expected, moved = [], 0.0
+        for step in range(rules.STEPS):
+            change = change + rules.update(layer, step)
+            expected.append(original + change)
+            moved += float(rules.update(layer, step).norm())
+        final = expected[-1]
+        if name != "none":
+            due = rules.SCHEDULES["end" if name == "prune_end" else "each"]
+            accumulate = "restrained" if name == "prune_restrained" else "raw"
+            guard = name in rules.GUARDED
+            expected, final = rules.spectral(original, layer, rules.LAWS[name], guard, due, accumulate)
+        assert {weights[index].device.type for weights in watch.weights} == {place.device.type}
+        found = [*(weights[index] for weights in watch.weights), watch.final[index]]  # the Trainer leaves it on the CPU
+        for weight, value in zip(found, [*expected, final], strict=True):
+            assert weight.dtype == dtype
+            assert within_rounding(weight.double().cpu(), value, moved, dtype), (layer, name)
+
+
+@pytest.mark.parametrize(("place", "dtype"), cases())
+def test_rect_keeps_the_entries_that_it_keeps_on_the_cpu(here, place, dtype):
+    def weights(device, trainer):
+        return rules.run(lambda f: rounded(f, dtype, dtype, device), rules.restraint("rect"), trainer)[1].weights
+
+    for ours, theirs in zip(weights(place.device, place.trainer), weights("cpu", rules.quiet_trainer), strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            one, other = one.double().cpu(), other.double()
+            assert float((one - other).norm()) <= torch.finfo(dtype).eps * float(other.norm())
+
+
+# -- guards, ledger, bisection ----------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:case", "ignore:the update of case")
+@pytest.mark.parametrize(("place", "dtype"), cases())
+@pytest.mark.parametrize("name", test_guards.PLANTED)
+def test_guards_refuse_what_they_refuse_on_the_cpu(name, here, place, dtype, tmp_path):
+    def model():
+        return rounded("llama", dtype, dtype, place.device)
+
+    watching = test_guards.guards(policy="skip", path=tmp_path / "quarantine.jsonl")
+    planted = {5: test_guards.PLANTED[name]}
+    bad = test_guards.run(
+        test_guards.module_with(model(), planted), range(8), trainer=place.trainer(PRUNE(1.2), watching)
+    )
+    numbers = [number for number in range(8) if number != 5]
+    good = test_guards.run(test_guards.module_with(model(), {}), numbers, trainer=place.trainer(PRUNE(1.2)))
+    (line,) = map(json.loads, (tmp_path / "quarantine.jsonl").read_text().splitlines())
+    assert (line["guard"], line["request"]["case_id"]) == (name, 5)
+    test_guards.assert_same(bad, good)
+
+
+@pytest.mark.filterwarnings("ignore:case")
+@pytest.mark.parametrize("place", [APART, GPU])
+def test_a_ruinous_edit_is_rolled_back(here, place, tmp_path):
+    watching = test_guards.rolling_back(path=tmp_path / "quarantine.jsonl")
+    model = load_language_model(test_guards.BUNDLED).to(place.device)
+    module = test_guards.module_with(model, test_guards.RUINOUS)
+    test_guards.run(module, range(6), trainer=place.trainer(PRUNE(1.2), watching))
+    assert [reading.kept for reading in watching.readings] == [number != 4 for number in range(6)]
+
+
+@pytest.mark.parametrize(("place", "dtype"), cases())
+@pytest.mark.parametrize("name", test_ledger.RESTRAINTS)
+def test_the_ledger_resumes_rebuilds_and_takes_back(name, here, place, dtype, tmp_path):
+    def fresh(restraint):
+        module = test_ledger.CaseEdits(rounded("llama", dtype, dtype, place.device), [1])
+        if restraint:
+            restraint.attach(module)
+        return module
+
+    def fit(module, batches, keep, *callbacks):
+        place.trainer(*callbacks, keep).fit(module, DataLoader(batches, batch_size=None))
+        module.trainer = None
+        module.to(place.device)  # the Trainer has moved it to the CPU
+
+    def given():
+        restraint = test_ledger.RESTRAINTS[name]()
+        return [restraint] if restraint else []
+
+    straight, keep = fresh(None), test_ledger.Keep()
+    fit(straight, edits(12), keep, *given(), EditLedger(tmp_path / "straight", snapshot_every=5))
+    first = fresh(None)
+    fit(first, edits(7), test_ledger.Keep(), *given(), EditLedger(tmp_path / "parts", snapshot_every=5))
+    if not any(getattr(restraint, "schedule", "each") != "each" for restraint in given()):
+        ledger = Ledger.open(tmp_path / "parts").verified()
+        resumed = fresh(None)
+        fit(resumed, edits(12)[7:], test_ledger.Keep(), *given(), EditLedger(tmp_path / "parts", ledger=ledger))
+        assert torch.equal(resumed.matrix().weight(), straight.matrix().weight())
+    again = fresh(None)
+    rebuild(again, Ledger.open(tmp_path / "straight"))
+    assert torch.equal(again.matrix().weight(), straight.matrix().weight())
+    restraints = given()
+    module = fresh(restraints[0] if restraints else None)
+    ledger = Ledger.open(tmp_path / "straight")
+    rebuild(module, ledger, 8, restraints[0].restrain if restraints else None)
+    eps = torch.finfo(dtype).eps
+    assert test_ledger.relative(module, keep.weights[7]) <= 4 * eps
+    restraints, taken_back = given(), {2, 9, 10}
+    module = fresh(restraints[0] if restraints else None)
+    without(
+        module, ledger.steps(module.device), taken_back,
+        lambda: [restraint.after_step(module.run.num_steps) for restraint in restraints],
+    )  # fmt: skip
+    module.run.finish()
+    other, rest = fresh(None), [batch for number, batch in enumerate(edits(12), start=1) if number not in taken_back]
+    fit(other, rest, test_ledger.Keep(), *given())
+    assert test_ledger.relative(module, other.matrix().weight()) <= 4 * eps
+
+
+@pytest.mark.parametrize(("place", "dtype"), cases())
+def test_the_step_of_a_collapse_is_found(here, place, dtype, tmp_path):
+    module, keep = test_ledger.CaseEdits(rounded("llama", dtype, dtype, place.device), [1]), test_ledger.Keep()
+    base = module.language_model.rewrite_module(1).weight.detach().clone()
+    place.trainer(keep, EditLedger(tmp_path)).fit(module, DataLoader(edits(20), batch_size=None))
+    kept = [1.0, *(1 / (1 + float((weight - base).norm())) for weight in keep.weights)]
+    at = next(step for step, value in enumerate(kept) if value <= 0.013)
+    scaled = [min(1.0, 0.5 * value / kept[at]) for value in kept]
+    curve = [{"num_requests": n, "ability/near/retention": scaled[n]} for n in (0, at - 2, at + 3, at + 6, 20)]
+    evaluation = SimpleNamespace(
+        measurements=[test_ledger.Distance(base)], curve=curve,
+        evaluator=SimpleNamespace(baseline={"ability/near/near": 2 * kept[at]}),
+    )  # fmt: skip
+    fresh = test_ledger.CaseEdits(rounded("llama", dtype, dtype, place.device), [1])
+    assert bisect_collapses(fresh, Ledger.open(tmp_path), evaluation, None) == {"ability/near/retention": at}
+    assert torch.equal(fresh.matrix().weight(), keep.weights[-1])
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+def everything(device: torch.device | str) -> dict[str, dict[str, Tensor]]:
+    """Return what every metric computes from the same numbers on a device."""
+    shared = distributed_metrics.compute(list(range(7)), False, device)
+    found = {name: shared for name in ("CounterFactScore", "TokenMatch", "GenerationScore", "CaseMeans")}
+    found["RetentionMatrix"] = stream_entries.filled(stream_entries.ENTRIES, device).compute()
+    curve = metrics.AbilityCurve().to(device)
+    for count, score in ((0, 0.9), (10, 0.8), (20, 0.5), (30, 0.1)):
+        curve.update(count, score)
+    found["AbilityCurve"] = curve.compute()
+    nll, count = torch.tensor([2.0, 9.0, float("nan"), 0.0], device=device), torch.tensor([2, 3, 4, 0], device=device)
+    for name in ("CorpusPerplexity", "SentencePerplexity"):
+        metric = getattr(metrics, name)().to(device)
+        metric.update(nll[:2], count[:2])
+        metric.update(nll, count)
+        found[name] = metric.compute()
+    exact = metrics.ExactMatch().to(device)
+    exact.update(torch.tensor([True, False, True], device=device))
+    found["ExactMatch"] = exact.compute()
+    rouge = metrics.MeanRouge().to(device)
+    rouge.update(["the old king of the north"], ["the king of the north"])
+    found["MeanRouge"] = rouge.compute()
+    return {name: value if isinstance(value, dict) else {name: value} for name, value in found.items()}
+
+
+@pytest.mark.parametrize("place", [APART, GPU])
+def test_every_metric_on_the_device(here, place):
+    found, expected = everything(place.device), everything("cpu")
+    assert set(found) == set(metrics.__all__)
+    for metric, values in expected.items():
+        assert values.keys() == found[metric].keys()
+        for name, value in values.items():
+            ours = torch.as_tensor(found[metric][name]).double().cpu()
+            torch.testing.assert_close(ours, torch.as_tensor(value).double(), rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+# -- what leaves the device -------------------------------------------------------------------------------------------
+def edited(place: Place, dtype: torch.dtype):
+    """Return a module on the device after a batch of MEMIT in two layers, and its requests."""
+    config = compose("method=memit").method
+    config.layers, config.value.steps = [0, 1], 4
+    config.contexts = {"_target_": config.contexts._target_, "fixed": ["The river. "]}
+    model = rounded("llama", dtype, dtype, place.device)
+    moments = test_export.SecondMoments(None)
+    module = instantiate(config, language_model=model, second_moments=moments, _convert_="all")
+    stream = BundledWorld(num_edits=4, protocol="sequential_batched", batch_size=2)
+    place.trainer(PRUNE(1.2)).fit(module, datamodule=stream)
+    return module, stream.requests
+
+
+@pytest.mark.parametrize(("place", "dtype"), cases())
+def test_exports_are_rebuilt_on_the_cpu(here, place, dtype, tmp_path):
+    base = rounded("llama", dtype, dtype, torch.device("cpu"))
+    base.model.save_pretrained(tmp_path / "base")
+    module, requests = edited(place, dtype)
+    source = test_export.source_of(module, requests, tmp_path / "base")
+    for kind in test_export.FORMATS:
+        export(source, tmp_path / kind, kind)
+    live = {name: matrix.parameter.detach().cpu() for name, matrix in module.edited_matrices().items()}
+    full = load_file(tmp_path / "full" / "model.safetensors")
+    assert all(torch.equal(full[name], weight) for name, weight in live.items())
+    apply_delta(base.model, tmp_path / "delta")
+    for name, weight in live.items():
+        ours = base.model.get_parameter(name).detach().double()
+        assert float((ours - weight.double()).norm()) <= torch.finfo(dtype).eps * float(weight.double().norm())
+        assert not torch.equal(weight, module.edited_matrices()[name].original().cpu())
+
+
+@pytest.mark.parametrize(("place", "dtype"), cases())
+def test_a_module_moves_after_fit_and_edits_go_on(here, place, dtype):
+    module, requests = edited(place, dtype)
+    module.trainer = None
+    weights = {name: matrix.weight().cpu() for name, matrix in module.edited_matrices().items()}
+    staying = module.compute_update(requests[:2])[0]
+    staying = {name: update.dense().cpu() for name, update in staying.items()}
+    module.to("cpu")
+    assert {path: value.device.type for path, value in reachable(module) if value.device.type != "cpu"} == {}
+    assert all(torch.equal(matrix.weight(), weights[name]) for name, matrix in module.edited_matrices().items())
+    moved = module.compute_update(requests[:2])[0]
+    for name, update in moved.items():
+        assert float((update.dense() - staying[name]).norm()) <= 2 * tolerance(dtype) * float(staying[name].norm())
+    module.edit(requests[:2])
+    module.run.settle()
+
+
+# -- the job itself ---------------------------------------------------------------------------------------------------
+JOB = ("trainer=gpu", "method.value.steps=4", "evaluation=editing", "control=false", "progress=false")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["rome", "memit", "alphaedit"])
+def test_a_run_on_the_gpu_is_resumed_and_exported_on_the_cpu(method, tmp_path):
+    words = [*JOB, f"method={method}", f"hydra.run.dir={tmp_path}", "export=full"]
+    done = train(*words, "data.num_edits=12")
+    assert done.returncode == 0, done.stderr
+    live = load_file(tmp_path / "export" / "full" / "model.safetensors")
+    rebuilt = test_ledger.load_run(tmp_path)
+    for matrix in rebuilt.matrices:
+        ours = rebuilt.language_model.model.get_parameter(matrix.name)
+        assert ours.device.type == "cpu"
+        assert float((ours - live[matrix.name]).norm()) <= 1e-5 * float(live[matrix.name].norm())
