@@ -105,6 +105,8 @@ class Apart(TorchDispatchMode):
 
     def __enter__(self) -> Apart:
         self._python.__enter__()
+        self._autocast = torch.is_autocast_enabled
+        torch.is_autocast_enabled = lambda *of: False if of == (DEVICE.type,) else self._autocast(*of)
         torch.lazy = SimpleNamespace(get_rng_state=lambda device: torch.get_rng_state(), set_rng_state=lambda *_: None)
         return super().__enter__()
 
@@ -112,6 +114,7 @@ class Apart(TorchDispatchMode):
         super().__exit__(*raised)
         self._python.__exit__(*raised)
         del torch.lazy
+        torch.is_autocast_enabled = self._autocast
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
         kwargs = dict(kwargs or {})
