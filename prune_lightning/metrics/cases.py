@@ -73,7 +73,7 @@ class CaseMeans(Metric):
         if len(case) and int(case.max()) >= _EXACT:
             raise UserError(f"cases are expected to be numbers below {_EXACT}, but got {int(case.max())}")
         index = (*self.means, *self.counts).index(name)
-        name_of_each = torch.full_like(values, index)
+        name_of_each = torch.full_like(values, index, dtype=torch.float32)
         for state, tensor in (
             (self.name, name_of_each),
             (self.case, case),
