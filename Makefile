@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env run test test-environments mutants lint compare editors forgetting pretrain clean
+.PHONY: env run test test-environments on-gpu mutants lint compare editors forgetting pretrain clean
 
 env: .venv/.done
 
@@ -31,6 +31,10 @@ test: lint
 # The numeric and the ledger tests in every numeric environment of today's processors, a line each.
 test-environments: .venv/.tools
 	tests/environments.sh
+
+# What is measured where there is a GPU, at toy size.
+on-gpu: .venv/.tools
+	TOY=1 PARTS="b c d f" PYTHON=$(BIN)/python benchmarks/on_gpu.sh build/on_gpu
 
 # Known faults, put into a copy of the project one at a time: the tests have to notice each of them.
 mutants: .venv/.tools

@@ -14,6 +14,7 @@ third run gives the shares of the parts; it is not the one that is timed, since 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import sys
@@ -222,6 +223,7 @@ def main() -> None:
             short = build(method, model, options.shape, min(3, options.steps))
             found["operations"] = traced(short, requests[: max(options.batch_sizes)], options.trace, device)
         del module
+        gc.collect()  # the moments of five layers of this size are of many GiB
     records = found["records"]
     keys = ("method", "batch", "contexts", "seconds_per_edit", "plain_seconds_per_edit", "ratio")
     columns = [key.replace("_", " ") for key in keys]

@@ -7,13 +7,14 @@
 # does not stop the others. Without a GPU, or with TOY=1, every part runs at toy size on the CPU.
 #   a  the tests marked `gpu`                  b  the main job, and SmolLM2 where SMOLLM2 names its GGUF
 #   c  restraint and editing at 8B shape       d  thousands of edits at 7B shape
+#   f  the restraint against full decompositions on the device, which take most of that part's time
 #   e  the numeric tests in every numeric environment of this processor, beside the others on the upper half of the cores
 # PACK=FILE.tar.gz holds all that is there after each part, for places that hand back few files.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(mkdir -p "${1:?usage: benchmarks/on_gpu.sh FOLDER}" && cd "$1" && pwd)
-PYTHON=${PYTHON:-python3}
-PARTS=${PARTS:-a b c d}
+PYTHON=$(command -v "${PYTHON:-python3}")
+PARTS=${PARTS:-a b c d f}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || TOY=1
 export TOY=${TOY:-}
@@ -56,8 +57,9 @@ for each in $PARTS; do
        if [ -n "${SMOLLM2:-}" ]; then
          part smollm2 "${SECONDS_smollm2:-120}" "$PYTHON" benchmarks/gpu_job.py --gguf "$SMOLLM2" --json "$OUT/smollm2.json"
        else echo "smollm2      left out: SMOLLM2 names no GGUF"; fi ;;
-    c) part restraint "${SECONDS_restraint:-75}" "$PYTHON" benchmarks/restraint.py --reference device \
-         --json "$OUT/restraint.json" $(choose "--device cuda --shapes 6400x1600 14336x4096" "--shapes 320x80")
+    c) part restraint "${SECONDS_restraint:-60}" "$PYTHON" benchmarks/restraint.py \
+         --json "$OUT/restraint.json" $(choose "--device cuda --shapes 14336x4096 --reference none" \
+         "--shapes 320x80 --reference device")
        part editing "${SECONDS_editing:-150}" "$PYTHON" benchmarks/editing.py --json "$OUT/editing.json" \
          --methods rome alphaedit memit --requests 2 --trace "$OUT/memit_trace.json.gz" $(choose \
          "--shape llama-3-8b --dtype bfloat16 --device cuda --batch-sizes 1 32 256" \
@@ -65,6 +67,8 @@ for each in $PARTS; do
     d) part stream "${SECONDS_d:-90}" "$PYTHON" benchmarks/gpu_stream.py --json "$OUT/stream.json" $(choose \
          "--seconds ${SECONDS_edits:-65}" "--shape toy --device cpu --dtype float32 --batch 4 --edits 12 --steps 3") ;;
     e) ;;
+    f) part restraint_f "${SECONDS_f:-90}" "$PYTHON" benchmarks/restraint.py --reference device \
+         --json "$OUT/restraint_f.json" $(choose "--device cuda --shapes 6400x1600 14336x4096" "--shapes 320x80") ;;
     *) echo "unknown part $each"; failed=1 ;;
   esac
 done
