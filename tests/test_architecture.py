@@ -22,6 +22,7 @@ FLOORS = [
     {"export"},
     {"callbacks"},
     {"tasks"},
+    {"editor"},
     {"cli"},
 ]
 FILES = sorted([*(ROOT / "prune_lightning").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py"), ROOT / "train.py"])

@@ -39,27 +39,40 @@ class JSONLines(FileStream):
 
     def parse(self, row: Fields, case_id: int) -> EditRequest:
         """Convert one line into a request. Unknown keys are an error, since a misspelt key would be lost silently."""
-        for key in row.row:
-            if key not in _KEYS:
-                hint = HINT if is_knowedit(row) else near(key, _KEYS)
-                raise UserError(f"unknown key {key!r}: {hint}")
-        separator = row.text("separator") if "separator" in row else AUTO
-        prompt, start = row.text("prompt"), row.row.get("subject_start")
-        subject = row.stripped("subject") if start is None else row.text("subject")
-        return EditRequest(
-            case_id=row.row.get("case_id", case_id),
-            subject=subject,
-            prompt=prompt,
-            target_new=row.target("target_new"),
-            target_old=row.optional_target("target_old"),
-            paraphrases=row.texts("paraphrases"),
-            locality=tuple(_probe(probe, "neighborhood", separator) for probe in row.objects("locality")),
-            portability=tuple(_probe(probe, "consequence", separator) for probe in row.objects("portability")),
-            generation_prompts=row.texts("generation_prompts"),
-            references=row.texts("references"),
-            subject_start=row.place(subject, prompt) if start is None else start,
-            separator=separator,
-        )
+        return request_of(row, case_id)
+
+
+def request_of(row: Fields, case_id: int) -> EditRequest:
+    """Convert the fields of one fact into a request; see :class:`JSONLines`.
+
+    Args:
+        row: The fields.
+        case_id: Identifier of a fact without its own.
+
+    Raises:
+        UserError: A field is unknown, missing or of the wrong type.
+    """
+    for key in row.row:
+        if key not in _KEYS:
+            hint = HINT if is_knowedit(row) else near(key, _KEYS)
+            raise UserError(f"unknown key {key!r}: {hint}")
+    separator = row.text("separator") if "separator" in row else AUTO
+    prompt, start = row.text("prompt"), row.row.get("subject_start")
+    subject = row.stripped("subject") if start is None else row.text("subject")
+    return EditRequest(
+        case_id=row.row.get("case_id", case_id),
+        subject=subject,
+        prompt=prompt,
+        target_new=row.target("target_new"),
+        target_old=row.optional_target("target_old"),
+        paraphrases=row.texts("paraphrases"),
+        locality=tuple(_probe(probe, "neighborhood", separator) for probe in row.objects("locality")),
+        portability=tuple(_probe(probe, "consequence", separator) for probe in row.objects("portability")),
+        generation_prompts=row.texts("generation_prompts"),
+        references=row.texts("references"),
+        subject_start=row.place(subject, prompt) if start is None else start,
+        separator=separator,
+    )
 
 
 def _probe(row: Fields, kind: str, separator: str) -> Probe:

@@ -26,7 +26,7 @@ _LAYERS = re.compile(r"model\.edit\.layers\.(\w+)")
 _LOG = logging.getLogger(__name__)
 
 
-def settled(config: DictConfig) -> DictConfig:
+def settled(config: DictConfig, loaded: PretrainedConfig | None = None) -> DictConfig:
     """Return a copy of a configuration with the settings filled in that depend on the model and the machine.
 
     - ``model.family``: from a YAML outside the package (``--config-dir``), if there is one for the architecture
@@ -35,16 +35,21 @@ def settled(config: DictConfig) -> DictConfig:
 
     Explicit settings are kept. The model's own configuration is loaded only if needed.
 
+    Args:
+        config: The composed configuration.
+        loaded: The model's own configuration, if it is in memory.
+
     Raises:
         UserError: The model's configuration is needed but cannot be loaded, or the model's YAML sets an unknown option
             of the method.
     """
     config = copy.deepcopy(config)
     _check_section(config)
-    model, loaded = config.model, None
+    model = config.model
     folders, open_layers = _outside_families(), _open_layers(config)
     inherits = model.dtype is None and not _on_cpu(config) and model.get("gpu_dtype") is None
-    if open_layers or inherits or (folders and model.get("family") is None):
+    needed = open_layers or inherits or (folders and model.get("family") is None)
+    if needed and loaded is None:
         loaded = load_config(model.path, model.revision)
     with open_dict(model):
         if loaded is not None and model.get("family") is None:

@@ -1,0 +1,319 @@
+"""Edits a model from Python, on the engine of `train.py`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_lightning.editor.evaluation import scores_of
+from prune_lightning.editor.facts import Facts, requests_of
+from prune_lightning.editor.results import Answers, Edited, Scores
+from prune_lightning.editor.session import EditSession
+from prune_lightning.errors import UserError
+from prune_lightning.evaluation.decoding import decode
+from prune_lightning.export.exporting import ExportReport, export
+from prune_lightning.export.sources import ExportSource, Provenance
+from prune_lightning.ledger import Ledger
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.tasks.recipe import Recipe, composed, preset_for
+from prune_lightning.types import EditRequest
+
+LEDGER = "ledger"
+
+
+class Editor:
+    """Edits facts in a language model, one after another.
+
+    Args:
+        model: A hub name, a folder, a GGUF file, the name of a shipped preset such as ``bundled``, or a loaded
+            ``transformers`` model. A loaded model is edited in place and restored by :meth:`close`.
+        method: Name of an editing method, see ``configs/method``.
+        restraint: Name of a restraint, see ``configs/restraint``; ``none`` for none.
+        tokenizer: The tokenizer of a loaded model.
+        folder: Folder for the ledger of the edits, which :meth:`open` reads; a temporary one by default.
+        batch_size: Number of facts that are written together.
+        chat_template: Whether each prompt is a user's turn in the tokenizer's chat template.
+        options: Settings that take precedence, nested as in the configuration:
+            ``{"method": {"layers": [5]}, "restraint": {"base": 10}}``.
+        device: Device of a model that is loaded here; the accelerator by default, if there is one.
+        seed: The seed.
+        progress: Whether to show progress.
+
+    Raises:
+        UserError: An unknown name or option, or the model cannot be loaded or edited.
+
+    Example:
+        >>> from prune_lightning import Editor
+        >>> editor = Editor("bundled", method="rome", restraint="prune", progress=False)
+        >>> fact = {"subject": "Lorvain", "prompt": "The capital of Lorvain is", "target_new": "Tessel"}
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        method: str = "memit",
+        restraint: str = "prune",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        folder: str | Path | None = None,
+        batch_size: int = 1,
+        chat_template: bool = False,
+        options: Mapping[str, Any] | None = None,
+        device: str | torch.device | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        in_memory = None if isinstance(model, (str, Path)) else model
+        if in_memory is not None and tokenizer is None:
+            raise UserError("a loaded model needs its tokenizer: Editor(model, tokenizer=tokenizer)")
+        path = str(model) if in_memory is None else str(in_memory.config._name_or_path or "in memory")
+        preset, located = preset_for(path)
+        settings = _with_model({"seed": seed, **(options or {})}, located)
+        settings["trainer"] = {"accelerator": "cpu" if _device(device).type == "cpu" else "auto"}
+        choices = {"model": preset, "method": method, "restraint": restraint}
+        with composed(choices, settings, in_memory and in_memory.config) as config:
+            recipe = Recipe.of(config)
+        self._begin(recipe, in_memory, tokenizer, folder, device, progress)
+        self._session.stream_options |= {"batch_size": batch_size, "chat_template": chat_template}
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        model: PreTrainedModel | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = True,
+    ) -> Editor:
+        """Open the edited model of a folder: of :meth:`save`, of an editor's ``folder``, or of a run of ``train.py``.
+
+        Args:
+            folder: The folder; further edits are written there.
+            model: The unedited model, if it is in memory; loaded from the path in the ledger by default.
+            tokenizer: The tokenizer of ``model``.
+            device: See :class:`Editor`.
+            progress: See :class:`Editor`.
+
+        Raises:
+            UserError: There is no ledger, or it belongs to another model.
+        """
+        folder = Path(folder).expanduser()
+        ledger = Ledger.open(folder / LEDGER).verified()
+        editor = cls.__new__(cls)
+        editor._begin(Recipe.recorded(ledger), model, tokenizer, folder, device, progress, ledger)
+        editor._session.restore()
+        return editor
+
+    def _begin(
+        self,
+        recipe: Recipe,
+        model: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        folder: str | Path | None,
+        device: str | torch.device | None,
+        progress: bool,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self._temporary = tempfile.TemporaryDirectory(prefix="prune-lightning-") if folder is None else None
+        self.folder = Path(self._temporary.name if self._temporary else folder or "").expanduser()
+        self._saved, self._closed = False, False
+        if model is None:
+            self._flags: list[bool] | None = None
+            language_model = recipe.language_model().to(_device(device))
+        else:
+            self._flags, self._training = [p.requires_grad for p in model.parameters()], model.training
+            language_model = LanguageModel(model, tokenizer)  # type: ignore[arg-type]
+        self._session = EditSession(recipe, language_model, self.folder / LEDGER, ledger, progress)
+
+    # -- editing --------------------------------------------------------------------------------------------------
+    def edit(self, facts: Facts) -> Edited:
+        """Write facts into the model, after all earlier ones.
+
+        Args:
+            facts: One fact, several, or a file; see :data:`~prune_lightning.editor.facts.Facts`.
+
+        Raises:
+            UserError: A fact cannot be used; then none is written.
+        """
+        session = self._open()
+        return session.write(requests_of(facts, first_id=len(session.requests)))
+
+    def undo(self, count: int = 1, *, edits: Sequence[int] = ()) -> list[EditRequest]:
+        """Take back edits. The model is then as if they had never been written.
+
+        The last edits are removed from the record. If others follow, those are written again.
+
+        Args:
+            count: How many of the last edits to take back.
+            edits: Numbers of the edits to take back instead, from 1.
+
+        Returns:
+            The edits that were taken back.
+
+        Raises:
+            UserError: There is no such edit.
+        """
+        session = self._open()
+        total = len(session.requests)
+        numbers = sorted(set(edits)) or list(range(total - count + 1, total + 1))
+        if not numbers or numbers[0] < 1 or numbers[-1] > total:
+            asked = f"edits {list(edits)}" if edits else f"{count} edits"
+            raise UserError(f"{asked} cannot be taken back: {total} are in place")
+        taken = [session.requests[number - 1] for number in numbers]
+        session.rewrite([r for number, r in enumerate(session.requests, start=1) if number not in set(numbers)])
+        return taken
+
+    @property
+    def edits(self) -> tuple[EditRequest, ...]:
+        """The edits in place, in order."""
+        return tuple(self._open().requests)
+
+    def __len__(self) -> int:
+        """Return the number of edits in place."""
+        return len(self._open().requests)
+
+    @contextmanager
+    def base(self) -> Iterator[PreTrainedModel]:
+        """Inside the block the model is the unedited one, which is yielded."""
+        session = self._open()
+        with session.unedited():
+            yield session.language_model.model
+
+    # -- asking ---------------------------------------------------------------------------------------------------
+    @overload
+    def ask(self, prompt: str, max_new_tokens: int = 20, before: bool = False) -> str: ...
+
+    @overload
+    def ask(self, prompt: Sequence[str], max_new_tokens: int = 20, before: bool = False) -> list[str]: ...
+
+    def ask(self, prompt: str | Sequence[str], max_new_tokens: int = 20, before: bool = False) -> str | list[str]:
+        """Return the model's greedy continuation of a prompt, or of several.
+
+        Args:
+            prompt: One prompt or several.
+            max_new_tokens: Longest answer, in tokens.
+            before: Ask the unedited model.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        session = self._open()
+        head, tail = session.frame()
+        tokens = session.language_model.tokens
+        ids = tokens.encode_all([f"{head}{text}{tail}" for text in prompts])
+        with session.view(edited=not before):
+            found = decode(session.language_model, ids, [max_new_tokens] * len(ids))
+        answers = [answer.text.strip() for answer in found]
+        return answers[0] if isinstance(prompt, str) else answers
+
+    def compare(self, prompts: str | Sequence[str] | None = None, max_new_tokens: int = 20) -> Answers:
+        """Ask the unedited and the edited model the same.
+
+        Args:
+            prompts: The prompts; those of the edits by default.
+            max_new_tokens: Longest answer, in tokens.
+        """
+        asked = [request.prompt for request in self._open().requests] if prompts is None else prompts
+        asked = [asked] if isinstance(asked, str) else list(asked)
+        before, after = (self.ask(asked, max_new_tokens, before=unedited) for unedited in (True, False))
+        return Answers(asked, before, after)
+
+    def report(self) -> Scores:
+        """Score all edits in place: efficacy, generalization to paraphrases, and locality, where the facts have them.
+
+        Raises:
+            UserError: There are no edits.
+        """
+        session = self._open()
+        if not session.requests:
+            raise UserError("there are no edits to report on: call edit() first")
+        return scores_of(session, self.compare())
+
+    # -- keeping --------------------------------------------------------------------------------------------------
+    def save(self, folder: str | Path, overwrite: bool = False) -> ExportReport:
+        """Write the edited model for ``from_pretrained``, and the record of the edits for :meth:`open`.
+
+        A model that was given to the editor then stays edited after :meth:`close`.
+
+        Args:
+            folder: The folder.
+            overwrite: Whether to replace an earlier one.
+
+        Raises:
+            UserError: The folder exists, or the written model differs from the live one.
+        """
+        report = self.export("full", folder, overwrite)
+        shutil.copytree(self.folder / LEDGER, Path(folder).expanduser() / LEDGER)
+        self._saved = True
+        return report
+
+    def export(self, format: str, folder: str | Path, overwrite: bool = False) -> ExportReport:
+        """Write the edited model in a format for other programs, load it again, and compare.
+
+        Args:
+            format: ``full``, ``lora``, ``delta`` or another format; see docs/export.md.
+            folder: The folder.
+            overwrite: Whether to replace an earlier export.
+
+        Raises:
+            UserError: An unknown format, the folder exists, or the written model differs from the live one.
+        """
+        session, recipe = self._open(), self.recipe
+        if not session.requests:
+            raise UserError("there are no edits to write: call edit() first")
+        names = recipe.model["path"], recipe.model["revision"], recipe.method, recipe.restraint
+        source = ExportSource.from_module(session.module, Provenance(*names, tuple(session.written())))
+        return export(source, folder, format, overwrite=overwrite)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Give a loaded model back as it was, unless it was saved, and delete the temporary folder."""
+        if self._closed:
+            return
+        if not self._saved:
+            self._session.module.run.restart()
+        if self._flags is not None:
+            model = self._session.language_model.model
+            model.train(self._training)
+            for parameter, flag in zip(model.parameters(), self._flags, strict=True):
+                parameter.requires_grad_(flag)
+        if self._temporary:
+            self._temporary.cleanup()
+        self._closed = True
+
+    def _open(self) -> EditSession:
+        if self._closed:
+            raise UserError("this editor is closed")
+        return self._session
+
+    def __enter__(self) -> Editor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        state = "closed" if self._closed else f"edits={len(self)}"
+        recipe = self.recipe
+        return f"Editor({recipe.model['path']!r}, method={recipe.method!r}, restraint={recipe.restraint!r}, {state})"
+
+
+def _with_model(options: Mapping[str, Any], located: Mapping[str, Any]) -> dict[str, Any]:
+    return {**options, "model": {**located, **options.get("model", {})}} if located else dict(options)
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    if wanted is not None:
+        return torch.device(wanted)
+    return torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -1,0 +1,35 @@
+"""Scores of an editor's edits, before and after them."""
+
+from __future__ import annotations
+
+from hydra.utils import instantiate
+
+from prune_lightning.editor.results import Answers, Scores
+from prune_lightning.editor.session import EditSession
+from prune_lightning.evaluation.evaluator import Evaluator
+from prune_lightning.evaluation.measurement import EditingMeasurement, Measured
+from prune_lightning.report.labels import Labels
+from prune_lightning.tasks.recipe import evaluation_options
+
+
+def scores_of(session: EditSession, answers: Answers) -> Scores:
+    """Score all edits of a session on the unedited and on the edited model.
+
+    Args:
+        session: The session.
+        answers: The answers to the prompts of its edits, for the result.
+    """
+    found = [instantiate(entry, _convert_="all") for entry in evaluation_options("editing")]
+    evaluator = Evaluator([m for m in found if isinstance(m, EditingMeasurement)], clock=session.clock)
+    cases = dict(enumerate(session.requests))
+    model = session.language_model
+    with session.unedited():
+        before = evaluator.take_baseline(model, cases, _no_spectrum)
+    after = evaluator.evaluate(
+        model, cases, dict.fromkeys(cases, 1.0), len(cases), evaluator.measurements, _no_spectrum, 1
+    )
+    return Scores(before, after, len(cases), Labels(evaluator.labels()), answers)
+
+
+def _no_spectrum() -> Measured:
+    return Measured({})

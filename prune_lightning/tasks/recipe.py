@@ -1,0 +1,163 @@
+"""What is needed to build an editing module and its restraint, as the ledger stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from transformers import PretrainedConfig
+
+from prune_lightning.errors import UserError, near, one_of
+from prune_lightning.ledger import Ledger
+from prune_lightning.methods.base import EditingModule
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.loading import load_language_model
+from prune_lightning.phases import PhaseClock
+from prune_lightning.tasks.presets import model_arguments, settled
+from prune_lightning.tasks.setup import choice
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The model, the method and the restraint of a run.
+
+    Args:
+        model: Arguments of :func:`~prune_lightning.models.loading.load_language_model`.
+        method: Name of the method.
+        restraint: Name of the restraint, ``none`` without one.
+        method_options: Class and arguments of the method.
+        restraint_options: Class and arguments of the restraint; ``None`` without one.
+        seed: The run's seed.
+    """
+
+    model: Mapping[str, Any]
+    method: str
+    restraint: str
+    method_options: Mapping[str, Any]
+    restraint_options: Mapping[str, Any] | None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: DictConfig) -> Recipe:
+        """Return the recipe of a composed configuration that is :func:`~.presets.settled`."""
+        method: Any = OmegaConf.to_container(config.method, resolve=True)
+        restraint: Any = OmegaConf.to_container(config.restraint, resolve=True) if config.restraint else None
+        names = choice("method"), choice("restraint")
+        return cls(model_arguments(config), *names, method, restraint, int(config.seed))
+
+    @classmethod
+    def recorded(cls, ledger: Ledger) -> Recipe:
+        """Return the recipe of the run that wrote a ledger.
+
+        Raises:
+            UserError: The ledger does not hold one, since the run was not started from a configuration.
+        """
+        names = ("model", "method", "restraint", "method_options", "restraint_options", "seed")
+        if missing := [name for name in names if name not in ledger.base]:
+            raise UserError(f"{ledger.folder / 'base.json'} has no {missing[0]!r}: build the run's module yourself")
+        return cls(**{name: ledger.base[name] for name in names})
+
+    def as_base(self) -> dict[str, Any]:
+        """Return the recipe as a part of the ledger's description of the base."""
+        return dict(vars(self))
+
+    def language_model(self) -> LanguageModel:
+        """Load the model."""
+        return load_language_model(**self.model)
+
+    def build(self, model: LanguageModel, clock: PhaseClock | None = None, non_finite: str = "skip") -> EditingModule:
+        """Return the method on a model."""
+        options = {"language_model": model, "non_finite": non_finite, "clock": clock}
+        module = instantiate(dict(self.method_options), **options, _convert_="all")
+        assert isinstance(module, EditingModule)
+        return module
+
+    def build_restraint(self) -> Any:
+        """Return a new restraint, or ``None``."""
+        return instantiate(dict(self.restraint_options)) if self.restraint_options else None
+
+
+def config_folder() -> Path:
+    """Return the folder of the shipped configuration."""
+    return Path(str(resources.files("prune_lightning.configs").joinpath("train.yaml"))).parent
+
+
+def options_of(group: str) -> list[str]:
+    """Return the options of a group of the configuration, such as the methods."""
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+@contextmanager
+def composed(
+    choices: Mapping[str, str], options: Mapping[str, Any], loaded: PretrainedConfig | None = None
+) -> Iterator[DictConfig]:
+    """Yield a configuration as ``train.py`` composes it; Hydra's global state is as before after the block.
+
+    Args:
+        choices: Option by group.
+        options: Settings, nested as in the configuration, that take precedence.
+        loaded: The configuration of a model in memory, which is then not looked for at ``model.path``.
+
+    Raises:
+        UserError: An unknown option or key.
+    """
+    for group, option in choices.items():
+        one_of(group, option, options_of(group))
+    state, before = HydraConfig.instance(), HydraConfig.instance().cfg
+    words = [f"{group}={option}" for group, option in choices.items()]
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            config = compose("train", words, return_hydra_config=True)
+        state.set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        yield settled(_merged(config, options), loaded)
+    finally:
+        state.cfg = before
+
+
+def _merged(config: DictConfig, options: Mapping[str, Any]) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(config, dict(options))
+    except ConfigKeyError as error:
+        scope, _, key = str(error.full_key).rpartition(".")
+        siblings = OmegaConf.select(config, scope) if scope else config
+        raise UserError(f"unknown option {error.full_key!r}: {near(key, map(str, siblings))}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"options: {str(error).splitlines()[0]}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def evaluation_options(name: str) -> list[DictConfig]:
+    """Return the entries of an option of the group ``evaluation`` that are measurements."""
+    with composed({"evaluation": name}, {}) as config:
+        return [entry for entry in config.evaluation.values() if isinstance(entry, DictConfig) and "_target_" in entry]
+
+
+def preset_for(path: str) -> tuple[str, dict[str, Any]]:
+    """Return the option of the group ``model`` for a model, and the settings that it needs besides.
+
+    The name of an option stands for its model; a path or hub name that an option has is that option; anything else
+    is ``auto`` with this path.
+
+    Args:
+        path: Name of an option, folder, file or hub name.
+    """
+    names = [name for name in options_of("model") if name != "base"]
+    if path in names:
+        return path, {}
+    for name in names:
+        if (yaml.safe_load((config_folder() / "model" / f"{name}.yaml").read_text("utf-8")) or {}).get("path") == path:
+            return name, {}
+    return "auto", {"path": path}
