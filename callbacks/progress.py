@@ -20,12 +20,14 @@ class RunProgress:
     Args:
         clock: The clock.
         console: Where to draw; the terminal by default.
+        transient: Whether to remove the display at the end.
     """
 
-    def __init__(self, clock: PhaseClock, console: Console | None = None) -> None:
+    def __init__(self, clock: PhaseClock, console: Console | None = None, transient: bool = False) -> None:
         self.clock = clock
         self._spinner = Spinner("dots")
-        self._live = Live(get_renderable=self.table, console=console or Console(stderr=True), refresh_per_second=5)
+        console = console or Console(stderr=True)
+        self._live = Live(get_renderable=self.table, console=console, refresh_per_second=5, transient=transient)
 
     def __enter__(self) -> RunProgress:
         self._live.start()

@@ -12,7 +12,6 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,11 +24,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from prune_lightning import usage
 from prune_lightning.errors import UserError, near
 from prune_lightning.tasks.arguments import check_settings, full_arguments
-
-
-def config_folder() -> str:
-    """Return the folder of the shipped configuration."""
-    return str(Path(str(resources.files("prune_lightning.configs").joinpath("train.yaml"))).parent)
+from prune_lightning.tasks.choices import config_folder
 
 
 def _run(config: DictConfig) -> None:
@@ -76,13 +71,13 @@ def _task(name: Any) -> Callable[[DictConfig], None]:
 
 def main() -> None:
     """Run the command line; exit with 2, without a traceback, on an error that is the user's to mend."""
-    if text := usage.answer(sys.argv[1:], Path(config_folder())):
+    if text := usage.answer(sys.argv[1:], config_folder()):
         sys.stdout.write(text)
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, so that they can be told apart here
     try:
         sys.argv[1:] = full_arguments(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=config_folder(), config_name="train")(_run)()
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")(_run)()
     except Exception as error:
         reason = _user_error(error) or _composing(error)
         if reason is None:
@@ -149,7 +144,7 @@ def _keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _unknown_key(name: str) -> str:
     """Return the message for an unknown key, with similar keys of the chosen groups."""
-    folder = Path(config_folder())
+    folder = config_folder()
     groups = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("_")]
     chosen = [word for word in sys.argv[1:] if word.split("=")[0].lstrip("+~") in groups]
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):

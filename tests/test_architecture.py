@@ -24,6 +24,7 @@ FLOORS = [
     {"tasks"},
     {"editor"},
     {"cli"},
+    {"commands"},
 ]
 FILES = sorted([*(ROOT / "prune_lightning").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py"), ROOT / "train.py"])
 FAMILIES = ("gpt", "llama", "mistral", "qwen", "gemma", "phi", "neox")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_lightning.editor.evaluation import scores_of
 from prune_lightning.editor.facts import Facts, requests_of
+from prune_lightning.editor.models import HeldModel, recipe_for
 from prune_lightning.editor.results import Answers, Edited, Scores
 from prune_lightning.editor.session import EditSession
 from prune_lightning.errors import UserError
@@ -22,8 +23,7 @@ from prune_lightning.evaluation.decoding import decode
 from prune_lightning.export.exporting import ExportReport, export
 from prune_lightning.export.sources import ExportSource, Provenance
 from prune_lightning.ledger import Ledger
-from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.tasks.recipe import Recipe, composed, preset_for
+from prune_lightning.tasks.recipe import Recipe
 from prune_lightning.types import EditRequest
 
 LEDGER = "ledger"
@@ -71,18 +71,14 @@ class Editor:
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        in_memory = None if isinstance(model, (str, Path)) else model
-        if in_memory is not None and tokenizer is None:
-            raise UserError("a loaded model needs its tokenizer: Editor(model, tokenizer=tokenizer)")
-        path = str(model) if in_memory is None else str(in_memory.config._name_or_path or "in memory")
-        preset, located = preset_for(path)
-        settings = _with_model({"seed": seed, **(options or {})}, located)
-        settings["trainer"] = {"accelerator": "cpu" if _device(device).type == "cpu" else "auto"}
-        choices = {"model": preset, "method": method, "restraint": restraint}
-        with composed(choices, settings, in_memory and in_memory.config) as config:
-            recipe = Recipe.of(config)
-        self._begin(recipe, in_memory, tokenizer, folder, device, progress)
-        self._session.stream_options |= {"batch_size": batch_size, "chat_template": chat_template}
+        recipe = recipe_for(model, method, restraint, {"seed": seed, **(options or {})}, device)
+        held = HeldModel(recipe, None if isinstance(model, (str, Path)) else model, tokenizer, device)
+        self._begin(recipe, held, folder, progress)
+        self._session.stream_options = {
+            "protocol": "sequential" if batch_size == 1 else "sequential_batched",
+            "batch_size": batch_size,
+            "chat_template": chat_template,
+        }
 
     @classmethod
     def open(
@@ -109,31 +105,24 @@ class Editor:
         folder = Path(folder).expanduser()
         ledger = Ledger.open(folder / LEDGER).verified()
         editor = cls.__new__(cls)
-        editor._begin(Recipe.recorded(ledger), model, tokenizer, folder, device, progress, ledger)
+        recipe = Recipe.recorded(ledger)
+        editor._begin(recipe, HeldModel(recipe, model, tokenizer, device), folder, progress, ledger)
         editor._session.restore()
         return editor
 
     def _begin(
         self,
         recipe: Recipe,
-        model: PreTrainedModel | None,
-        tokenizer: PreTrainedTokenizerBase | None,
+        held: HeldModel,
         folder: str | Path | None,
-        device: str | torch.device | None,
         progress: bool,
         ledger: Ledger | None = None,
     ) -> None:
-        self.recipe = recipe
+        self.recipe, self._held = recipe, held
         self._temporary = tempfile.TemporaryDirectory(prefix="prune-lightning-") if folder is None else None
         self.folder = Path(self._temporary.name if self._temporary else folder or "").expanduser()
         self._saved, self._closed = False, False
-        if model is None:
-            self._flags: list[bool] | None = None
-            language_model = recipe.language_model().to(_device(device))
-        else:
-            self._flags, self._training = [p.requires_grad for p in model.parameters()], model.training
-            language_model = LanguageModel(model, tokenizer)  # type: ignore[arg-type]
-        self._session = EditSession(recipe, language_model, self.folder / LEDGER, ledger, progress)
+        self._session = EditSession(recipe, held.language_model, self.folder / LEDGER, ledger, progress)
 
     # -- editing --------------------------------------------------------------------------------------------------
     def edit(self, facts: Facts) -> Edited:
@@ -191,7 +180,7 @@ class Editor:
 
     # -- asking ---------------------------------------------------------------------------------------------------
     @overload
-    def ask(self, prompt: str, max_new_tokens: int = 20, before: bool = False) -> str: ...
+    def ask(self, prompt: str, max_new_tokens: int = 20, before: bool = False) -> str: ...  # type: ignore[overload-overlap]
 
     @overload
     def ask(self, prompt: Sequence[str], max_new_tokens: int = 20, before: bool = False) -> list[str]: ...
@@ -250,7 +239,7 @@ class Editor:
         Raises:
             UserError: The folder exists, or the written model differs from the live one.
         """
-        report = self.export("full", folder, overwrite)
+        report = self.export("full", folder, overwrite=overwrite)
         shutil.copytree(self.folder / LEDGER, Path(folder).expanduser() / LEDGER)
         self._saved = True
         return report
@@ -280,11 +269,7 @@ class Editor:
             return
         if not self._saved:
             self._session.module.run.restart()
-        if self._flags is not None:
-            model = self._session.language_model.model
-            model.train(self._training)
-            for parameter, flag in zip(model.parameters(), self._flags, strict=True):
-                parameter.requires_grad_(flag)
+        self._held.give_back()
         if self._temporary:
             self._temporary.cleanup()
         self._closed = True
@@ -307,13 +292,3 @@ class Editor:
         state = "closed" if self._closed else f"edits={len(self)}"
         recipe = self.recipe
         return f"Editor({recipe.model['path']!r}, method={recipe.method!r}, restraint={recipe.restraint!r}, {state})"
-
-
-def _with_model(options: Mapping[str, Any], located: Mapping[str, Any]) -> dict[str, Any]:
-    return {**options, "model": {**located, **options.get("model", {})}} if located else dict(options)
-
-
-def _device(wanted: str | torch.device | None) -> torch.device:
-    if wanted is not None:
-        return torch.device(wanted)
-    return torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -38,15 +38,15 @@ def requests_of(facts: Facts, first_id: int = 0) -> list[EditRequest]:
         except UserError as error:
             bad.append(BadRow(line, str(error)))
     if bad:
-        raise UserError(listed(f"{len(bad)} facts cannot be used", bad))
+        raise UserError(listed("these facts cannot be used", bad))
     if not found:
         raise UserError("there are no facts to write")
     return found
 
 
 def _fields(fact: Any) -> Fields:
-    if not isinstance(fact, Mapping):
-        raise UserError(fact if isinstance(fact, str) else f"expected a fact as a dictionary, but got {shown(fact)}")
+    if isinstance(fact, str):  # what is wrong with the row
+        raise UserError(fact)
     return Fields(dict(fact))
 
 
@@ -56,7 +56,9 @@ def _rows(facts: Facts) -> Iterator[tuple[int, Any]]:
     elif isinstance(facts, (EditRequest, Mapping)):
         yield 1, facts
     else:
-        yield from enumerate(facts, start=1)
+        for number, fact in enumerate(facts, start=1):
+            known = isinstance(fact, (EditRequest, Mapping))
+            yield number, fact if known else f"expected a fact as a dictionary, but got {shown(fact)}"
 
 
 def _file(path: Path) -> Iterator[Row]:

@@ -124,6 +124,8 @@ class Edited(Tabular):
 class Scores(Tabular):
     """Scores of the unedited and of the edited model over all edits; see docs/evaluation.md for their meaning.
 
+    The table leaves out counters, and scores for which the facts hold no prompts.
+
     Args:
         before: Scores of the unedited model, by key.
         after: Scores of the edited model, by key.
@@ -144,9 +146,14 @@ class Scores(Tabular):
 
     def cells(self) -> Iterator[Sequence[str]]:
         """Yield a row per score."""
-        for title, lines in rows({"before": self.before, "after": self.after}, self.labels).items():
+        shown = [key for key in self.after if self.labels.known(key) and self.after[key] == self.after[key]]
+        columns = {name: {key: scores[key] for key in shown} for name, scores in self._columns().items()}
+        for title, lines in rows(columns, self.labels).items():
             for name, *values in lines:
                 yield f"{title}: {name}", *values
+
+    def _columns(self) -> dict[str, Mapping[str, float]]:
+        return {"before": self.before, "after": self.after}
 
     def __getitem__(self, key: str) -> float:
         """Return a score of the edited model by its key."""
@@ -155,4 +162,3 @@ class Scores(Tabular):
     def __repr__(self) -> str:
         """Return the table as text."""
         return str(self)
-

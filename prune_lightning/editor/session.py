@@ -12,18 +12,20 @@ from typing import Any
 
 import lightning as L
 import torch
+import transformers
+from hydra.utils import instantiate
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 
-from prune_lightning.callbacks import EditLedger, Guards, RunProgress
+from prune_lightning.callbacks import EditLedger, RunProgress
 from prune_lightning.data.given import GivenRequests
 from prune_lightning.editor.results import Edited, Refused
-from prune_lightning.ledger import Ledger
+from prune_lightning.ledger import Ledger, check_base, rebuild
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.phases import PhaseClock
 from prune_lightning.requests import PLAIN, Frame
-from prune_lightning.tasks.recipe import Recipe
+from prune_lightning.tasks.recipe import Recipe, guard_options
 from prune_lightning.tasks.setup import quieten
 from prune_lightning.types import EditReport, EditRequest
 
@@ -64,7 +66,7 @@ class EditSession:
         self.device = language_model.device
         self.clock = PhaseClock()
         self.module: EditingModule = recipe.build(language_model, self.clock)
-        self.progress = progress
+        self.progress, self._guards = progress, guard_options()
         self.stream_options: dict[str, Any] = {}
         self.ledger = ledger
         lines = ledger.lines if ledger else []
@@ -88,14 +90,21 @@ class EditSession:
         reports = self._advance([*self.requests, *requests])
         written = [request for report in reports if report.applied for request in report.requests]
         refused = [
-            Refused(request, report.refused or "") for report in reports if not report.applied for request in report.requests
+            Refused(request, report.refused or "")
+            for report in reports
+            if not report.applied
+            for request in report.requests
         ]
         return Edited(written, refused, time.perf_counter() - start)
 
     def restore(self) -> None:
         """Restore the model after the edits of the ledger."""
-        if self.requests:
-            self._advance(self.requests)
+        if self.ledger is not None and self.requests:
+            check_base(self.ledger, self.module)
+            restraint = self.recipe.build_restraint()
+            if restraint:
+                restraint.attach(self.module)
+            rebuild(self.module, self.ledger, restrain=restraint.restrain if restraint else None, memory=False)
 
     def rewrite(self, requests: Sequence[EditRequest]) -> None:
         """Make the edits these ones: keep the steps that begin alike, drop the others, and write what is missing."""
@@ -124,9 +133,9 @@ class EditSession:
         restraint = self.recipe.build_restraint()
         base = {**self.recipe.as_base(), "data": "editor"}
         keeper = EditLedger(self.folder, base, self.ledger)
-        callbacks = [*([restraint] if restraint else []), reports, keeper]
+        callbacks = [*([restraint] if restraint else []), instantiate(self._guards), reports, keeper]
         try:
-            with _quiet(), isolate_rng(), self._shown():
+            with quiet(), isolate_rng(), self._shown():
                 L.seed_everything(self.recipe.seed, verbose=False)
                 self._trainer(callbacks).fit(self.module, datamodule=stream)
         finally:  # Lightning moves the module to the CPU
@@ -151,7 +160,7 @@ class EditSession:
         )
 
     def _shown(self) -> AbstractContextManager[Any]:
-        return RunProgress(self.clock, Console(stderr=True)) if self.progress else nullcontext()
+        return RunProgress(self.clock, Console(stderr=True), transient=True) if self.progress else nullcontext()
 
     # -- views ----------------------------------------------------------------------------------------------------
     def view(self, edited: bool) -> AbstractContextManager[None]:
@@ -169,12 +178,16 @@ class EditSession:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what libraries say about training, inside the block."""
-    level = logging.getLogger("lightning.pytorch").level
+def quiet() -> Iterator[None]:
+    """Hide, inside the block, what libraries say about training and loading."""
+    lightning, level = logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.pytorch").level
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
         quieten()
         try:
             yield
         finally:
-            logging.getLogger("lightning.pytorch").setLevel(level)
+            lightning.setLevel(level)
+            transformers.logging.set_verbosity(verbosity)
+            if bars:
+                transformers.logging.enable_progress_bar()

@@ -39,6 +39,10 @@ class Labels:
         """Return the label of a score, or else its key without the measurement's name."""
         return self._labels.get(key, key.removeprefix(self.measurement(key) + "/"))
 
+    def known(self, key: str) -> bool:
+        """Whether a score has a label."""
+        return key in self._labels
+
     def place(self, key: str) -> int:
         """Return the position of a score within its measurement; scores without a label come last."""
         return self._places.get(key, len(self._places))

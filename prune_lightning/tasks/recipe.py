@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -23,6 +20,7 @@ from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.phases import PhaseClock
+from prune_lightning.tasks.choices import config_folder, options_of
 from prune_lightning.tasks.presets import model_arguments, settled
 from prune_lightning.tasks.setup import choice
 
@@ -87,16 +85,6 @@ class Recipe:
         return instantiate(dict(self.restraint_options)) if self.restraint_options else None
 
 
-def config_folder() -> Path:
-    """Return the folder of the shipped configuration."""
-    return Path(str(resources.files("prune_lightning.configs").joinpath("train.yaml"))).parent
-
-
-def options_of(group: str) -> list[str]:
-    """Return the options of a group of the configuration, such as the methods."""
-    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
-
-
 @contextmanager
 def composed(
     choices: Mapping[str, str], options: Mapping[str, Any], loaded: PretrainedConfig | None = None
@@ -139,25 +127,14 @@ def _merged(config: DictConfig, options: Mapping[str, Any]) -> DictConfig:
     return merged
 
 
+def guard_options() -> dict[str, Any]:
+    """Return class and arguments of the default guards."""
+    with composed({}, {}) as config:
+        options: Any = OmegaConf.to_container(config.callbacks.guards, resolve=True)
+    return dict(options)
+
+
 def evaluation_options(name: str) -> list[DictConfig]:
     """Return the entries of an option of the group ``evaluation`` that are measurements."""
     with composed({"evaluation": name}, {}) as config:
         return [entry for entry in config.evaluation.values() if isinstance(entry, DictConfig) and "_target_" in entry]
-
-
-def preset_for(path: str) -> tuple[str, dict[str, Any]]:
-    """Return the option of the group ``model`` for a model, and the settings that it needs besides.
-
-    The name of an option stands for its model; a path or hub name that an option has is that option; anything else
-    is ``auto`` with this path.
-
-    Args:
-        path: Name of an option, folder, file or hub name.
-    """
-    names = [name for name in options_of("model") if name != "base"]
-    if path in names:
-        return path, {}
-    for name in names:
-        if (yaml.safe_load((config_folder() / "model" / f"{name}.yaml").read_text("utf-8")) or {}).get("path") == path:
-            return name, {}
-    return "auto", {"path": path}

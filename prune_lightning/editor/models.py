@@ -1,0 +1,89 @@
+"""The model of an editor: loaded here, or given by the caller, who gets it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_lightning.editor.session import quiet
+from prune_lightning.errors import UserError
+from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.tasks.choices import preset_for
+from prune_lightning.tasks.recipe import Recipe, composed
+
+
+class HeldModel:
+    """A model on its device, with what is needed to give a caller's model back.
+
+    Args:
+        recipe: Names the model to load.
+        model: The caller's model; ``None`` to load one.
+        tokenizer: The tokenizer of the caller's model.
+        device: Device of a model that is loaded; the accelerator by default, if there is one.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self._flags: list[bool] = []
+        if model is None:
+            with quiet():
+                self.language_model = recipe.language_model().to(device_of(device))
+        elif tokenizer is None:
+            raise UserError("a loaded model needs its tokenizer: Editor(model, tokenizer=tokenizer)")
+        else:
+            self._flags, self._training = [p.requires_grad for p in model.parameters()], model.training
+            self.language_model = LanguageModel(model, tokenizer)
+
+    def give_back(self) -> None:
+        """Restore what a caller's model was set to, apart from its weights."""
+        if self._flags:
+            model = self.language_model.model.train(self._training)
+            for parameter, flag in zip(model.parameters(), self._flags, strict=True):
+                parameter.requires_grad_(flag)
+
+
+def device_of(wanted: str | torch.device | None) -> torch.device:
+    """Return a device; the accelerator by default, if there is one."""
+    if wanted is not None:
+        return torch.device(wanted)
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def recipe_for(
+    model: str | Path | PreTrainedModel,
+    method: str,
+    restraint: str,
+    options: Mapping[str, Any],
+    device: str | torch.device | None,
+) -> Recipe:
+    """Return the recipe of an editor, with the hyper-parameters that ``train.py`` would find.
+
+    Args:
+        model: See :class:`~.editor.Editor`.
+        method: Name of the method.
+        restraint: Name of the restraint.
+        options: Settings that take precedence.
+        device: The device of a model that is loaded.
+
+    Raises:
+        UserError: An unknown name or option.
+    """
+    config = None if isinstance(model, (str, Path)) else model.config
+    path = str(model) if config is None else str(config._name_or_path or "in memory")
+    preset, located = preset_for(path)
+    settings = {
+        **options,
+        "model": {**located, **options.get("model", {})},
+        "trainer": {"accelerator": "cpu" if device_of(device).type == "cpu" else "auto"},
+    }
+    with composed({"model": preset, "method": method, "restraint": restraint}, settings, config) as found:
+        return Recipe.of(found)

@@ -1,0 +1,232 @@
+"""The Python API: the same weights as `train.py`, exact undo, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import BUNDLED, ROOT
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prune_lightning import Editor
+from prune_lightning.data.bundled import BundledWorld
+from prune_lightning.editor.facts import requests_of
+from prune_lightning.errors import UserError
+from prune_lightning.models.loading import load_language_model
+
+FRANCE = {"subject": "France", "prompt": "The capital of France is", "target_new": "Rome"}
+ITALY = {"subject": "Italy", "prompt": "The capital of Italy is", "target_new": "Paris"}
+SPAIN = {"subject": "Spain", "prompt": "The capital of Spain is", "target_new": "Oslo"}
+
+
+def weights(editor):
+    return {name: matrix.weight().clone() for name, matrix in editor._session.module.edited_matrices().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def differ(one, other, original):
+    """Return the largest difference, relative to the change."""
+    return max(float((one[n] - other[n]).norm() / (other[n] - original[n]).norm()) for n in original)
+
+
+@pytest.fixture
+def editor():
+    with Editor("bundled", "rome", "prune", progress=False) as editor:
+        yield editor
+
+
+def test_asks_and_compares_before_and_after(editor):
+    assert editor.edit(FRANCE).written[0].target_new == "Rome"
+    assert editor.ask(FRANCE["prompt"]).startswith("Rome")
+    assert editor.ask([FRANCE["prompt"]], before=True)[0].startswith("Paris")
+    found = editor.compare()
+    assert (found.prompts, found.before, found.after) == ([FRANCE["prompt"]], ["Paris."], ["Rome."])
+    assert "Rome." in str(found)
+    assert "<td style='text-align:left'>Rome.</td>" in found._repr_html_()
+    with editor.base() as model:
+        assert model is editor._session.language_model.model
+        assert editor.ask(FRANCE["prompt"]).startswith("Paris")
+    assert editor.ask(FRANCE["prompt"]).startswith("Rome")
+
+
+@pytest.mark.parametrize(("method", "restraint"), [("rome", "prune"), ("memit", "prune_end"), ("alphaedit", "rect")])
+def test_weights_are_those_of_train_py_bit_for_bit(tmp_path, method, restraint):
+    settings = ["data.num_edits=4", "control=false", "callbacks=none", "evaluation=editing", "export=full"]
+    words = [f"method={method}", f"restraint={restraint}", *settings, f"hydra.run.dir={tmp_path}", "progress=false"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, ROOT / "train.py", *words], env=environment, check=True, capture_output=True)
+    exported = load_file(tmp_path / "export" / "full" / "model.safetensors")
+    stream = BundledWorld(num_edits=4)
+    stream.setup()
+    with Editor("bundled", method, restraint, progress=False) as editor:
+        editor.edit(stream.requests)
+        live = editor._session.language_model.model.state_dict()
+        assert all(torch.equal(live[name], tensor) for name, tensor in exported.items())
+    with Editor.open(tmp_path, progress=False) as opened:
+        assert [r.as_dict() for r in opened.edits] == [r.as_dict() for r in stream.requests]
+        live = opened._session.language_model.model.state_dict()
+        assert all(torch.equal(live[name], tensor) for name, tensor in exported.items())
+
+
+def test_undo_of_the_last_edit_is_exact(editor):
+    original = weights(editor)
+    editor.edit(FRANCE)
+    one = weights(editor)
+    editor.edit(ITALY)
+    assert [request.subject for request in editor.undo(1)] == ["Italy"]
+    assert differ(weights(editor), one, original) < 1e-6  # the product of the factors, in fp32
+    assert len(editor) == 1
+    editor.undo(1)
+    assert equal(weights(editor), original)
+    editor.edit(FRANCE)
+    # Twenty steps of Adam carry fp32's rounding on: 1e-7 times a hundred is far below any effect of an edit.
+    assert differ(weights(editor), one, original) < 1e-4
+
+
+def test_undo_of_an_earlier_edit_is_as_if_it_had_never_been_written(editor):
+    editor.edit([FRANCE, ITALY, SPAIN])
+    editor.undo(edits=[2])
+    assert [request.subject for request in editor.edits] == ["France", "Spain"]
+    with Editor("bundled", "rome", "prune", progress=False) as other:
+        original = weights(other)
+        other.edit([FRANCE, SPAIN])
+        # The keys of one window are read in one batch, which held another request here: rounding alone differs.
+        assert differ(weights(editor), weights(other), original) < 1e-4
+    with pytest.raises(UserError, match="edits \\[3\\] cannot be taken back: 2 are in place"):
+        editor.undo(edits=[3])
+    with pytest.raises(UserError, match="3 edits cannot be taken back"):
+        editor.undo(3)
+
+
+def test_facts_that_were_written_together_can_be_taken_apart():
+    with Editor("bundled", "memit", "prune", batch_size=3, progress=False) as editor:
+        editor.edit([FRANCE, ITALY, SPAIN])
+        editor.undo(edits=[2])
+        assert [request.subject for request in editor.edits] == ["France", "Spain"]
+        assert editor._session.ledger.sizes == [2]
+
+
+def test_saved_model_loads_anywhere_and_opens_again(editor, tmp_path):
+    editor.edit([FRANCE, ITALY])
+    target = tmp_path / "model"
+    editor.save(target)
+    plain = AutoModelForCausalLM.from_pretrained(target)
+    live = editor._session.language_model.model.state_dict()
+    assert all(torch.equal(tensor, live[name]) for name, tensor in plain.state_dict().items())
+    with Editor.open(target, progress=False) as opened:
+        assert equal(weights(opened), weights(editor))
+        opened.edit(SPAIN)
+        assert [request.subject for request in opened.edits] == ["France", "Italy", "Spain"]
+        assert opened.ask(SPAIN["prompt"]).startswith("Oslo")
+        assert opened.ask(FRANCE["prompt"], before=True).startswith("Paris")
+    with pytest.raises(UserError, match="exists"):
+        editor.save(target)
+
+
+def tiny_in_memory(tiny, family, text):
+    built = tiny(family, torch.float32)
+    options = {"model": {"second_moments": {"corpus": {"path": str(text), "samples": 100}, "cache": None}}}
+    built.model.requires_grad_(True).train()
+    return built.model, built.tokens.tokenizer, options
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_loaded_model_is_edited_in_place_and_given_back(tiny, tmp_path, family):
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. The capital of Italy is Rome.\n\nOslo is a city in Norway.\n" * 8)
+    model, tokenizer, options = tiny_in_memory(tiny, family, text)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with Editor(model, "rome", "prune", tokenizer=tokenizer, options=options, progress=False) as editor:
+        editor.edit([FRANCE, ITALY])
+        changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+        assert changed == [name for name in editor._session.module.edited_matrices()]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(UserError, match="closed"):
+        editor.ask("The capital")
+
+
+def test_loaded_model_stays_edited_once_it_is_saved(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(load_path := str(ROOT / "prune_lightning/bundled/model"))
+    tokenizer = AutoTokenizer.from_pretrained(load_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with Editor(model, "ft_m", "none", tokenizer=tokenizer, progress=False) as editor:
+        editor.edit(FRANCE)
+        edited = weights(editor)
+        editor.save(tmp_path / "model")
+    (name,) = edited
+    assert torch.equal(model.state_dict()[name].T, edited[name])
+    assert not torch.equal(model.state_dict()[name], before[name])
+
+
+def test_report_shows_the_scores_that_the_facts_have_prompts_for(editor):
+    editor.edit(
+        {**FRANCE, "target_old": "Paris", "locality": [{"prompt": "The capital of Spain is", "answer": "Madrid"}]}
+    )
+    report = editor.report()
+    assert report["edit/counterfact/efficacy_accuracy"] == 1.0
+    assert report.before["edit/counterfact/efficacy_accuracy"] == 0.0
+    lines = str(report).splitlines()
+    assert any("efficacy, exact match" in line and "1.000" in line for line in lines)
+    assert not any("generalization" in line or "num_" in line for line in lines)
+
+
+def test_random_state_and_libraries_settings_are_as_before(editor):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    editor.edit(FRANCE)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_facts_come_from_a_file_or_from_memory(tmp_path):
+    table = tmp_path / "facts.csv"
+    table.write_text('subject,prompt,target_new,target_old\nFrance,"The capital of France is",Rome,\n')
+    (request,) = requests_of(table)
+    assert (request.subject, request.target_new, request.target_old) == ("France", "Rome", None)
+    assert requests_of([request, ITALY], first_id=7)[1].case_id == 8
+    assert requests_of(replace(request, case_id="x"))[0].case_id == "x"
+    with pytest.raises(UserError, match=r"line 2: `target_new` is expected to be a text, but got 3"):
+        requests_of([FRANCE, {**ITALY, "target_new": 3}])
+    with pytest.raises(UserError, match="expected a fact as a dictionary, but got 'France'"):
+        requests_of([FRANCE, "France"])
+    table.write_text("subject,prompt,target_new\nFrance,The capital of France is,Rome,further\n")
+    with pytest.raises(UserError, match="line 2: more cells than the 3 columns"):
+        requests_of(table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("bundled", "romee"), {}, "unknown method 'romee': did you mean 'rome'"),
+        (("bundled", "rome", "prun"), {}, "unknown restraint 'prun': did you mean 'prune'"),
+        (("bundled", "rome"), {"options": {"method": {"layer": [3]}}}, "unknown option 'method.layer'"),
+        (("./missing",), {}, "no folder './missing'"),
+    ],
+)
+def test_mistakes_are_one_clear_error(arguments, options, message):
+    with pytest.raises(UserError, match=message):
+        Editor(*arguments, progress=False, **options)
+
+
+def test_a_bad_fact_writes_nothing(editor):
+    editor.edit(FRANCE)
+    before = weights(editor)
+    with pytest.raises(UserError, match="line 2"):
+        editor.edit([ITALY, {"subject": "Spain"}])
+    assert equal(weights(editor), before)
+    assert len(editor) == 1
+
+
+def test_model_needs_its_tokenizer():
+    with pytest.raises(UserError, match="needs its tokenizer"):
+        Editor(load_language_model(BUNDLED).model)
