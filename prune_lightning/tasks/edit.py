@@ -26,7 +26,8 @@ from prune_lightning.report.summary import RunSummary
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.edit_report import report
 from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
-from prune_lightning.tasks.presets import load_model, model_arguments, model_facts, settled
+from prune_lightning.tasks.presets import load_model, model_facts, settled
+from prune_lightning.tasks.recipe import Recipe
 from prune_lightning.tasks.resuming import check_stream, ledger_to_resume
 from prune_lightning.tasks.setup import (
     build_loggers,
@@ -145,15 +146,7 @@ def _method(config: DictConfig, clock: PhaseClock) -> EditingModule:
 
 
 def _ledger(config: DictConfig, folder: Path, ledger: Ledger | None) -> EditLedger:
-    base = {
-        "model": model_arguments(config),
-        "method": choice("method"),
-        "restraint": choice("restraint"),
-        "data": choice("data"),
-        "seed": config.seed,
-        "method_options": OmegaConf.to_container(config.method, resolve=True),
-        "restraint_options": OmegaConf.to_container(config.restraint, resolve=True) if config.restraint else None,
-    }
+    base = {**Recipe.of(config).as_base(), "data": choice("data")}
     return EditLedger(folder / "ledger", base, ledger, config.snapshot_every)
 
 
