@@ -255,7 +255,7 @@ class EditEvaluation(L.Callback):
 
 def _trajectories(evaluator: Evaluator) -> dict[str, Any]:
     """Return figures of the stream as a whole, such as half-lives, beyond the scores of each evaluation."""
-    abilities = {}
+    abilities: dict[str, float] = {}
     for name, tasks in evaluator.retention.tasks.items():
         abilities |= {f"{name}/retention": 0.0} | {f"{name}/{task}": chance for task, chance in tasks.items()}
     return {

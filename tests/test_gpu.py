@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from types import SimpleNamespace
 
 import distributed_metrics
 import pytest
@@ -296,10 +295,7 @@ def test_the_step_of_a_collapse_is_found(here, place, dtype, tmp_path):
     at = next(step for step, value in enumerate(kept) if value <= 0.013)
     scaled = [min(1.0, 0.5 * value / kept[at]) for value in kept]
     curve = [{"num_requests": n, "ability/near/retention": scaled[n]} for n in (0, at - 2, at + 3, at + 6, 20)]
-    evaluation = SimpleNamespace(
-        measurements=[test_ledger.Distance(base)], curve=curve,
-        evaluator=SimpleNamespace(baseline={"ability/near/near": 2 * kept[at]}),
-    )  # fmt: skip
+    evaluation = test_ledger.evaluated(test_ledger.Distance(base), curve, 2 * kept[at])
     fresh = test_ledger.CaseEdits(rounded("llama", dtype, dtype, place.device), [1])
     assert bisect_collapses(fresh, Ledger.open(tmp_path), evaluation, None) == {"ability/near/retention": at}
     assert torch.equal(fresh.matrix().weight(), keep.weights[-1])

@@ -34,6 +34,7 @@ from prune_lightning.callbacks import PRUNE, RECT, EditLedger
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.measurement import Measured, Measurement
+from prune_lightning.evaluation.retention import Retention
 from prune_lightning.export.__main__ import main
 from prune_lightning.export.delta import apply_delta
 from prune_lightning.export.sources import load_run
@@ -308,6 +309,14 @@ class Distance(Measurement):
         return {"near": lambda: Measured({"near": 1 / (1 + moved)})}
 
 
+def evaluated(measurement, curve, before):
+    """Return the evaluation of a stream whose unedited model scored ``before``."""
+    retained = Retention()
+    retained.decide([measurement], {"ability/near/near": before}, {})
+    evaluator = SimpleNamespace(baseline={"ability/near/near": before}, retention=retained)
+    return SimpleNamespace(measurements=[measurement], curve=curve, evaluator=evaluator)
+
+
 def test_the_step_of_a_collapse_is_found_between_two_looks(tiny, tmp_path):
     weights = written(tiny, tmp_path, edits(40)).weights
     module = fresh(tiny)
@@ -318,9 +327,7 @@ def test_the_step_of_a_collapse_is_found_between_two_looks(tiny, tmp_path):
     curve = [
         {"num_requests": n, "ability/near/retention": scaled[n]} for n in (0, at - 1 - (at > 3), at + 3, at + 6, 40)
     ]
-    baseline = {"ability/near/near": 2 * kept[at]}
-    evaluator = SimpleNamespace(baseline=baseline, retention=SimpleNamespace(tasks={"ability/near": {"near": 0.0}}))
-    evaluation = SimpleNamespace(measurements=[measurement], curve=curve, evaluator=evaluator)
+    evaluation = evaluated(measurement, curve, 2 * kept[at])
     assert bisect_collapses(module, Ledger.open(tmp_path), evaluation, None) == {"ability/near/retention": at}
     assert torch.equal(module.matrix().weight(), weights[-1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from prune_lightning.text.separators import TextPair
 from prune_lightning.types import EditRequest
 
 Pairs = list[TextPair]
+T = TypeVar("T")
 
 
 def edit_pair(request: EditRequest) -> Pairs:
@@ -78,8 +80,8 @@ class SampledMeasurement(EditingMeasurement):
         return {place: request for place, request in cases.items() if place in places}
 
 
-def spread(places: Sequence[int], count: int | None) -> list[int]:
-    """Return ``count`` evenly spread indices, including the first and the last.
+def spread(places: Sequence[T], count: int | None) -> list[T]:
+    """Return ``count`` evenly spread places, including the first and the last; ``None`` for all.
 
     >>> spread(range(10), 4)
     [0, 3, 6, 9]
