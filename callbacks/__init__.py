@@ -14,6 +14,7 @@ from .restraint import Restraint
 from .run_log import RunLog
 from .spectral_restraint import SpectralRestraint
 from .spectrum_monitor import SpectrumMonitor, spectra
+from .subspace_filter import SubspaceFilter
 
 __all__ = [
     "PRUNE",
@@ -27,5 +28,6 @@ __all__ = [
     "RunProgress",
     "SpectralRestraint",
     "SpectrumMonitor",
+    "SubspaceFilter",
     "spectra",
 ]

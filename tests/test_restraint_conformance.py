@@ -103,6 +103,19 @@ def mask(step, before, keep):
     return result.view_as(step)
 
 
+def filtered(name, change, original):
+    """Full SVD of the original, its leading directions taken out of the change on one side or both."""
+    rows, strength = (original, 1.0) if name == "revive" else (original / (original.norm(dim=1, keepdim=True) + 1e-8), 0.8)
+    left, sigma, right = torch.linalg.svd(rows)
+    count, held = 0, 0.0
+    while held < 0.5 * float(sigma.square().sum()):
+        held, count = held + float(sigma[count]) ** 2, count + 1
+    assert 1 < count < len(sigma) / 2
+    one = torch.eye(len(original), dtype=torch.float64)
+    outputs = one - left[:, :count] @ left[:, :count].T if name == "revive" else one
+    return outputs @ change @ (one - strength * right[:count].T @ right[:count])
+
+
 def spectral(original, layer, law, guard, due, accumulate):
     """Return the weights after every step if the law is applied after the steps that are ``due``, and those of the end.
 
@@ -139,6 +152,11 @@ def test_as_configured(name, tiny):
             for step in range(STEPS):
                 kept = mask(update(layer, step), original + change, keep=0.2) if name == "rect" else 1
                 change = change + update(layer, step) * kept
+                expected.append(original + change)
+            final, views = expected[-1], expected
+        elif name in ("revive", "sphere"):
+            for step in range(STEPS):
+                change = change + filtered(name, update(layer, step), original)
                 expected.append(original + change)
             final, views = expected[-1], expected
         else:

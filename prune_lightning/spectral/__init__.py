@@ -21,6 +21,7 @@ from prune_lightning.spectral.laws import (
 )
 from prune_lightning.spectral.matrices import HasEditedMatrices, RestrainedMatrix
 from prune_lightning.spectral.restrain import SpectralCorrection, restrain_, restrained, spectral_correction
+from prune_lightning.spectral.subspace import Subspace, leading_directions
 from prune_lightning.spectral.triplets import NonFiniteChange, Triplets, triplets_above
 
 __all__ = [
@@ -37,9 +38,11 @@ __all__ = [
     "RestraintLaw",
     "ScaleFreeLogarithm",
     "SpectralCorrection",
+    "Subspace",
     "Triplets",
     "condition_number",
     "effective_rank",
+    "leading_directions",
     "perturbation_bound",
     "restrain_",
     "restrained",
