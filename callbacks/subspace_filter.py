@@ -107,6 +107,12 @@ class SubspaceFilter(Restraint):
             self._known[key] = Subspace(left, right, self.strength)
         return self._known[key]
 
+    @property
+    @override
+    def withholds(self) -> bool:
+        """Always."""
+        return True
+
     @override
     def restrain(self, matrix: RestrainedMatrix) -> None:
         """Withhold from the weight what the filter takes out of the sum of all steps."""

@@ -18,7 +18,7 @@ from test_edit_run import run
 from test_ledger import RESTRAINTS, CaseEdits, fresh, written
 from test_reference_editors import TOLERANCE, batches, build, by_hand, distance
 from test_restraint import BASE, edits, fit
-from test_restraint_conformance import law_applied, mask
+from test_restraint_conformance import filtered, law_applied, mask
 from torch.utils.data import DataLoader
 
 from prune_lightning.callbacks import PRUNE, EditLedger
@@ -49,6 +49,10 @@ def dense(name: str, original: torch.Tensor, cases: list[int]) -> torch.Tensor:
             shown = change
         elif name == "prune restrained":
             change = shown = law_applied(change, original, law, guard=True)
+        elif name == "revive" or (name == "sphere" and (last or place % 3 == 0)):
+            shown = filtered(name, change, original)
+        elif name == "sphere":
+            continue
         elif name == "prune" or last or (name == "prune every 3" and place % 3 == 0):
             shown = law_applied(change, original, law, guard=True)
     return original + shown
@@ -92,7 +96,7 @@ def test_a_stream_without_some_edits_leaves_the_dense_sum_of_the_others(name, ti
     assert close(module.matrix().weight(), dense(name, original, kept), original)
 
 
-@pytest.mark.parametrize("restraint", ["prune", "prune restrained"])
+@pytest.mark.parametrize("restraint", ["prune", "prune restrained", "revive"])
 def test_a_step_that_is_taken_back_leaves_the_dense_sum_of_the_others(restraint, tiny):
     class TakeBackThird(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
