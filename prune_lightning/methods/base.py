@@ -169,6 +169,15 @@ class EditingModule(L.LightningModule, ABC):
                 for parameter, value in zip(parameters, saved, strict=True):
                     parameter.copy_(value)
 
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Restore the unedited model inside the block, then the edited one, bit for bit."""
+        with self.provisional():
+            with torch.no_grad():
+                for matrix in self.edited_matrices().values():
+                    matrix.weight().copy_(matrix.original())
+            yield
+
     def edit(self, requests: Sequence[EditRequest]) -> EditReport:
         """Compute the update of some requests and write it, unless it is refused.
 
