@@ -7,6 +7,7 @@ from .edit_evaluation import EditEvaluation
 from .edit_ledger import EditLedger
 from .edit_log import EditLog
 from .guards import Guards
+from .low_curvature import LowCurvature
 from .progress import RunProgress
 from .prune import PRUNE
 from .rect import RECT
@@ -23,6 +24,7 @@ __all__ = [
     "EditLedger",
     "EditLog",
     "Guards",
+    "LowCurvature",
     "Restraint",
     "RunLog",
     "RunProgress",

@@ -87,6 +87,9 @@ class Restraint(L.Callback, ABC):
         """Return figures of the latest restraint, by name."""
         return {}
 
+    def before_step(self) -> None:
+        """Prepare for a step of an optimizer, with the gradients in place; only some restraints of gradients do."""
+
     def cost(self, changes: Changes) -> RestraintCost:
         """Return the estimated cost: dense copies of one matrix, unless a subclass overrides it."""
         return plain_restraint(changes)

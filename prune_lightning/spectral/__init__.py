@@ -1,6 +1,7 @@
 """Singular values: restraint laws, restraining a matrix, and diagnostics, on plain tensors without Lightning."""
 
 from prune_lightning.spectral.accumulated import AccumulatedChange
+from prune_lightning.spectral.curvature import LowCurvatureSpace
 from prune_lightning.spectral.diagnostics import (
     condition_number,
     effective_rank,
@@ -33,6 +34,7 @@ __all__ = [
     "Identity",
     "Linear",
     "Logarithm",
+    "LowCurvatureSpace",
     "NonFiniteChange",
     "RestrainedMatrix",
     "RestraintLaw",
