@@ -122,9 +122,7 @@ class LowCurvature(Restraint):
                     matrix.write_gradient(self._project(name, gradient))
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Project the gradients of a module that is no editing method."""
         self.before_step()
 

@@ -155,7 +155,9 @@ class SubspaceFilter(Restraint):
             halfway = changes.halfway[i] if changes.halfway else None
             times = 2.0 * m * n if halfway is None else 2.0 * (m + n) * halfway
             rank = two * min(directions, halfway or directions)
-            work = work + Work(2.0 * m * n * rank, 3.0 * m * n * changes.entry, 20, flops64=2 * two * times * directions)
+            work = work + Work(
+                2.0 * m * n * rank, 3.0 * m * n * changes.entry, 20, flops64=2 * two * times * directions
+            )
         steps = {"each": 1.0, "every_n": 1.0 / self.every_n, "end": 0.0}[self.schedule]
         return RestraintCost(memory + largest, work * steps)
 

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from prune_lightning import atomic_files
-from prune_lightning.callbacks import PRUNE, RECT, EditLedger, SubspaceFilter
+from prune_lightning.callbacks import PRUNE, RECT, EditLedger, LowCurvature, SubspaceFilter
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.measurement import Measured, Measurement
@@ -208,6 +208,16 @@ def fresh(tiny, restraint=None):
     return module
 
 
+class Given:
+    """Factors of a curvature that do not depend on the model."""
+
+    def factors(self, module, names):
+        generator = torch.Generator().manual_seed(0)
+        sides = [torch.randn(32, 32, generator=generator, dtype=torch.float64) for _ in range(2)]
+        scale = 0.8 ** torch.arange(32, dtype=torch.float64)
+        return {name: tuple((side * scale) @ side.T for side in sides) for name in names}
+
+
 RESTRAINTS = {
     "none": lambda: None,
     "prune": lambda: PRUNE(BASE),
@@ -216,6 +226,7 @@ RESTRAINTS = {
     "prune end": lambda: PRUNE(BASE, schedule="end"),
     "rect": lambda: RECT(0.2),
     "revive": lambda: SubspaceFilter(),
+    "low curvature": lambda: LowCurvature(Given(), 0.9),
     "sphere": lambda: SubspaceFilter(sides="input", strength=0.8, unit_rows=True, schedule="every_n", every_n=3),
 }
 

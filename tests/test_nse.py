@@ -161,8 +161,7 @@ def test_values_are_those_of_the_original_weights_under_a_restraint_too():
     losses = [detail["losses"] for detail in module.compute_update(batch.requests)[1]]
     assert losses == [detail["losses"] for detail in alone.compute_update(batch.requests)[1]]
     assert all(
-        torch.equal(old, matrix.weight())
-        for old, matrix in zip(before, module.edited_matrices().values(), strict=True)
+        torch.equal(old, matrix.weight()) for old, matrix in zip(before, module.edited_matrices().values(), strict=True)
     )
 
 

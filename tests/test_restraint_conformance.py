@@ -11,7 +11,7 @@ import math
 import lightning as L
 import pytest
 import torch
-from conftest import ROOT, quiet_trainer
+from conftest import ROOT, dense_space, quiet_trainer
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch.utils.data import DataLoader
@@ -65,8 +65,24 @@ class Watch(L.Callback):
 
 def restraint(name: str, *overrides: str):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("train", [f"restraint={name}", *(f"restraint.{override}" for override in overrides)])
+        config = compose(
+            "train",
+            [
+                f"restraint={name}",
+                "model.second_moments.corpus.samples=40",
+                "model.second_moments.shipped=null",
+                *(f"restraint.{override}" for override in overrides),
+            ],
+        )
     return instantiate(config.restraint, _convert_="all") if config.restraint else None
+
+
+def low_curvature(tiny):
+    """Return, by layer, the projection that the configured statistics give, as one dense matrix."""
+    model = tiny("gpt2")
+    names = [model.rewrite_name(layer) for layer in LAYERS]
+    found = restraint("low_curvature").statistics.factors(model, names)
+    return {layer: dense_space(*found[name], 0.99) for layer, name in zip(LAYERS, names, strict=True)}
 
 
 def run(tiny, callback, trainer=quiet_trainer):
@@ -105,7 +121,9 @@ def mask(step, before, keep):
 
 def filtered(name, change, original):
     """Full SVD of the original, its leading directions taken out of the change on one side or both."""
-    rows, strength = (original, 1.0) if name == "revive" else (original / (original.norm(dim=1, keepdim=True) + 1e-8), 0.8)
+    rows, strength = (
+        (original, 1.0) if name == "revive" else (original / (original.norm(dim=1, keepdim=True) + 1e-8), 0.8)
+    )
     left, sigma, right = torch.linalg.svd(rows)
     count, held = 0, 0.0
     while held < 0.5 * float(sigma.square().sum()):
@@ -146,9 +164,15 @@ SCHEDULES = {"each": lambda step: True, "every_n": lambda step: step in (3, 6), 
 @pytest.mark.parametrize("name", NAMES)
 def test_as_configured(name, tiny):
     originals, watch = run(tiny, restraint(name))
+    spaces = low_curvature(tiny) if name == "low_curvature" else {}
     for place, (layer, original) in enumerate(zip(LAYERS, originals, strict=True)):
         expected, change = [], torch.zeros_like(original)
-        if name in ("none", "rect"):
+        if name == "low_curvature":
+            for step in range(STEPS):
+                change = change + spaces[layer](update(layer, step))
+                expected.append(original + change)
+            final, views = expected[-1], expected
+        elif name in ("none", "rect"):
             for step in range(STEPS):
                 kept = mask(update(layer, step), original + change, keep=0.2) if name == "rect" else 1
                 change = change + update(layer, step) * kept

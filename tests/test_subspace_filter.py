@@ -7,13 +7,12 @@ import json
 import lightning as L
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, quiet_trainer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_oracles import GivenMoments, relative
-from test_restraint import Regression, RandomEdits, edits, fit, regression_batches
+from test_restraint import RandomEdits, Regression, edits, fit, regression_batches
 from torch.utils.data import DataLoader
-from conftest import quiet_trainer
 
 from prune_lightning.callbacks import PRUNE, SubspaceFilter
 from prune_lightning.errors import UserError

@@ -118,7 +118,9 @@ class CorpusCurvature:
     def factors(self, module: nn.Module, names: Sequence[str]) -> dict[str, Factors]:
         """Return the factors of down-projections of a :class:`~.language_model.LanguageModel`."""
         if not isinstance(module, LanguageModel) or self.second_moments.corpus is None:
-            raise UserError("CorpusCurvature needs a LanguageModel and second moments with a corpus; see BatchCurvature")
+            raise UserError(
+                "CorpusCurvature needs a LanguageModel and second moments with a corpus; see BatchCurvature"
+            )
         known = {module.rewrite_name(layer): layer for layer in range(module.num_layers)}
         if other := [name for name in names if name not in known]:
             raise UserError(f"there are statistics of down-projections only, not of {other[0]}")
