@@ -141,8 +141,8 @@ class SubspaceFilter(Restraint):
     def cost(self, changes: Changes) -> RestraintCost:
         r"""Return the cost of the directions and of what is taken out, in fp64.
 
-        A share :math:`\tau` of the energy is held by at most :math:`\lceil \tau \min(m, n) \rceil` directions. Each step
-        multiplies them with the factors of the change, or with the dense change, and writes the weight.
+        A share :math:`\tau` of the energy is held by at most :math:`\lceil \tau \min(m, n) \rceil` directions. Each
+        step multiplies them with the factors of the change, or with the dense change, and writes the weight.
         """
         two = 2 if self.sides == "both" else 1
         memory, largest, work = 0.0, 0.0, Work()

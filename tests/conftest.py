@@ -92,7 +92,7 @@ def write(module: EditingModule, requests: Sequence[EditRequest], updates: Mappi
 
 
 def dense_space(outputs: torch.Tensor, inputs: torch.Tensor, share: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the projection into the space of low curvature as one matrix on vectorised changes, from the eigenvectors of the Kronecker product."""
+    """Return the projection into the space of low curvature, from the eigenvectors of the Kronecker product."""
     of_outputs, left = torch.linalg.eigh(outputs)
     of_inputs, right = torch.linalg.eigh(inputs)
     values, vectors = torch.kron(of_outputs, of_inputs), torch.kron(left, right)

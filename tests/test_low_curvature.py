@@ -182,9 +182,7 @@ def test_a_conv1d_is_projected_as_a_linear_layer_is(tiny):
             model.get_parameter(name).add_(change.T)
         callback.after_step(1)
         if isinstance(callback, LowCurvature):
-            outputs, inputs = statistics.factors(model, [name])[name]
-            assert inputs.shape == (32, 32)
-            expected = callback._spaces[name].project(change)
+            expected = dense_space(*statistics.factors(model, [name])[name], SHARE)(change)
         else:
             right = torch.linalg.svd(original)[2][: callback.figures()["num_directions"]]
             expected = change - change @ right.T @ right
@@ -266,7 +264,7 @@ def test_a_resumed_training_keeps_the_space_of_the_originals(project, tmp_path):
 
 @pytest.mark.parametrize("project", ["update", "gradient"])
 def test_under_the_hugging_face_trainer(project, tiny, tmp_path):
-    """It trains with AdamW: a projected update stays in the space, a projected gradient does not."""
+    """Under plain gradient descent both ways stay in the space, and a resumed training in the same one."""
     ids = torch.randint(0, 500, (3, 9), generator=torch.Generator().manual_seed(0))
     statistics = BatchCurvature([{"input_ids": row[None], "labels": row[None]} for row in ids])
     callback = LowCurvature(statistics, SHARE, project, parameters="*.1.mlp.c_proj.weight")
@@ -274,7 +272,8 @@ def test_under_the_hugging_face_trainer(project, tiny, tmp_path):
     ((name, matrix),) = callback.matrices.items()
     change = matrix.delta()
     share = float((change - callback._spaces[name].project(change)).norm() / change.norm())
-    assert share < 1e-10 if project == "update" else share > 0.05
+    assert share < 1e-10
+    assert float(change.norm()) > 1e-3 * float(matrix.original().norm())
     resumed = LowCurvature(BatchCurvature([]), SHARE, project, parameters="*.1.mlp.c_proj.weight")
     train(tiny("gpt2").model, tmp_path, resumed, steps=3, resume=tmp_path / "checkpoint-2")
     assert close(resumed.matrices[name].weight(), matrix.weight(), 1e-9)

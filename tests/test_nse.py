@@ -142,7 +142,7 @@ def test_a_resumed_stream_remembers_the_keys_of_the_batches_before(tmp_path):
 
 
 def test_one_pass_over_all_neurons_of_the_first_batch_is_memit():
-    editor, originals, _ = by_hand("gpt2")
+    _, originals, _ = by_hand("gpt2")
     memit = reference.ReferenceEditor("memit", "gpt2")
     memit.edit(reference.BATCHES[0])
     module = build("gpt2", smallest_residual=0.0, largest_residual=None, passes=1, neuron_share=1.0)

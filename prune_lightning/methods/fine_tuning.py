@@ -161,7 +161,7 @@ class FineTuning(EditingModule):
     def _passes(
         self, requests: Sequence[EditRequest], base: dict[int, Tensor]
     ) -> Iterator[list[tuple[list[int], TargetBatch, WeightProblem]]]:
-        """Yield the batches of every pass, each with the places of its requests; built once unless they are shuffled."""
+        """Yield the batches of every pass with the places of their requests; built once unless they are shuffled."""
         count = len(requests)
         shuffled = self.seed is not None and count > self.batch_size
         # Of its own for every edit, so that a resumed run shuffles as the straight one.

@@ -17,7 +17,8 @@ class LowCurvatureSpace:
     For :math:`y = W a` and :math:`g = \partial L/\partial y`, the curvature of the loss is approximated by
     :math:`S \otimes A` with :math:`A = E[aa^\top]`, :math:`S = E[gg^\top]` (K-FAC). With the eigenvectors of both,
 
-    .. math:: P(X) = U_S\,\bigl((U_S^\top X U_A) \circ M\bigr)\,U_A^\top, \qquad M_{ij} = [\,l_{S,i}\, l_{A,j} < \ell\,],
+    .. math:: P(X) = U_S\,\bigl((U_S^\top X U_A) \circ M\bigr)\,U_A^\top, \qquad
+              M_{ij} = [\,l_{S,i}\, l_{A,j} < \ell\,],
 
     where :math:`\ell` is such that the fewest pairs at or above it hold the share :math:`\gamma` of the curvature.
 

@@ -112,7 +112,7 @@ class Subspace:
         return LowRankUpdate.sum(parts)
 
     def _from_factors(self, left: Tensor, right: Tensor) -> LowRankUpdate:
-        """Return the form whose rank is that of the change :math:`AB^\top` for each side that is filtered."""
+        r"""Return the form whose rank is that of the change :math:`AB^\top` for each side that is filtered."""
         rest = self._without_left(left)
         parts = []
         if self.left is not None:
