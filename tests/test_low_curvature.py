@@ -177,12 +177,13 @@ def test_a_conv1d_is_projected_as_a_linear_layer_is(tiny):
         callback.attach(model)
         ((name, matrix),) = callback.matrices.items()
         original, change = matrix.original().clone(), random(*matrix.original().shape)
+        factors = statistics.factors(model, [name])[name]
         assert torch.equal(original, model.get_parameter(name).detach().T)
         with torch.no_grad():
             model.get_parameter(name).add_(change.T)
         callback.after_step(1)
         if isinstance(callback, LowCurvature):
-            expected = dense_space(*statistics.factors(model, [name])[name], SHARE)(change)
+            expected = dense_space(*factors, SHARE)(change)
         else:
             right = torch.linalg.svd(original)[2][: callback.figures()["num_directions"]]
             expected = change - change @ right.T @ right
