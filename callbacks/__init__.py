@@ -7,6 +7,7 @@ from .edit_evaluation import EditEvaluation
 from .edit_ledger import EditLedger
 from .edit_log import EditLog
 from .guards import Guards
+from .low_curvature import LowCurvature
 from .progress import RunProgress
 from .prune import PRUNE
 from .rect import RECT
@@ -14,6 +15,7 @@ from .restraint import Restraint
 from .run_log import RunLog
 from .spectral_restraint import SpectralRestraint
 from .spectrum_monitor import SpectrumMonitor, spectra
+from .subspace_filter import SubspaceFilter
 
 __all__ = [
     "PRUNE",
@@ -22,10 +24,12 @@ __all__ = [
     "EditLedger",
     "EditLog",
     "Guards",
+    "LowCurvature",
     "Restraint",
     "RunLog",
     "RunProgress",
     "SpectralRestraint",
     "SpectrumMonitor",
+    "SubspaceFilter",
     "spectra",
 ]

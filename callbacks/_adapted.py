@@ -24,7 +24,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 def sharded_like(tensor: Tensor, live: Tensor) -> Tensor:
     """Return a whole tensor, sharded as ``live`` is."""
-    return distribute_tensor(tensor, live.device_mesh, live.placements) if isinstance(live, DTensor) else tensor
+    return (
+        distribute_tensor(tensor.contiguous(), live.device_mesh, live.placements)
+        if isinstance(live, DTensor)
+        else tensor
+    )
 
 
 class AdaptedMatrix:

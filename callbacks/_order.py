@@ -1,9 +1,11 @@
-"""Checks, when training is set up, the order in which callbacks process a step of an edit stream."""
+"""Checks, when training is set up, the order in which callbacks process a step, and which of them go together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from itertools import pairwise
+from typing import Protocol
 
 import lightning as L
 
@@ -34,4 +36,28 @@ def check_order(trainer: L.Trainer) -> None:
             raise UserError(
                 f"callbacks: list {type(other).__name__} before {type(one).__name__}; the order is restraints, guards, "
                 "log, evaluation, ledger"
+            )
+
+
+class _Withholding(Protocol):
+    """What is read of a restraint."""
+
+    @property
+    def withholds(self) -> bool: ...
+
+    @property
+    def matrices(self) -> Mapping[str, object]: ...
+
+
+def check_one_withholds(one: _Withholding, others: Sequence[_Withholding]) -> None:
+    """Check that no two restraints withhold a part of the same matrix.
+
+    Raises:
+        UserError: ``one`` and an earlier one do; the message names both.
+    """
+    for other in others:
+        if one.withholds and other.withholds and one.matrices.keys() & other.matrices.keys():
+            raise UserError(
+                f"{type(other).__name__} and {type(one).__name__} both withhold a part of the same matrices, and only "
+                "that of the latter would count: give one of them other `parameters`, or leave it out"
             )

@@ -23,34 +23,41 @@ class SnapshotMatrix:
     A sharded weight (``DTensor``) and its copies stay sharded. The whole matrix is gathered only while it is read, and
     every rank computes the same result from it.
 
+    All matrices are handled as ``out_features x in_features``; what is stored is as the parameter is.
+
     Args:
         name: Name of the parameter.
         parameter: The live weight, two-dimensional.
+        transposed: Whether the weight is stored ``in x out``, as a ``Conv1D`` stores it.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter) -> None:
-        self.name, self.parameter = name, parameter
+    def __init__(self, name: str, parameter: nn.Parameter, transposed: bool = False) -> None:
+        self.name, self.parameter, self.transposed = name, parameter, transposed
         self._original = parameter.detach().clone()
         self._withheld: Tensor | None = None
         self._previous: Tensor | None = None
         self._precise = torch.promote_types(parameter.dtype, torch.float32)
 
+    def _turned(self, stored: Tensor) -> Tensor:
+        """Return a whole matrix in the other of the two layouts, or as it is if they are the same."""
+        return stored.T if self.transposed else stored
+
     def original(self) -> Tensor:
         """Return the original matrix."""
-        return whole(self._original)
+        return self._turned(whole(self._original))
 
     def weight(self) -> Tensor:
         """Return the live weight."""
-        return whole(self.parameter.detach())
+        return self._turned(whole(self.parameter.detach()))
 
     def delta(self) -> Tensor:
         """Return the change that the live weight carries, fp32 at least."""
-        return whole(self.parameter.detach().to(self._precise) - self._original.to(self._precise))
+        return self._turned(whole(self.parameter.detach().to(self._precise) - self._original.to(self._precise)))
 
     @property
     def change(self) -> Tensor:
         """The sum of all steps of the optimizer, fp32 at least."""
-        return self.delta() if self._withheld is None else self.delta() + whole(self._withheld)
+        return self.delta() if self._withheld is None else self.delta() + self._turned(whole(self._withheld))
 
     def follow_steps(self) -> None:
         """Keep a copy of the weight from now on, so that :meth:`step` can return its change."""
@@ -59,7 +66,17 @@ class SnapshotMatrix:
     def step(self) -> Tensor:
         """Return the change of the weight since a restraint last wrote it."""
         assert self._previous is not None, "follow_steps() comes first"
-        return whole(self.parameter.detach().to(self._precise) - self._previous.to(self._precise))
+        return self._turned(whole(self.parameter.detach().to(self._precise) - self._previous.to(self._precise)))
+
+    def gradient(self) -> Tensor | None:
+        """Return the gradient of the weight, or ``None`` if it has none."""
+        return None if self.parameter.grad is None else self._turned(whole(self.parameter.grad.detach()))
+
+    @torch.no_grad()
+    def write_gradient(self, gradient: Tensor) -> None:
+        """Replace the gradient of the weight."""
+        assert self.parameter.grad is not None
+        self.parameter.grad.copy_(sharded_like(self._turned(gradient), self.parameter.detach()))
 
     @torch.no_grad()
     def withhold(self, correction: LowRankUpdate | None) -> None:
@@ -67,11 +84,11 @@ class SnapshotMatrix:
         if correction is None and self._withheld is None:
             return
         weight = self.weight().to(self._precise, copy=True)
-        before = 0.0 if self._withheld is None else whole(self._withheld)
+        before = 0.0 if self._withheld is None else self._turned(whole(self._withheld))
         # Written as a difference, so that entries which no correction touches keep their bits.
         self._write(weight + before - (0.0 if correction is None else correction.dense().to(weight)))
         rest = weight - self.weight().to(self._precise) + before
-        self._withheld = None if correction is None else sharded_like(rest, self.parameter.detach())
+        self._withheld = None if correction is None else sharded_like(self._turned(rest), self.parameter.detach())
 
     @contextmanager
     def withholding(self, correction: LowRankUpdate | None) -> Iterator[None]:
@@ -101,7 +118,7 @@ class SnapshotMatrix:
         self._write(self.weight().to(self._precise) - dense.to(self._precise))
 
     def _write(self, weight: Tensor) -> None:
-        self.parameter.copy_(sharded_like(weight, self.parameter.detach()))
+        self.parameter.copy_(sharded_like(self._turned(weight), self.parameter.detach()))
         if self._previous is not None:
             self._previous.copy_(self.parameter.detach())
 
@@ -184,7 +201,8 @@ def matching_matrices(
             name = first[id(named[name])]
             known = result.get(name) or (held or {}).get(name)
             shared = isinstance(known, SnapshotMatrix) and known.parameter is named[name]
-            result[name] = known if known and shared else SnapshotMatrix(name, named[name])
+            transposed = isinstance(module.get_submodule(name.rpartition(".")[0]), Conv1D)
+            result[name] = known if known and shared else SnapshotMatrix(name, named[name], transposed)
     return result
 
 

@@ -75,6 +75,13 @@ class RestraintCallback(TrainerCallback):
         self._log_first(inspect.currentframe())
 
     @override
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let a restraint of gradients have them."""
+        self.restraint.before_step()
+
+    @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Restrain if it is due."""
         self.restraint.after_step(state.global_step, last=state.global_step >= state.max_steps)

@@ -28,7 +28,7 @@ from prune_lightning.spectral import HasEditedMatrices, RestrainedMatrix
 from prune_lightning.types import LowRankUpdate
 
 from ._logging import log_metrics
-from ._order import Place, check_order
+from ._order import Place, check_one_withholds, check_order
 from ._snapshot import Originals, SnapshotMatrix, as_patterns, matching_matrices
 from ._timing import part_of_phase
 
@@ -87,9 +87,17 @@ class Restraint(L.Callback, ABC):
         """Return figures of the latest restraint, by name."""
         return {}
 
+    def before_step(self) -> None:
+        """Prepare for a step of an optimizer, with the gradients in place; only some restraints of gradients do."""
+
     def cost(self, changes: Changes) -> RestraintCost:
         """Return the estimated cost: dense copies of one matrix, unless a subclass overrides it."""
         return plain_restraint(changes)
+
+    @property
+    def withholds(self) -> bool:
+        """Whether it withholds a part of the change. A matrix withholds one part, so only one restraint of it may."""
+        return False
 
     # -- for any loop ---------------------------------------------------------------------------------------------
     @property
@@ -234,7 +242,9 @@ class Restraint(L.Callback, ABC):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Attach to the matrices and keep their originals."""
         before = itertools.takewhile(lambda callback: callback is not self, trainer.callbacks)  # type: ignore[attr-defined]
-        self.attach(pl_module, trainer.global_step, [other for other in before if isinstance(other, Restraint)])
+        others = [other for other in before if isinstance(other, Restraint)]
+        self.attach(pl_module, trainer.global_step, others)
+        check_one_withholds(self, others)
 
     @override
     @part_of_phase("restraint")

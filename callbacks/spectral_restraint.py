@@ -123,6 +123,12 @@ class SpectralRestraint(Restraint):
             self._references[matrix.name] = self._known_references[key]
         return self._references[matrix.name]
 
+    @property
+    @override
+    def withholds(self) -> bool:
+        """Whether the law is applied to the sum of all steps as computed."""
+        return self._raw
+
     def _excess(self, matrix: RestrainedMatrix) -> SpectralCorrection | None:
         try:
             return spectral_correction(matrix.change, self.law, self.reference(matrix))

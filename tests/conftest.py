@@ -91,6 +91,18 @@ def write(module: EditingModule, requests: Sequence[EditRequest], updates: Mappi
     module.run.settle()
 
 
+def dense_space(outputs: torch.Tensor, inputs: torch.Tensor, share: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the projection into the space of low curvature, from the eigenvectors of the Kronecker product."""
+    of_outputs, left = torch.linalg.eigh(outputs)
+    of_inputs, right = torch.linalg.eigh(inputs)
+    values, vectors = torch.kron(of_outputs, of_inputs), torch.kron(left, right)
+    order, held = values.argsort(descending=True).tolist(), 0.0
+    while held < share * float(values.sum()):
+        held += float(values[order.pop(0)])
+    free = vectors[:, order]
+    return lambda change: (free @ (free.T @ change.flatten())).view(change.shape)
+
+
 def load_path() -> str:
     return str(ROOT / "prune_lightning" / "bundled" / "model")
 

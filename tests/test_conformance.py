@@ -58,6 +58,8 @@ def build(name: str, language_model) -> EditingModule:
         settings["contexts"] = {"_target_": settings["contexts"]["_target_"], "fixed": PREFIXES}
     if "value" in settings:
         settings["value"]["steps"] = 5
+    if "smallest_residual" in settings:  # and a random model fits no published one
+        settings |= {"smallest_residual": 0.0, "largest_residual": None}
     if "null_threshold" in settings:  # the statistics of eight sentences leave no small eigenvalues
         settings["null_threshold"] = 1e3
     if "seed" in settings:

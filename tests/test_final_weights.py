@@ -12,13 +12,13 @@ import lightning as L
 import pytest
 import reference_editors as reference
 import torch
-from conftest import quiet_trainer
+from conftest import dense_space, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_edit_run import run
-from test_ledger import RESTRAINTS, CaseEdits, fresh, written
+from test_ledger import RESTRAINTS, CaseEdits, Given, fresh, written
 from test_reference_editors import TOLERANCE, batches, build, by_hand, distance
 from test_restraint import BASE, edits, fit
-from test_restraint_conformance import law_applied, mask
+from test_restraint_conformance import filtered, law_applied, mask
 from torch.utils.data import DataLoader
 
 from prune_lightning.callbacks import PRUNE, EditLedger
@@ -41,14 +41,23 @@ def dense(name: str, original: torch.Tensor, cases: list[int]) -> torch.Tensor:
         return math.log(sigma / top) / math.log(BASE) + top
 
     change, shown = torch.zeros_like(original), torch.zeros_like(original)
+    space = dense_space(*Given().factors(None, ["x"])["x"], 0.9) if name == "low curvature" else None
     for place, case in enumerate(cases, start=1):
         step = update(case)
-        change = change + (step * mask(step, original + change, 0.2) if name == "rect" else step)
+        if name == "rect":
+            step = step * mask(step, original + change, 0.2)
+        elif name == "low curvature":
+            step = space(step)
+        change = change + step
         last = place == len(cases)
-        if name in ("none", "rect"):
+        if name in ("none", "rect", "low curvature"):
             shown = change
         elif name == "prune restrained":
             change = shown = law_applied(change, original, law, guard=True)
+        elif name == "revive" or (name == "sphere" and (last or place % 3 == 0)):
+            shown = filtered(name, change, original)
+        elif name == "sphere":
+            continue
         elif name == "prune" or last or (name == "prune every 3" and place % 3 == 0):
             shown = law_applied(change, original, law, guard=True)
     return original + shown
@@ -92,7 +101,7 @@ def test_a_stream_without_some_edits_leaves_the_dense_sum_of_the_others(name, ti
     assert close(module.matrix().weight(), dense(name, original, kept), original)
 
 
-@pytest.mark.parametrize("restraint", ["prune", "prune restrained"])
+@pytest.mark.parametrize("restraint", ["prune", "prune restrained", "revive"])
 def test_a_step_that_is_taken_back_leaves_the_dense_sum_of_the_others(restraint, tiny):
     class TakeBackThird(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -13,7 +13,7 @@ from prune_lightning.callbacks.sentinel import Sentinel
 from prune_lightning.callbacks.update_guards import KeyGuard, NormGuard, ValueGuard
 from test_restraint import RandomEdits
 
-from prune_lightning.callbacks import PRUNE, RECT, EditLedger, EditLog, Guards
+from prune_lightning.callbacks import PRUNE, RECT, EditLedger, EditLog, Guards, SubspaceFilter
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger
@@ -126,11 +126,12 @@ RESTRAINTS = {
     "prune_every_3": lambda: [PRUNE(BASE, schedule="every_n", every_n=3)],
     "prune_end": lambda: [PRUNE(BASE, schedule="end")],
     "rect": lambda: [RECT(0.4)],
+    "revive": lambda: [SubspaceFilter()],
 }
 
 
 @pytest.mark.filterwarnings("ignore:case 5", "ignore:the update of case")
-@pytest.mark.parametrize("restraint", ["prune_restrained", "rect"])
+@pytest.mark.parametrize("restraint", ["prune_restrained", "rect", "revive"])
 @pytest.mark.parametrize("name", PLANTED)
 def test_skipped_edit_leaves_the_stream_as_if_it_had_not_been_there(tiny, tmp_path, name, restraint):
     path, log = tmp_path / "quarantine.jsonl", tmp_path / "edits.jsonl"

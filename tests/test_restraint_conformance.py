@@ -11,7 +11,7 @@ import math
 import lightning as L
 import pytest
 import torch
-from conftest import ROOT, quiet_trainer
+from conftest import ROOT, dense_space, quiet_trainer
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch.utils.data import DataLoader
@@ -65,8 +65,24 @@ class Watch(L.Callback):
 
 def restraint(name: str, *overrides: str):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("train", [f"restraint={name}", *(f"restraint.{override}" for override in overrides)])
+        config = compose(
+            "train",
+            [
+                f"restraint={name}",
+                "model.second_moments.corpus.samples=40",
+                "model.second_moments.shipped=null",
+                *(f"restraint.{override}" for override in overrides),
+            ],
+        )
     return instantiate(config.restraint, _convert_="all") if config.restraint else None
+
+
+def low_curvature(tiny):
+    """Return, by layer, the projection that the configured statistics give, as one dense matrix."""
+    model = tiny("gpt2")
+    names = [model.rewrite_name(layer) for layer in LAYERS]
+    found = restraint("low_curvature").statistics.factors(model, names)
+    return {layer: dense_space(*found[name], 0.99) for layer, name in zip(LAYERS, names, strict=True)}
 
 
 def run(tiny, callback, trainer=quiet_trainer):
@@ -103,6 +119,21 @@ def mask(step, before, keep):
     return result.view_as(step)
 
 
+def filtered(name, change, original):
+    """Full SVD of the original, its leading directions taken out of the change on one side or both."""
+    rows, strength = (
+        (original, 1.0) if name == "revive" else (original / (original.norm(dim=1, keepdim=True) + 1e-8), 0.8)
+    )
+    left, sigma, right = torch.linalg.svd(rows)
+    count, held = 0, 0.0
+    while held < 0.5 * float(sigma.square().sum()):
+        held, count = held + float(sigma[count]) ** 2, count + 1
+    assert 1 < count < len(sigma) / 2
+    one = torch.eye(len(original), dtype=torch.float64)
+    outputs = one - left[:, :count] @ left[:, :count].T if name == "revive" else one
+    return outputs @ change @ (one - strength * right[:count].T @ right[:count])
+
+
 def spectral(original, layer, law, guard, due, accumulate):
     """Return the weights after every step if the law is applied after the steps that are ``due``, and those of the end.
 
@@ -133,12 +164,23 @@ SCHEDULES = {"each": lambda step: True, "every_n": lambda step: step in (3, 6), 
 @pytest.mark.parametrize("name", NAMES)
 def test_as_configured(name, tiny):
     originals, watch = run(tiny, restraint(name))
+    spaces = low_curvature(tiny) if name == "low_curvature" else {}
     for place, (layer, original) in enumerate(zip(LAYERS, originals, strict=True)):
         expected, change = [], torch.zeros_like(original)
-        if name in ("none", "rect"):
+        if name == "low_curvature":
+            for step in range(STEPS):
+                change = change + spaces[layer](update(layer, step))
+                expected.append(original + change)
+            final, views = expected[-1], expected
+        elif name in ("none", "rect"):
             for step in range(STEPS):
                 kept = mask(update(layer, step), original + change, keep=0.2) if name == "rect" else 1
                 change = change + update(layer, step) * kept
+                expected.append(original + change)
+            final, views = expected[-1], expected
+        elif name in ("revive", "sphere"):
+            for step in range(STEPS):
+                change = change + filtered(name, update(layer, step), original)
                 expected.append(original + change)
             final, views = expected[-1], expected
         else:

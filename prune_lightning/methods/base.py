@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -47,7 +47,10 @@ class EditingModule(L.LightningModule, ABC):
     Attributes:
         facts: What the method reports of :meth:`prepare`, for the run's summary.
         run: The stream of edits on this module: its matrices, its position, what is pending.
+        filters_steps: Whether the method has an optimizer of its own and gives its steps to ``run.step_filters``.
     """
+
+    filters_steps: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -168,6 +171,15 @@ class EditingModule(L.LightningModule, ABC):
             with torch.no_grad():
                 for parameter, value in zip(parameters, saved, strict=True):
                     parameter.copy_(value)
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Restore the unedited model inside the block, then the edited one, bit for bit."""
+        with self.provisional():
+            with torch.no_grad():
+                for matrix in self.edited_matrices().values():
+                    matrix.weight().copy_(matrix.original())
+            yield
 
     def edit(self, requests: Sequence[EditRequest]) -> EditReport:
         """Compute the update of some requests and write it, unless it is refused.

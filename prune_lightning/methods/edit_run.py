@@ -18,7 +18,7 @@ from prune_lightning.devices import to_device
 from prune_lightning.distributed import true_on_all_ranks
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.edited_matrix import EditedMatrix, MatrixEvent
-from prune_lightning.methods.run_parts import AttachedRestraint, MethodMemory, StepBackup
+from prune_lightning.methods.run_parts import AttachedRestraint, MethodMemory, StepBackup, StepFilter
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.spectral import NonFiniteChange
 from prune_lightning.types import EditReport, EditRequest, EditStep, norm_of_all
@@ -104,6 +104,11 @@ class EditRun:
         """Register a restraint for evaluation, for undoing steps, and for :meth:`finish`."""
         if restraint not in self._restraints:
             self._restraints.append(restraint)
+
+    @property
+    def step_filters(self) -> list[StepFilter]:
+        """The restraints that act on the steps of a method's own optimizer."""
+        return [restraint for restraint in self._restraints if isinstance(restraint, StepFilter)]
 
     def register_veto(self, veto: Veto) -> None:
         """Call ``veto`` on each finite update before it is written; the first refusal counts."""

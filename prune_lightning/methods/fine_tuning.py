@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ class FineTuning(EditingModule):
     drift by :math:`N\epsilon`; ``anchor=original`` keeps the whole stream within :math:`\epsilon`.
 
     An edit makes at most ``steps`` passes over its requests, ``batch_size`` at a time. The change is trained in fp32 at
-    least; a 16-bit model runs with the sum rounded once. Biases are not trained (the published code also trains the
+    least; a 16-bit model runs with the sum rounded once. Restraints that filter steps, such as ``LowCurvature``, see
+    every step of Adam. Biases are not trained (the published code also trains the
     down-projection's bias if there is one). Every process of a distributed run computes the same update.
 
     Args:
@@ -51,6 +52,8 @@ class FineTuning(EditingModule):
         batch_size: Requests per step of Adam.
         skip_loss: Skip the step of a batch whose loss is below this.
         stop_loss: Stop after a pass with a mean loss below this.
+        end_of_text: Learn the end-of-text token after the target; with the loss ``target``.
+        seed: Shuffle the requests of an edit before each pass, so that the batches differ; ``None`` for their order.
         fast: Run only what depends on the trained weights. The plain path computes the same from the whole model.
         kwargs: See :class:`~.base.EditingModule`.
 
@@ -71,6 +74,8 @@ class FineTuning(EditingModule):
         batch_size: int = 1,
         skip_loss: float = 1e-2,
         stop_loss: float = 1e-2,
+        end_of_text: bool = False,
+        seed: int | None = None,
         fast: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -84,10 +89,15 @@ class FineTuning(EditingModule):
                 "method.steps and method.batch_size are expected to be at least 1 and method.learning_rate to be "
                 f"positive, but got {steps}, {batch_size} and {learning_rate}"
             )
+        if end_of_text and loss != "target":
+            raise UserError("method.end_of_text needs method.loss=target")
         self.loss, self.epsilon, self.anchor = loss, epsilon, anchor
+        self.end_of_text, self.seed = end_of_text, seed
         self.steps, self.learning_rate, self.batch_size = steps, learning_rate, batch_size
         self.skip_loss, self.stop_loss, self.fast = skip_loss, stop_loss, fast
         self._checked = False
+
+    filters_steps: ClassVar[bool] = True
 
     @classmethod
     def cost(
@@ -121,33 +131,65 @@ class FineTuning(EditingModule):
         base = {layer: carried[layer] + matrix.original() for layer, matrix in matrices.items()}
         changes = {layer: torch.zeros_like(delta, requires_grad=True) for layer, delta in carried.items()}
         bounds = {layer: self._bounds(delta) for layer, delta in carried.items()} if self.epsilon else {}
-        chunks = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
-        batches = [TargetBatch(self.language_model, chunk, self.loss) for chunk in chunks]
-        problems = [self._problem(batch, base) for batch in batches]
+        if bounds and self.run.step_filters:
+            raise UserError("method.epsilon and a restraint of every step cannot both hold: set method.epsilon=null")
         optimizer = torch.optim.Adam(changes.values(), lr=self.learning_rate)
         history: list[Tensor] = []  # per pass, the loss of each request before its batch's step
-        made = [0] * len(chunks)
-        for _ in range(self.steps):
-            losses = []
-            for index, (batch, problem) in enumerate(zip(batches, problems, strict=True)):
+        made = [0] * len(requests)
+        for batches in self._passes(requests, base):
+            losses = torch.zeros(len(requests), dtype=torch.float64)
+            for members, batch, problem in batches:
                 with torch.enable_grad():
                     each = batch.losses(problem.logits({layer: base[layer] + changes[layer] for layer in changes}))
-                losses.append(each.detach())
+                losses[members] = each.detach().double().cpu()
                 if float(each.detach().mean()) >= self.skip_loss:
                     optimizer.zero_grad()
                     each.mean().backward()
-                    optimizer.step()
-                    made[index] += 1
+                    self._step(optimizer, changes)
                     self._constrain(changes, bounds)
-            history.append(torch.cat(losses))
-            if float(history[-1].mean()) < self.stop_loss:
+                    for member in members:
+                        made[member] += 1
+            history.append(losses)
+            if float(losses.mean()) < self.stop_loss:
                 break
-        steps = [count for count, chunk in zip(made, chunks, strict=True) for _ in chunk]
         details = [
             {"steps": count, "losses": of_request}
-            for count, of_request in zip(steps, torch.stack(history, dim=1).tolist(), strict=True)
+            for count, of_request in zip(made, torch.stack(history, dim=1).tolist(), strict=True)
         ]
         return {matrices[layer].name: DenseUpdate(change.detach()) for layer, change in changes.items()}, details
+
+    def _passes(
+        self, requests: Sequence[EditRequest], base: dict[int, Tensor]
+    ) -> Iterator[list[tuple[list[int], TargetBatch, WeightProblem]]]:
+        """Yield the batches of every pass with the places of their requests; built once unless they are shuffled."""
+        count = len(requests)
+        shuffled = self.seed is not None and count > self.batch_size
+        # Of its own for every edit, so that a resumed run shuffles as the straight one.
+        generator = torch.Generator().manual_seed((self.seed or 0) + self.num_requests)
+        batches: list[tuple[list[int], TargetBatch, WeightProblem]] = []
+        for _ in range(self.steps):
+            if shuffled or not batches:
+                order = torch.randperm(count, generator=generator).tolist() if shuffled else list(range(count))
+                chunks = [order[i : i + self.batch_size] for i in range(0, count, self.batch_size)]
+                batches = []
+                for members in chunks:
+                    chosen = [requests[i] for i in members]
+                    batch = TargetBatch(self.language_model, chosen, self.loss, self.end_of_text)
+                    batches.append((members, batch, self._problem(batch, base)))
+            yield batches
+
+    def _step(self, optimizer: torch.optim.Optimizer, changes: dict[int, Tensor]) -> None:
+        """Make one step of the optimizer, with what the restraints that filter steps leave of it."""
+        names = dict(zip(self.layers, self.edited_matrices(), strict=True))
+        for restraint in self.run.step_filters:
+            for layer, change in changes.items():
+                assert change.grad is not None
+                change.grad = restraint.filter_gradient(names[layer], change.grad)
+        optimizer.step()
+        with torch.no_grad():
+            for restraint in self.run.step_filters:
+                for layer, change in changes.items():
+                    change.copy_(restraint.filter_change(names[layer], change.detach()))
 
     def _bounds(self, carried: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return the lower and upper bound of the change, given the change that the weight already has."""

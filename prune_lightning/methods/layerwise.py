@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -40,23 +40,38 @@ class LayerwiseEdit(LocateThenEdit):
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return one update of rank ``b`` per layer."""
         values = self.optimise(requests, ShiftSite(self.layers[-1], "block"))
+        with self.provisional():
+            return self.solve_layers(requests, values.target, {}), values.details
+
+    def solve_layers(
+        self, requests: Sequence[EditRequest], target: Tensor, earlier: Mapping[str, LowRankUpdate]
+    ) -> dict[str, LowRankUpdate]:
+        """Return the update of every layer, each solved with those of the layers below in place.
+
+        Call it inside :meth:`~.base.EditingModule.provisional`: all layers but the last are written.
+
+        Args:
+            requests: ``b`` requests.
+            target: :math:`Z`, shape ``(b, width)``.
+            earlier: What this step has written into the layers already, by the name of the weight.
+        """
         clean = self.walk(requests, self.prefixes[:1], until=self.layers[-1])
         prefixed = self.walk(requests, self.prefixes[1:]) if len(self.prefixes) > 1 else None
         updates: dict[str, LowRankUpdate] = {}
         multiplier = self.language_model.multiplier
-        with self.provisional():
-            for position, (layer, (name, matrix)) in enumerate(
-                zip(self.layers, self.edited_matrices().items(), strict=True)
-            ):
-                keys = clean.keys(layer)
-                if prefixed is not None:
-                    keys = mixed(keys, prefixed.keys(layer).view(len(requests), -1, keys.shape[1]))
-                assert clean.hidden is not None
-                residual = (values.target.double() - clean.hidden).T / (len(self.layers) - position) / multiplier
-                updates[name] = self.solve(layer, keys.T, residual)
-                if layer != self.layers[-1]:  # nothing is read after the last one
-                    matrix.add_provisionally(updates[name])
-        return updates, values.details
+        for position, (layer, (name, matrix)) in enumerate(
+            zip(self.layers, self.edited_matrices().items(), strict=True)
+        ):
+            keys = clean.keys(layer)
+            if prefixed is not None:
+                keys = mixed(keys, prefixed.keys(layer).view(len(requests), -1, keys.shape[1]))
+            assert clean.hidden is not None
+            residual = (target.double() - clean.hidden).T / (len(self.layers) - position) / multiplier
+            updates[name] = self.solve(layer, keys.T, residual)
+            if layer != self.layers[-1]:  # nothing is read after the last one
+                known = [earlier[name]] if name in earlier else []
+                matrix.add_provisionally(LowRankUpdate.sum([*known, updates[name]]))
+        return updates
 
     def present_keys(self, requests: Sequence[EditRequest]) -> dict[str, Tensor]:
         """Return, by the layer's number, the keys under the present weights, each ``(in_features, b)``."""

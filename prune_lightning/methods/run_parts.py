@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -51,6 +51,19 @@ class AttachedRestraint(Protocol):
 
     def finish(self) -> None:
         """Restrain permanently what is pending."""
+        ...
+
+
+@runtime_checkable
+class StepFilter(Protocol):
+    """A restraint that acts on every step of a method's own optimizer."""
+
+    def filter_gradient(self, name: str, gradient: Tensor) -> Tensor:
+        """Return what the optimizer is to be given instead of the gradient of a weight's change."""
+        ...
+
+    def filter_change(self, name: str, change: Tensor) -> Tensor:
+        """Return what the change of a weight is to be after the optimizer's step."""
         ...
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prune_lightning.methods.prompts import target_row
+from prune_lightning.errors import UserError
+from prune_lightning.methods.prompts import EditRow, target_row
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditRequest
 
@@ -27,6 +28,10 @@ class TargetBatch:
         model: The language model.
         requests: The requests.
         loss: ``target`` or ``prompt_last``.
+        end_of_text: The end-of-text token is the last one of each target.
+
+    Raises:
+        UserError: ``end_of_text`` with a tokenizer that has no such token.
 
     Attributes:
         ids: Right-padded ids, shape ``(b, length)``, without tokens that no loss depends on.
@@ -35,8 +40,15 @@ class TargetBatch:
         positions: The position in that row, shape ``(n,)``.
     """
 
-    def __init__(self, model: LanguageModel, requests: Sequence[EditRequest], loss: str) -> None:
+    def __init__(
+        self, model: LanguageModel, requests: Sequence[EditRequest], loss: str, end_of_text: bool = False
+    ) -> None:
         encoded = [target_row(model, request, "") for request in requests]
+        if end_of_text:
+            end = model.tokens.tokenizer.eos_token_id
+            if end is None:
+                raise UserError("the tokenizer has no end-of-text token: set method.end_of_text=false")
+            encoded = [EditRow([*r.ids, r.target[-1]], r.subject, [*r.target, int(end)]) for r in encoded]
         if loss == "prompt_last":
             kept = [row.ids[: row.label_positions[0] + 1] for row in encoded]
             places = [[row.label_positions[0]] for row in encoded]

@@ -26,10 +26,16 @@ def fine_tuning(num_layers: int) -> list[int]:
     return [min(round(2 * num_layers / 3), num_layers - 1)]
 
 
+def late(num_layers: int) -> list[int]:
+    """Return the layer for LocFT-BF: 69 % of the depth, as for Llama (22 of 32)."""
+    return [min(round(22 * num_layers / 32), num_layers - 1)]
+
+
 FROM_DEPTH: Mapping[str, Callable[[int], list[int]]] = {
     "single": single,
     "window": window,
     "top": top,
     "fine_tuning": fine_tuning,
+    "late": late,
 }
 """Functions from the number of layers to the layers to edit, by purpose."""

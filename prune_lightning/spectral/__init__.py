@@ -1,6 +1,7 @@
 """Singular values: restraint laws, restraining a matrix, and diagnostics, on plain tensors without Lightning."""
 
 from prune_lightning.spectral.accumulated import AccumulatedChange
+from prune_lightning.spectral.curvature import LowCurvatureSpace
 from prune_lightning.spectral.diagnostics import (
     condition_number,
     effective_rank,
@@ -21,6 +22,7 @@ from prune_lightning.spectral.laws import (
 )
 from prune_lightning.spectral.matrices import HasEditedMatrices, RestrainedMatrix
 from prune_lightning.spectral.restrain import SpectralCorrection, restrain_, restrained, spectral_correction
+from prune_lightning.spectral.subspace import Subspace, leading_directions
 from prune_lightning.spectral.triplets import NonFiniteChange, Triplets, triplets_above
 
 __all__ = [
@@ -32,14 +34,17 @@ __all__ = [
     "Identity",
     "Linear",
     "Logarithm",
+    "LowCurvatureSpace",
     "NonFiniteChange",
     "RestrainedMatrix",
     "RestraintLaw",
     "ScaleFreeLogarithm",
     "SpectralCorrection",
+    "Subspace",
     "Triplets",
     "condition_number",
     "effective_rank",
+    "leading_directions",
     "perturbation_bound",
     "restrain_",
     "restrained",

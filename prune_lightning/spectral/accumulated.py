@@ -139,9 +139,18 @@ class AccumulatedChange:
         if factored is None or correction.norm() < 0.9 * float(torch.linalg.matrix_norm(factored.core)):
             return None
         left, right = factored.left.vectors, factored.right.vectors
-        core = factored.core - (left.T @ fp64(correction.left)) @ (right.T @ fp64(correction.right)).T
+        from_left, from_right = left.T @ fp64(correction.left), right.T @ fp64(correction.right)
+        if not (_spans(left, from_left, correction.left) and _spans(right, from_right, correction.right)):
+            return None  # what is left has directions that the change has not, as under a subspace filter
+        core = factored.core - from_left @ from_right.T
         eps = torch.finfo(self.master.dtype).eps
         whole, rest = float(torch.linalg.matrix_norm(factored.core)), float(torch.linalg.matrix_norm(core))
         if eps * whole <= eps**0.75 * rest:
             return None
         return (left @ core).to(self.master) @ right.to(self.master).T
+
+
+def _spans(basis: Tensor, coordinates: Tensor, vectors: Tensor) -> bool:
+    """Whether vectors lie in the span of a basis, up to fp64's rounding."""
+    outside = torch.linalg.matrix_norm(fp64(vectors) - basis @ coordinates)
+    return float(outside) <= 1e-12 * float(torch.linalg.matrix_norm(coordinates))
