@@ -8,7 +8,8 @@ The plain path is that of the papers' and the public code: each value is optimis
 model and computes all logits (``tests/plain_values.py``), and keys and hidden states need two whole forward passes per
 edited layer. There is no early stopping, and 20 steps each by default. Both paths run for a few steps before they are
 timed. The plain path is timed on the first requests only, since it processes them one by one, and its values are
-compared. A third run gives the shares of the parts; on a GPU it waits at the ends of each.
+compared. Another run, with PRUNE, gives the shares of the parts; on a GPU it waits at the ends of each. Of large
+batches it is the only one.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ LAYERS = {
     "llama-2-7b": {"single": [5], "window": [4, 5, 6, 7, 8]},
     "llama-3-8b": {"single": [5], "window": [4, 5, 6, 7, 8]},
 }
+LARGE = 32  # requests of a batch
 WORDS = ("The", "river", "runs", "slowly", "through", "an", "old", "town", "where", "nobody", "has", "lived", "for")
 
 
@@ -199,44 +201,40 @@ def measure(
     module.value = full
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    each = [clock(lambda batch=batch: module.compute_update(batch), device) for batch in batches]
-    seconds = [took for took, _ in each]
+    if size > LARGE:  # long enough that the waits between parts do not count, and too long to run twice
+        parts = shares(module, batches[0], device)
+        seconds = [parts["seconds"]]
+    else:
+        seconds = [clock(lambda batch=batch: module.compute_update(batch), device)[0] for batch in batches]
+        parts = shares(module, batches[0], device)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    steps = [detail["steps"] for _, (_, details) in each for detail in details]
-    found = {
+    return {
         "contexts": len(module.prefixes),
         "layers": list(module.layers),
         "edits": len(timed),
         "seconds_per_edit": sum(seconds) / len(timed),
         "edits_per_second": len(timed) / sum(seconds),
         "seconds_by_batch": seconds,
-        "updates_per_value": sum(steps) / len(steps),
         "peak_gib": peak,
-        "shares": shares(module, batches[0], device),
+        "shares": parts,
     }
-    return found | (against_plain(module, timed, found["seconds_per_edit"], options.plain, device))
 
 
-def against_plain(
-    module: LocateThenEdit, timed: list[EditRequest], seconds: float, count: int, device: torch.device
-) -> dict[str, Any]:
-    """Return how long the plain path takes for the first ``count`` requests, and how its values differ.
+def against_plain(module: LocateThenEdit, timed: list[EditRequest], device: torch.device) -> dict[str, float]:
+    """Return how long the plain path takes for some requests, and how its values differ.
 
     Adam's first step is the sign of the gradient, so that rounding in 16 bits turns components of the values. The
     losses before the first step have to agree to rounding.
     """
-    if not count:
-        return {"plain_seconds_per_edit": None, "ratio": None, "difference": None, "loss_difference": None}
     site, full = site_of(module), module.value
     module.value = replace(full, steps=2)
     clock(lambda: plain_edit(module, timed[:1]), device)
     module.value = full
-    plain, (values, losses) = clock(lambda: plain_edit(module, timed[:count]), device)
-    ours = module.optimise(timed[:count], site)
+    plain, (values, losses) = clock(lambda: plain_edit(module, timed), device)
+    ours = module.optimise(timed, site)
     first = [abs(d["losses"][0] - loss) / abs(loss) for d, loss in zip(ours.details, losses, strict=True)]
     return {
-        "plain_seconds_per_edit": plain / count,
-        "ratio": plain / count / seconds,
+        "plain_seconds_per_edit": plain / len(timed),
         "difference": float((ours.target.double() - values.double()).norm() / values.double().norm()),
         "loss_difference": max(first),
     }
@@ -266,16 +264,19 @@ def main() -> None:
     for method in options.methods:
         module = build(method, model, options.shape, options.steps)
         assert isinstance(module, LocateThenEdit)
+        plain: dict[str, float] = {}
         for size in options.batch_sizes if method != "rome" else [1]:
-            for graph in (False, True) if options.graph else (False,):
+            for graph in (False, True) if options.graph and device.type == "cuda" and size <= LARGE else (False,):
                 module.value = replace(module.value, graph=graph)
                 measured = measure(module, requests, size, options, device)
+                plain = plain or against_plain(module, requests[: options.plain], device)
+                measured |= plain | {"ratio": plain["plain_seconds_per_edit"] / measured["seconds_per_edit"]}
                 found["records"].append({"method": method, "batch": size, "graph": graph} | measured)
                 if options.json:  # after each, since the whole takes long
                     options.json.write_text(json.dumps(found, indent=2))
         module.run.restart()
         if options.trace and method == options.methods[-1]:
-            module.value = replace(module.value, steps=min(4, options.steps))
+            module.value = replace(module.value, steps=min(4, options.steps), graph=False)
             found["operations"] = traced(module, requests[: min(options.batch_sizes)], options.trace, device)
         del module
         gc.collect()  # the moments of five layers of this size are of many GiB

@@ -69,7 +69,7 @@ for each in $PARTS; do
          "--shape toy --batch-sizes 1 2 4 --steps 3") ;;
     d) for method in ${METHODS_d:-ultraedit memit}; do
          [ -f "configs/method/$method.yaml" ] || continue
-         part "stream_$method" "${SECONDS_d:-60}" "$PYTHON" benchmarks/gpu_stream.py --method "$method" --graph \
+         part "stream_$method" "${SECONDS_d:-60}" "$PYTHON" benchmarks/gpu_stream.py --method "$method" \
            --json "$OUT/stream_$method.json" $(choose "--seconds ${SECONDS_edits:-40}" \
            "--shape toy --device cpu --dtype float32 --batch 4 --edits 12 --steps 3")
        done ;;
