@@ -6,9 +6,10 @@
 
 The plain path is that of the papers' and the public code: each value is optimised alone, every step runs the whole
 model and computes all logits (``tests/plain_values.py``), and keys and hidden states need two whole forward passes per
-edited layer. There is no early stopping, and 20 steps each by default. Both paths are timed on the same requests (for a
-batch, the plain path only on the first ones, since it processes them one by one), and their values are compared. A
-third run gives the shares of the parts; it is not the one that is timed, since on a GPU it waits at the ends of each.
+edited layer. There is no early stopping, and 20 steps each by default. Both paths run for a few steps before they are
+timed. The plain path is timed on the first requests only, since it processes them one by one, and its values are
+compared. Another run, with PRUNE, gives the shares of the parts; on a GPU it waits at the ends of each. Of large
+batches it is the only one.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, random_model
@@ -33,6 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 from prune_lightning.callbacks import PRUNE
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.methods.alphaedit import AlphaEdit
+from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.layerwise_keys import LayerwiseKeyReader
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.methods.memit import MEMIT
@@ -54,6 +59,7 @@ LAYERS = {
     "llama-2-7b": {"single": [5], "window": [4, 5, 6, 7, 8]},
     "llama-3-8b": {"single": [5], "window": [4, 5, 6, 7, 8]},
 }
+LARGE = 32  # requests of a batch
 WORDS = ("The", "river", "runs", "slowly", "through", "an", "old", "town", "where", "nobody", "has", "lived", "for")
 
 
@@ -93,17 +99,32 @@ class CheapAlphaEdit(AlphaEdit):
         return inverse.div_(self.ridge)
 
 
-def build(method: str, model: LanguageModel, shape: str, steps: int = 20) -> LocateThenEdit:
-    """Return a method with random statistics."""
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "method"
+
+
+def known(method: str) -> bool:
+    """Whether there is a method of this name."""
+    return (CONFIGS / f"{method}.yaml").exists()
+
+
+def build(method: str, model: LanguageModel, shape: str, steps: int = 20, graph: bool = False) -> EditingModule:
+    """Return a method with random statistics; one that needs none is built from its YAML."""
+    layers = LAYERS[shape]["single" if method == "rome" else "window"]
+    kinds = {"rome": (ROME, {}), "memit": (MEMIT, {"ridge": 15000}), "alphaedit": (CheapAlphaEdit, {})}
+    if method not in kinds:
+        settings = OmegaConf.merge(OmegaConf.load(CONFIGS / f"{method}.yaml"), {"layers": layers})
+        module: EditingModule = instantiate(settings, language_model=model, _convert_="all").to(model.device)
+        module.prepare()
+        return module
     single = method == "rome"
     shared: dict[str, Any] = {
         "language_model": model,
-        "layers": LAYERS[shape]["single" if single else "window"],
+        "layers": layers,
         "second_moments": RandomMoments(None),
-        "value": ValueOptions(steps=steps, stop_loss=0.0, clamp=4.0 if single else 0.75),
+        "value": ValueOptions(steps=steps, stop_loss=0.0, clamp=4.0 if single else 0.75, graph=graph),
         "contexts": ContextOptions(fixed=prefixes(20 if single else 5)),
     }
-    kind, options = {"rome": (ROME, {}), "memit": (MEMIT, {"ridge": 15000}), "alphaedit": (CheapAlphaEdit, {})}[method]
+    kind, options = kinds[method]
     module = kind(**shared, **options).to(model.device)
     module.prepare()
     return module
@@ -153,42 +174,69 @@ def traced(module: LocateThenEdit, batch: list[EditRequest], file: Path, device:
     return [{"name": e.key[:80], "count": e.count, "ms": getattr(e, key) / 1e3} for e in table]
 
 
-def plain_edit(module: LocateThenEdit, requests: list[EditRequest]) -> Tensor:
-    """Compute an edit as in the public code, without writing the weights; return the values."""
+def plain_edit(module: LocateThenEdit, requests: list[EditRequest]) -> tuple[Tensor, list[float]]:
+    """Compute an edit as in the public code, without writing the weights; return values and first losses."""
     model = module.language_model
     site = site_of(module)
-    values = [plain_value(model, rows, site, module.value)[0] for rows in module.rows(requests)]
+    values, _, losses, _ = zip(
+        *(plain_value(model, rows, site, module.value) for rows in module.rows(requests)), strict=True
+    )
     rows = [key_row(model, request, prefix) for request in requests for prefix in module.prefixes]
     ids, mask = model.tokens.pad([row.ids for row in rows], model.device)
     with torch.no_grad():
         for _ in range(2 * len(module.layers)):
             model(ids, mask)
-    return torch.stack(values)
+    return torch.stack(values), [of_request[0] for of_request in losses]
 
 
 def measure(
     module: LocateThenEdit, requests: list[EditRequest], size: int, options: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     """Return what a method needs in batches of one size."""
-    timed = requests[: options.requests]
-    batches = [requests[start : start + size] for start in range(0, len(timed), size)]
-    clock(lambda: module.compute_update(batches[0][:1]), device)  # warm up
+    timed = requests[: max(size, options.requests // size * size)]
+    batches = [timed[start : start + size] for start in range(0, len(timed), size)]
+    full = module.value
+    module.value = replace(full, steps=3)
+    clock(lambda: module.compute_update(batches[0]), device)  # load kernels, fill the allocator's cache
+    module.value = full
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    whole, _ = clock(lambda: [module.compute_update(batch) for batch in batches], device)
+    if size > LARGE:  # long enough that the waits between parts do not count, and too long to run twice
+        parts = shares(module, batches[0], device)
+        seconds = [parts["seconds"]]
+    else:
+        seconds = [clock(lambda batch=batch: module.compute_update(batch), device)[0] for batch in batches]
+        parts = shares(module, batches[0], device)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    plain, theirs = clock(lambda: plain_edit(module, timed), device)
-    edits, ours = sum(len(batch) for batch in batches), module.optimise(timed, site_of(module)).target
     return {
         "contexts": len(module.prefixes),
         "layers": list(module.layers),
-        "seconds_per_edit": whole / edits,
-        "edits_per_second": edits / whole,
-        "plain_seconds_per_edit": plain / len(timed),
-        "ratio": plain / len(timed) / (whole / edits),
-        "shares": shares(module, batches[0], device),
-        "difference": float((ours - theirs).norm() / theirs.norm()),
+        "edits": len(timed),
+        "seconds_per_edit": sum(seconds) / len(timed),
+        "edits_per_second": len(timed) / sum(seconds),
+        "seconds_by_batch": seconds,
         "peak_gib": peak,
+        "shares": parts,
+    }
+
+
+def against_plain(module: LocateThenEdit, timed: list[EditRequest], device: torch.device) -> dict[str, float]:
+    """Return how long the plain path takes for some requests, and how its values differ.
+
+    Adam's first step is the sign of the gradient, so that rounding in 16 bits turns components of the values. The
+    losses before the first step have to agree to rounding.
+    """
+    site, full = site_of(module), module.value
+    module.value = replace(full, steps=2)
+    clock(lambda: plain_edit(module, timed[:1]), device)
+    module.value = full
+    plain, (values, losses) = clock(lambda: plain_edit(module, timed), device)
+    ours = module.optimise(timed, site)
+    first = [abs(d["losses"][0] - loss) / abs(loss) for d, loss in zip(ours.details, losses, strict=True)]
+    return {
+        "plain_seconds_per_edit": plain / len(timed),
+        "difference": float((ours.target.double() - values.double()).norm() / values.double().norm()),
+        "loss_difference": max(first),
     }
 
 
@@ -201,7 +249,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["rome", "memit"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--steps", type=int, default=20, help="passes of the value optimisation")
-    parser.add_argument("--requests", type=int, default=3, help="requests on which the plain path is timed")
+    parser.add_argument("--requests", type=int, default=3, help="requests that are edited in small batches")
+    parser.add_argument("--plain", type=int, default=1, help="requests on which the plain path is timed")
+    parser.add_argument("--graph", action="store_true", help="also with value steps as CUDA graphs")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="trace of one batch of the last method")
     options = parser.parse_args()
@@ -213,25 +263,31 @@ def main() -> None:
     found: dict[str, Any] = {name: str(value) for name, value in vars(options).items()} | {"records": []}
     for method in options.methods:
         module = build(method, model, options.shape, options.steps)
+        assert isinstance(module, LocateThenEdit)
+        plain: dict[str, float] = {}
         for size in options.batch_sizes if method != "rome" else [1]:
-            measured = measure(module, requests, size, options, device)
-            found["records"].append({"method": method, "batch": size} | measured)
-            if options.json:  # after each, since the whole takes long
-                options.json.write_text(json.dumps(found, indent=2))
+            for graph in (False, True) if options.graph and device.type == "cuda" and size <= LARGE else (False,):
+                module.value = replace(module.value, graph=graph)
+                measured = measure(module, requests, size, options, device)
+                plain = plain or against_plain(module, requests[: options.plain], device)
+                measured |= plain | {"ratio": plain["plain_seconds_per_edit"] / measured["seconds_per_edit"]}
+                found["records"].append({"method": method, "batch": size, "graph": graph} | measured)
+                if options.json:  # after each, since the whole takes long
+                    options.json.write_text(json.dumps(found, indent=2))
         module.run.restart()
         if options.trace and method == options.methods[-1]:
-            short = build(method, model, options.shape, min(3, options.steps))
-            found["operations"] = traced(short, requests[: max(options.batch_sizes)], options.trace, device)
+            module.value = replace(module.value, steps=min(4, options.steps), graph=False)
+            found["operations"] = traced(module, requests[: min(options.batch_sizes)], options.trace, device)
         del module
         gc.collect()  # the moments of five layers of this size are of many GiB
     records = found["records"]
-    keys = ("method", "batch", "contexts", "seconds_per_edit", "plain_seconds_per_edit", "ratio")
-    columns = [key.replace("_", " ") for key in keys]
-    table = Table(*columns, "values' share", "difference", title=f"{options.shape}, {options.dtype}")
+    keys = ("method", "batch", "graph", "contexts", "seconds_per_edit", "plain_seconds_per_edit", "ratio")
+    keys += ("difference", "loss_difference")
+    table = Table(*(key.replace("_", " ") for key in keys), "values' share", title=f"{options.shape}, {options.dtype}")
     for record in records:
         cells = [f"{record[key]:.3g}" if isinstance(record[key], float) else str(record[key]) for key in keys]
-        table.add_row(*cells, f"{record['shares']['values']:.2f}", f"{record['difference']:.1e}")
-    Console(width=140).print(table)
+        table.add_row(*cells, f"{record['shares']['values']:.2f}")
+    Console(width=160).print(table)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2))
 

@@ -1,7 +1,7 @@
 """Run the main job on a GPU and write what of its summary says how fast and how well it went.
 
     python benchmarks/gpu_job.py --json FILE
-    python benchmarks/gpu_job.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --json FILE
+    python benchmarks/gpu_job.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --json FILE -- data=counterfact data.path=FILE
 
 With ``TOY=1``, a few edits on the CPU.
 """
@@ -25,11 +25,13 @@ KEPT = ("phases", "wall_s", "edit_s", "evaluate_s", "evaluate_share", "final", "
 
 def words(gguf: Path | None, toy: bool) -> list[str]:
     """Return the command's words."""
-    chosen = [f"trainer={'cpu' if toy else 'gpu'}", "progress=false"]
+    chosen = [f"trainer={'cpu' if toy else 'gpu'}", "progress=false", "control=false"]
     if gguf is not None:
-        chosen += ["model=smollm2", f"model.path={gguf}", "method=memit", f"data.num_edits={4 if toy else 200}"]
+        chosen += ["model=smollm2", f"model.path={gguf}", "method=rome", "restraint=prune", "evaluation=editing"]
     elif toy:
-        chosen += ["data.num_edits=4", "evaluation=editing", "control=false"]
+        chosen += ["evaluation=editing"]
+    if gguf is not None or toy:
+        chosen += [f"data.num_edits={4 if toy else 200}"]
     return chosen
 
 
@@ -44,9 +46,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gguf", type=Path, metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("further", nargs="*", metavar="OVERRIDE", help="further words of the command, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        chosen = words(options.gguf and options.gguf.resolve(), bool(os.environ.get("TOY")))
+        chosen = [*words(options.gguf and options.gguf.resolve(), bool(os.environ.get("TOY"))), *options.further]
         command = [sys.executable, str(ROOT / "train.py"), *chosen, f"hydra.run.dir={folder}"]
         done = subprocess.run(command, cwd=ROOT, check=False)
         if done.returncode:

@@ -20,12 +20,13 @@ def rows(name: str, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in parts.items())
             speed = f"{entry['edits_per_second']:.2f} edits/s, {entry['ratio']:.1f} times the plain path"
             peak = f", {entry['peak_gib']:.1f} GiB" if entry["peak_gib"] else ""
-            yield f"{entry['method']}, batch {entry['batch']}", f"{speed}{peak}; {shares}"
+            what = f"{entry['method']}, batch {entry['batch']}{', CUDA graph' if entry['graph'] else ''}"
+            yield what, f"{speed}{peak}; {shares}"
     elif name.startswith("restraint"):
         for entry in found["records"]:
             ratio = f", {entry['ratio']:.1f} times" if entry["ratio"] == entry["ratio"] else ""
             yield f"{entry['shape']}, {entry['case']}", f"{entry['seconds']:.3g} s{ratio}"
-    elif name == "stream":
+    elif name.startswith("stream"):
         text = f"{found['edits']} edits in {found['seconds']:.0f} s; last tenth / first {found['last_over_first']:.2f}"
         yield found["arguments"]["method"], text
     elif name in ("job", "smollm2"):

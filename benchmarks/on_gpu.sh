@@ -6,9 +6,9 @@
 # Each part has its own time limit and writes FOLDER/PART.json, or a log, as soon as it has something; one that fails
 # does not stop the others. Without a GPU, or with TOY=1, every part runs at toy size on the CPU.
 #   a  the tests marked `gpu`                  b  the main job, and SmolLM2 where SMOLLM2 names its GGUF
-#   c  restraint and editing at 8B shape       d  thousands of edits at 7B shape
+#   c  restraint and editing at 8B shape       d  thousands of edits at 7B shape, by METHODS_d in turn
 #   f  the restraint against full decompositions on the device, which take most of that part's time
-#   e  the numeric tests in every numeric environment of this processor, beside the others on the upper half of the cores
+#   e  numeric tests (PYTEST_ARGS) in every numeric environment of this processor, beside the others on ASIDE cores
 # PACK=FILE.tar.gz holds all that is there after each part, for places that hand back few files.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -41,9 +41,10 @@ choose() { # ON_A_GPU AT_TOY_SIZE: the arguments for this machine
 }
 
 environments() {
-  local cores
+  local cores aside=${ASIDE:-6}
   cores=$(nproc)
-  PYTHON="$PYTHON" AT_ONCE=$((cores / 2)) timeout "${SECONDS_e:-420}" taskset -c $((cores / 2))-$((cores - 1)) \
+  [ "$aside" -lt "$cores" ] || aside=1
+  PYTHON="$PYTHON" AT_ONCE=$aside timeout "${SECONDS_e:-420}" taskset -c "$((cores - aside))-$((cores - 1))" \
     tests/environments.sh >"$OUT/environments.log" 2>&1
 }
 
@@ -51,21 +52,27 @@ environments() {
 case " $PARTS " in *" e "*) environments & beside=$! ;; esac
 for each in $PARTS; do
   case $each in
-    a) part tests "${SECONDS_a:-150}" "$PYTHON" -m pytest tests/test_gpu.py -p no:cacheprovider $(choose "-m gpu" "") \
-         -n "$(choose "${WORKERS:-8}" 0)" --dist worksteal --tb=short --show-capture=no -p no:warnings --junitxml="$OUT/tests.xml" ;;
+    a) PYTHONPATH="$PWD/tests:$PYTHONPATH" FAILURES_TO="$OUT/failures.txt" part tests "${SECONDS_a:-150}" \
+         "$PYTHON" -m pytest tests/test_gpu.py -p failures -p no:cacheprovider $(choose "-m gpu" "") \
+         -n "$(choose "${WORKERS:-12}" 0)" --dist worksteal --tb=short --show-capture=no -p no:warnings --junitxml="$OUT/tests.xml" ;;
     b) part job "${SECONDS_b:-60}" "$PYTHON" benchmarks/gpu_job.py --json "$OUT/job.json"
        if [ -n "${SMOLLM2:-}" ]; then
-         part smollm2 "${SECONDS_smollm2:-120}" "$PYTHON" benchmarks/gpu_job.py --gguf "$SMOLLM2" --json "$OUT/smollm2.json"
+         part smollm2 "${SECONDS_smollm2:-120}" "$PYTHON" benchmarks/gpu_job.py --gguf "$SMOLLM2" \
+           --json "$OUT/smollm2.json" -- ${WORDS_smollm2:-}
        else echo "smollm2      left out: SMOLLM2 names no GGUF"; fi ;;
-    c) part restraint "${SECONDS_restraint:-60}" "$PYTHON" benchmarks/restraint.py \
+    c) [ -n "${EDITING_ONLY:-}" ] || part restraint "${SECONDS_restraint:-60}" "$PYTHON" benchmarks/restraint.py \
          --json "$OUT/restraint.json" $(choose "--device cuda --shapes 14336x4096 --reference none" \
          "--shapes 320x80 --reference device")
        part editing "${SECONDS_editing:-150}" "$PYTHON" benchmarks/editing.py --json "$OUT/editing.json" \
-         --methods rome alphaedit memit --requests 2 --trace "$OUT/memit_trace.json.gz" $(choose \
-         "--shape llama-3-8b --dtype bfloat16 --device cuda --batch-sizes 1 32 256" \
+         --methods ${METHODS_c:-memit rome alphaedit} --requests 4 --plain 1 --graph --trace "$OUT/trace.json.gz" \
+         $(choose "--shape llama-3-8b --dtype bfloat16 --device cuda --batch-sizes ${BATCHES:-1 32 256}" \
          "--shape toy --batch-sizes 1 2 4 --steps 3") ;;
-    d) part stream "${SECONDS_d:-90}" "$PYTHON" benchmarks/gpu_stream.py --json "$OUT/stream.json" $(choose \
-         "--seconds ${SECONDS_edits:-65}" "--shape toy --device cpu --dtype float32 --batch 4 --edits 12 --steps 3") ;;
+    d) for method in ${METHODS_d:-ultraedit memit}; do
+         [ -f "configs/method/$method.yaml" ] || continue
+         part "stream_$method" "${SECONDS_d:-60}" "$PYTHON" benchmarks/gpu_stream.py --method "$method" \
+           --json "$OUT/stream_$method.json" $(choose "--seconds ${SECONDS_edits:-40}" \
+           "--shape toy --device cpu --dtype float32 --batch 4 --edits 12 --steps 3")
+       done ;;
     e) ;;
     f) part restraint_f "${SECONDS_f:-90}" "$PYTHON" benchmarks/restraint.py --reference device \
          --json "$OUT/restraint_f.json" $(choose "--device cuda --shapes 6400x1600 14336x4096" "--shapes 320x80") ;;

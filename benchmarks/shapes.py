@@ -33,9 +33,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 def random_model(shape: str, dtype: torch.dtype, device: torch.device, **changes: Any) -> LanguageModel:
     """Return a model of a shape, with optional changes, with random weights and the bundled model's tokenizer."""
     settings = SHAPES[shape] | changes
-    config = AutoConfig.for_model(
-        settings.pop("model_type"), pad_token_id=0, bos_token_id=0, eos_token_id=0, **settings
-    )
+    # Without padding in the configuration: its embedding would be zero, which a norm's gradient divides by, block by
+    # block, until it is infinite.
+    config = AutoConfig.for_model(settings.pop("model_type"), bos_token_id=0, eos_token_id=0, **settings)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

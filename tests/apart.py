@@ -1,7 +1,7 @@
 """A pretended accelerator: tensors that compute on the CPU, but live apart from it as those of a GPU do.
 
 An operation on tensors of both devices raises, as on a GPU, and so does handing the tensors to a library that reads
-memory. Operations for which a GPU would have to finish its queue first, such as ``.item()``, are counted with the line
+memory. Random numbers may not be drawn on it, since a GPU's are not the CPU's. Operations for which a GPU would have to finish its queue first, such as ``.item()``, are counted with the line
 that asked for them. The device's type is ``lazy``, which nothing else uses.
 """
 
@@ -123,6 +123,8 @@ class Apart(TorchDispatchMode):
         here = [tensor for tensor in tensors if isinstance(tensor, ApartTensor)]
         if not here and torch.device(kwargs.get("device") or "cpu") != DEVICE:
             return func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in name:
+            raise RuntimeError(f"{name}: random numbers are drawn on the device, where a seed means something else")
         self._check(name, args, tensors, kwargs)
         target = kwargs.get("device")
         if target is not None:

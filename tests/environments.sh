@@ -27,7 +27,7 @@ run() {
   local environment=$1 log start=$SECONDS status
   log=$(mktemp)
   # shellcheck disable=SC2086
-  env OMP_NUM_THREADS=1 $environment "$PYTHON" -m pytest -n $workers --dist worksteal -p no:warnings \
+  OMP_NUM_THREADS=1 env $environment "$PYTHON" -m pytest -n $workers --dist worksteal -p no:warnings \
     -p no:cacheprovider ${PYTEST_ARGS:-$NUMERIC} >"$log" 2>&1
   status=$?
   [ $status -eq 0 ] || grep -E "^(FAILED|ERROR|E  )" "$log" | head -20

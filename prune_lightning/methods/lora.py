@@ -46,7 +46,8 @@ class LoRA(EditingModule):
         learning_rate: Adam's learning rate.
         batch_size: Requests per step of Adam.
         keep: Train one set of adapters throughout the stream.
-        seed: Seed of the initial :math:`A` and of the dropout; combined with the number of earlier edits.
+        seed: Seed of the initial :math:`A` and of the dropout, on every device alike; combined with the number of
+            earlier edits.
         fast: Run only the blocks with adapters, and those above. The plain path computes the same from the whole model.
         kwargs: See :class:`~.base.EditingModule`.
 
@@ -196,6 +197,8 @@ class LoRA(EditingModule):
         refuse_adapters(self.language_model.model)  # unloading ours would remove the user's, too
         tuner = self.inject(self.language_model.model, total_steps)
         try:
+            for name in self.edited_matrices():
+                _draw_on_the_cpu(self.adapted(name))
             cast_adapter_dtype(self.language_model.model, ADAPTER)
             self.language_model.model.eval()  # new layers begin with their dropout on
             yield tuner
@@ -275,6 +278,24 @@ class LoRA(EditingModule):
 
     def stepped(self, tuner: LoraModel, step: int) -> None:
         """Called after each step of Adam, while gradients are still there."""
+
+
+class CPUDropout(nn.Dropout):
+    """Dropout whose draws are the CPU's on every device, so that a seed means the same everywhere."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the scaled input, some of its entries zero."""
+        if not self.training:
+            return input
+        kept = torch.empty(input.shape, dtype=torch.bool).bernoulli_(1 - self.p)
+        return input * kept.to(input.device).to(input.dtype).div_(1 - self.p)
+
+
+def _draw_on_the_cpu(layer: Any) -> None:
+    """Exchange the dropout of an adapter; ``peft`` initialises it on the CPU already."""
+    dropout = layer.lora_dropout[ADAPTER]
+    if type(dropout) is nn.Dropout:
+        layer.lora_dropout[ADAPTER] = CPUDropout(dropout.p)
 
 
 def negative(update: LowRankUpdate) -> LowRankUpdate:

@@ -2,7 +2,7 @@ r"""The value optimiser of locate-and-edit methods: find the :math:`v^*` that ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from prune_lightning.methods.value_graph import CapturedStep
 from prune_lightning.methods.value_problem import (
     Layout,
     RequestRows,
@@ -22,6 +23,7 @@ from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.language_model import LanguageModel
 
 FAST = "the value optimisation"
+GRAPH = "a value step as a CUDA graph"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class ValueOptions:
         stop_loss: Stop a request whose loss falls below this.
         token_budget: Padded tokens of the requests that are optimised together; halved when memory runs out.
         fast: Run only what depends on the shift. The plain path computes the same from the whole model.
+        graph: On a GPU, record the second step as a CUDA graph and replay it for the others, since launching a step's
+            kernels takes longer than they do. Needs memory for one more step.
     """
 
     steps: int = 20
@@ -47,6 +51,7 @@ class ValueOptions:
     stop_loss: float = 0.05
     token_budget: int = 65_536
     fast: bool = True
+    graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ class _Optimisation:
         upper = model.fast_path.attempt(FAST, self._upper) if options.fast else None
         self.problem: ValueProblem = upper or WholeForward(model, site, self.layout)
         self.reference = self.problem.reference.to(torch.promote_types(self.problem.reference.dtype, torch.float32))
+        self.reference_norm = self.reference.norm(dim=1)
         self.delta = torch.zeros_like(self.reference)
         self.moments = torch.zeros_like(self.delta), torch.zeros_like(self.delta)
         self.base_log_p = self._log_p(self.problem.base_logits)[len(self.layout.label) :]
@@ -137,6 +143,8 @@ class _Optimisation:
         self.clamped = torch.zeros_like(self.active)
         self.nll = torch.full((count,), torch.nan, dtype=torch.float64, device=model.device)
         self.updates = torch.zeros(count, dtype=torch.long, device=model.device)
+        self._captured: CapturedStep | None = None
+        self._settled = False  # whether a step has run with the present rows, so that nothing is left to find out
         self.losses: list[Tensor] = []  # per step, NaN for requests that are done
 
     def _logits(self, shift: Tensor) -> Tensor:
@@ -168,24 +176,52 @@ class _Optimisation:
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def run(self) -> Values:
-        """Optimise until every request is done, at most ``steps`` steps."""
+        """Optimise until every request is done, at most ``steps`` steps.
+
+        A step asks the device once, for the number of requests that go on. The others' gradients are computed with
+        theirs until the batch is compacted, and not used.
+        """
         for step in range(1, self.options.steps + 1):
-            shift = self.delta[self.current].requires_grad_()
-            with torch.enable_grad():
-                loss, nll = self._loss(shift)
-            active = self.active[self.current]
-            row = torch.full_like(self.nll, torch.nan)
-            row[self.current[active]] = loss.detach()[active].double()
-            self.losses.append(row)
-            self.nll[self.current[active]] = nll.detach()[active].double()
-            active &= loss.detach() >= self.options.stop_loss
-            self.active[self.current] = active
-            if step == self.options.steps or not active.any():
+            loss, nll, differentiate = self._step(self.delta[self.current])
+            active = self._record(loss, nll)
+            remaining = 0 if step == self.options.steps else int(active.sum())
+            if not remaining:
                 break
-            (gradient,) = torch.autograd.grad(loss[active].sum(), [shift])
-            self._adam(self.current[active], gradient[active], step)
-            self._compact()
+            self._adam(active, differentiate(), step)
+            if remaining <= 0.75 * len(active):
+                self._compact(active)
         return Values(self.reference + self.delta, self.reference, self._details())
+
+    def _step(self, shift: Tensor) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+        """Return losses, negative log-likelihoods and what returns the gradient."""
+        pays = self.options.steps - len(self.losses) > 2
+        if self.options.graph and self._settled and shift.is_cuda and self._captured is None and pays:
+            self._captured = self.model.fast_path.attempt(GRAPH, lambda: CapturedStep(self._both, shift))
+        if self._captured is not None:
+            loss, nll, gradient = self._captured(shift)
+            return loss, nll, lambda: gradient
+        shift = shift.requires_grad_()
+        with torch.enable_grad():
+            loss, nll = self._loss(shift)
+        self._settled = True
+        return loss.detach(), nll.detach(), lambda: torch.autograd.grad(loss.sum(), [shift])[0]
+
+    def _both(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift = shift.detach().requires_grad_()
+        with torch.enable_grad():
+            loss, nll = self._loss(shift)
+        return loss.detach(), nll.detach(), torch.autograd.grad(loss.sum(), [shift])[0]
+
+    def _record(self, loss: Tensor, nll: Tensor) -> Tensor:
+        """Note the losses of the requests that were not done, and return which of the current ones go on."""
+        active = self.active[self.current]
+        row = torch.full_like(self.nll, torch.nan)
+        row[self.current] = torch.where(active, loss.double(), torch.nan)
+        self.losses.append(row)
+        self.nll[self.current] = torch.where(active, nll.double(), self.nll[self.current])
+        active = active & (loss >= self.options.stop_loss)
+        self.active[self.current] = active
+        return active
 
     def _loss(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Return loss and negative log-likelihood of the target of each current request."""
@@ -196,38 +232,35 @@ class _Optimisation:
         nll = zeros.index_add(0, layout.label_owner, labels * layout.label_weight.to(labels))
         kl_log_p = log_p[len(layout.label) :]
         kl = (kl_log_p.exp() * (kl_log_p - self.base_log_p[self.current])).sum(-1)
-        decay = shift.norm(dim=1) / self.reference[self.current].norm(dim=1) ** 2
+        decay = shift.norm(dim=1) / self.reference_norm[self.current] ** 2
         return nll + options.kl_factor * kl + options.weight_decay * decay, nll
 
     @torch.no_grad()
-    def _adam(self, who: Tensor, gradient: Tensor, step: int) -> None:
-        """Take one step of Adam (Kingma & Ba, 2015) for some requests, and clamp their shifts."""
+    def _adam(self, active: Tensor, gradient: Tensor, step: int) -> None:
+        """Take one step of Adam (Kingma & Ba, 2015) for the active ones of the current requests; clamp their shifts."""
+        who, moments = self.current, []
         for moment, value, beta in zip(self.moments, (gradient, gradient.square()), (0.9, 0.999), strict=True):
-            moment[who] = beta * moment[who] + (1 - beta) * value
-        first, second = self.moments[0][who] / (1 - 0.9**step), self.moments[1][who] / (1 - 0.999**step)
-        delta = self.delta[who] - self.options.learning_rate * first / (second.sqrt() + 1e-8)
-        limit, norm = self.options.clamp * self.reference[who].norm(dim=1), delta.norm(dim=1)
-        self.clamped[who] |= norm > limit
-        self.delta[who] = delta * torch.where(norm > limit, limit / norm, 1.0)[:, None]
-        self.updates[who] += 1
+            moments.append(beta * moment[who] + (1 - beta) * value)
+            moment[who] = moments[-1]  # those of finished requests are not read again
+        first, second = moments[0] / (1 - 0.9**step), moments[1] / (1 - 0.999**step)
+        before = self.delta[who]
+        delta = before - self.options.learning_rate * first / (second.sqrt() + 1e-8)
+        limit, norm = self.options.clamp * self.reference_norm[who], delta.norm(dim=1)
+        delta = delta * torch.where(norm > limit, limit / norm, 1.0)[:, None]
+        self.clamped[who] |= active & (norm > limit)
+        self.delta[who] = torch.where(active[:, None], delta, before)
+        self.updates[who] += active
 
-    def _compact(self) -> None:
-        """Drop the rows of finished requests once they are a quarter of the batch."""
-        active = self.active[self.current]
-        if int(active.sum()) > 0.75 * len(active):
-            return
+    def _compact(self, active: Tensor) -> None:
+        """Drop the rows of finished requests, which are a quarter of the batch or more."""
+        self._captured, self._settled = None, False
         self.problem.select(torch.nonzero(active[self.layout.owner])[:, 0])
         self.current = self.current[active]
-        self.layout = Layout(self.model, [self.requests[int(i)] for i in self.current])
+        self.layout = Layout(self.model, [self.requests[i] for i in self.current.tolist()])
 
     def _details(self) -> list[dict[str, Any]]:
-        losses = torch.stack(self.losses, dim=1).tolist()
+        found = (torch.stack(self.losses, dim=1), self.updates, (-self.nll).exp(), self.clamped)
         return [
-            {
-                "steps": int(updates),
-                "losses": row[: int(updates) + 1],
-                "target_probability": float((-nll).exp()),
-                "clamped": bool(clamped),
-            }
-            for row, updates, nll, clamped in zip(losses, self.updates, self.nll, self.clamped, strict=True)
+            {"steps": updates, "losses": row[: updates + 1], "target_probability": probability, "clamped": clamped}
+            for row, updates, probability, clamped in zip(*(each.tolist() for each in found), strict=True)
         ]

@@ -63,7 +63,11 @@ class Layout:
         label_row: Row of each label.
         label_position: Position whose logits predict it.
         label: Token id.
+        label_owner: Request of each label.
         label_weight: 1 / (target rows of the request * tokens of its target).
+        read_rows: Rows of the positions whose logits are read: the labels', then the divergences'.
+        read_positions: These positions.
+        read_offsets: These positions, counted from the subject's.
     """
 
     def __init__(self, model: LanguageModel, requests: Sequence[RequestRows]) -> None:
@@ -76,7 +80,7 @@ class Layout:
         sizes = [len(request.all) for request in requests]
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         labelled = [(i, row) for i, row in enumerate(flat) if row.target]
-        self.owner = torch.repeat_interleave(long(range(len(requests))), long(sizes))
+        self.owner = long([i for i, size in enumerate(sizes) for _ in range(size)])
         self.subject = long([row.subject for row in flat])
         self.clean = long([end - size for end, size in zip(ends, sizes, strict=True)])
         self.divergence = long([end - 1 for end in ends])
@@ -85,22 +89,11 @@ class Layout:
         self.label = long([token for _, row in labelled for token in row.target])
         rows_of = torch.tensor(sizes, dtype=torch.float64, device=model.device) - 1
         tokens_in = long([len(row.target) for row in flat])[self.label_row]
+        self.label_owner = self.owner[self.label_row]
         self.label_weight = 1 / (rows_of[self.label_owner] * tokens_in)
-
-    @property
-    def label_owner(self) -> Tensor:
-        """Request of each label."""
-        return self.owner[self.label_row]
-
-    @property
-    def read_rows(self) -> Tensor:
-        """Rows of the positions whose logits are read: the labels', then the divergences'."""
-        return torch.cat([self.label_row, self.divergence])
-
-    @property
-    def read_positions(self) -> Tensor:
-        """These positions."""
-        return torch.cat([self.label_position, self.subject[self.divergence]])
+        self.read_rows = torch.cat([self.label_row, self.divergence])
+        self.read_positions = torch.cat([self.label_position, self.subject[self.divergence]])
+        self.read_offsets = self.read_positions - self.subject[self.read_rows]
 
 
 class ValueProblem(Protocol):
@@ -176,8 +169,7 @@ class UpperForward:
             unshifted = self.forward.mlp_output
             shift = self._after_mlp(unshifted + shift) - self._after_mlp(unshifted)
         hidden = torch.cat([hidden[:, :1] + shift[:, None], hidden[:, 1:]], dim=1)
-        offsets = layout.read_positions - layout.subject[layout.read_rows]
-        return self.forward.logits_at(hidden, layout.read_rows, offsets)
+        return self.forward.logits_at(hidden, layout.read_rows, layout.read_offsets)
 
     def select(self, rows: Tensor) -> None:
         """Drop the cached states of the other rows."""

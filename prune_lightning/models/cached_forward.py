@@ -64,6 +64,7 @@ class CachedForward:
             self.base_logits = model.logits_at(
                 **packed.inputs, rows=read, positions=at, past_key_values=cache, use_cache=True
             )
+        self._read: tuple[Tensor, Tensor, list[tuple[nn.Module, Tensor]]] | None = None
         row = torch.arange(len(ids), device=ids.device)
 
         # Later tokens begin at slot 0 of the rerun, and earlier ones end right before it, padded on the left. So the
@@ -99,6 +100,7 @@ class CachedForward:
     def behind(self, layer: int) -> CachedForward:
         """Return a rerun after ``layer`` or one of the blocks ``above``, which shares the cached states."""
         other = copy(self)
+        other._read = None
         other.layer, other._past = layer, self._past[layer - self.layer :]
         return other
 
@@ -108,6 +110,7 @@ class CachedForward:
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows, possibly repeated, and truncate to the longest of them."""
+        self._read = None
         mask = self._mask[rows]
         before = self._before
         drop = before - int(mask[:, :before].sum(1).max()) if before else 0
@@ -134,12 +137,18 @@ class CachedForward:
         with ExitStack() as stack:
             stack.enter_context(pass_through(below, self._in_tuple))
             stack.enter_context(replace_output(self.model.block(self.layer), output))
-            for mlp, places in self._narrowed(rows, offsets) if self._compact else ():
+            for mlp, places in self._places(rows, offsets) if self._compact else ():
                 stack.enter_context(only_at(mlp, places))
             positions = {"position_ids": self._positions} if self.model.takes_positions else {}
             return self.model.logits_at(
                 ids, self._mask, rows, offsets, past_key_values=self._cache(), use_cache=True, **positions
             )
+
+    def _places(self, rows: Tensor, offsets: Tensor) -> Sequence[tuple[nn.Module, Tensor]]:
+        """Return the MLPs with the tokens they need; found once while the same positions are read, since it waits."""
+        if self._read is None or self._read[0] is not rows or self._read[1] is not offsets:
+            self._read = rows, offsets, list(self._narrowed(rows, offsets))
+        return self._read[2]
 
     def _narrowed(self, rows: Tensor, offsets: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
         """Yield the MLPs of the upper blocks with the tokens they need, where leaving out the rest is faster."""

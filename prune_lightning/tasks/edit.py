@@ -34,6 +34,7 @@ from prune_lightning.tasks.setup import (
     build_trainer,
     choice,
     first_process,
+    fit,
     quieten,
     run_clock,
     run_folder,
@@ -59,7 +60,7 @@ def run(config: DictConfig) -> None:
             trainer = build_trainer(config, [*job.callbacks(), run_log, *job.ledger_callback()], loggers, folder)
         _check_bisection(config, job, trainer)
         with clock.phase("edit"):
-            trainer.fit(job.module, datamodule=job.stream)
+            fit(trainer, job.module, job.stream)
         with clock.phase("bisect"):
             collapses = _collapses(config, job)
         with clock.phase("spectrum"):
@@ -213,5 +214,5 @@ def _control(config: DictConfig, job: Job, run_log: RunLog) -> EditEvaluation:
     evaluation = _evaluation(config, job.evaluation.measurements, stream=scores, earlier=job.evaluation, clock=clock)
     trainer = build_trainer(config, [EditLog(None, scores), evaluation, run_log], [], max_steps=steps)
     with clock.phase("edit"):
-        trainer.fit(job.module, datamodule=job.stream.from_start())
+        fit(trainer, job.module, job.stream.from_start())
     return evaluation

@@ -18,7 +18,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
+from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.trainer_checks import check_trainer, weights_dtype
 from prune_lightning.phases import PhaseClock, process_age
 from prune_lightning.report.csv_logger import StepCSVLogger
@@ -149,6 +151,12 @@ def build_trainer(
         raise UserError(f"trainer: Lightning does not take these arguments: {reason}") from error
     assert isinstance(trainer, L.Trainer)
     return trainer
+
+
+def fit(trainer: L.Trainer, module: EditingModule, stream: EditStream) -> None:
+    """Edit, and leave the module where it was edited: a Trainer moves it to the CPU at its end."""
+    trainer.fit(module, datamodule=stream)
+    module.to(trainer.strategy.root_device)
 
 
 def settle_trainer(config: DictConfig) -> None:
