@@ -42,23 +42,30 @@ def bundled_shared() -> LanguageModel:
     return load_language_model(BUNDLED)
 
 
-def build_tiny(model_type: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
-    """Return a random model of a family whose edited matrices are square, so that a wrong orientation shows."""
+def build_tiny(model_type: str, dtype: torch.dtype = torch.float64, **further: Any) -> LanguageModel:
+    """Return a random model of a family whose edited matrices are square, so that a wrong orientation shows.
+
+    `further` entries of the configuration take precedence.
+    """
     family = ModelFamily.find(model_type)
     tokenizer = AutoTokenizer.from_pretrained(load_path())
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 32,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    } | dict(family.tiny)
+    settings = (
+        {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 32,
+            "max_position_embeddings": 128,
+            "pad_token_id": 0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+        | dict(family.tiny)
+        | further
+    )
     if parts := settings.pop("parts", None):  # of a model that also sees images, the text model is one
         settings = {**parts, "text_config": settings}
     config = AutoConfig.for_model(model_type, **{name: value for name, value in settings.items() if value is not None})

@@ -14,6 +14,7 @@ from conftest import BUNDLED, ROOT, build_tiny, load_path, quiet_trainer
 from hydra.utils import instantiate
 from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import load_file
 from test_configs import compose
 from test_train import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,8 +123,8 @@ def test_plain_libraries_load_it_in_a_process_of_their_own(case, kind, loaded_pl
     assert report.megabytes == pytest.approx(sum(path.stat().st_size for path in files) / 1e6)
 
 
-def test_ranks_differ_from_matrix_to_matrix(bundled, tmp_path):
-    """MEMIT over two layers, the lower one edited once more: PEFT reads each rank and a scaling of one."""
+def test_an_adapter_has_one_rank(bundled, tmp_path):
+    """MEMIT over two layers, the lower one edited once more: the other is padded, so that every loader scales by one."""
     module, requests = edited(bundled, "memit", [0, 1], batch=5)
     matrices = module.edited_matrices()
     first, second = matrices
@@ -133,9 +134,31 @@ def test_ranks_differ_from_matrix_to_matrix(bundled, tmp_path):
     matrices[first].add(extra)
     report = export(source_of(module, requests), tmp_path / "lora", "lora")
     assert report.details["ranks"] == {first: 6, second: 5}
+    assert "rank 6, for vLLM: --max-lora-rank 8" in report.line()
     adapter = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert adapter["rank_pattern"] == adapter["alpha_pattern"] == {second.removesuffix(".weight"): 5}
+    assert (adapter["r"], adapter["lora_alpha"]) == (6, 6)
+    assert not adapter["rank_pattern"]
+    assert not adapter["alpha_pattern"]
     assert adapter["fan_in_fan_out"] is True
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for name, matrix in matrices.items():
+        a, b = (tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"] for part in "AB")
+        assert (a.shape[0], b.shape[1]) == (6, 6)
+        # llama.cpp scales by alpha over the tensor's own rank, vLLM by alpha over r.
+        scaled = adapter["lora_alpha"] / a.shape[0] * b @ a
+        change = matrix.delta()
+        change = change.dense() if isinstance(change, LowRankUpdate) else change
+        assert torch.allclose(scaled, change.float(), rtol=0, atol=1e-5 * float(change.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"), [(1, "-rank 1"), (2, "-rank 8"), (257, "-rank 320"), (512, "-rank 512"), (513, "format full")]
+)
+def test_what_vllm_needs_to_know_about_the_rank(rank, words):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(600, rank, generator=generator) for _ in range(2))
+    assert lora._note(lowest_rank(LowRankUpdate(left, right)).left.shape[1]).endswith(words) == (rank < 513)
+    assert words in lora._note(rank)
 
 
 def test_delta_makes_the_live_weights_from_the_base_and_refuses_another(rome, tmp_path):
@@ -318,7 +341,9 @@ def test_useless_requests_are_refused(rome, tiny, tmp_path):
     for rank, kind, message in (
         (0, "lora", "at least 1"),
         (2, "full", "lora and delta"),
-        (None, "gguf", "choose from"),
+        (None, "ggml", "choose from"),
+        (2, "gguf", "lora and delta"),
+        (None, "gguf", "only exported for a model that was loaded from one"),
     ):
         with pytest.raises(UserError, match=message):
             export(rome, tmp_path / "x", kind, rank)
@@ -363,7 +388,9 @@ def test_wanted_formats_are_checked_before_the_first_edit():
     assert formats_wanted(compose(), single) == []
     assert formats_wanted(compose("export=lora"), sequential) == ["lora"]
     assert formats_wanted(compose("export=[full,delta]"), sequential) == ["full", "delta"]
-    with pytest.raises(UserError, match="unknown export 'gguf'"):
+    with pytest.raises(UserError, match="unknown export 'ggml'"):
+        formats_wanted(compose("export=ggml"), sequential)
+    with pytest.raises(UserError, match="only exported for a model that was loaded from one"):
         formats_wanted(compose("export=gguf"), sequential)
     with pytest.raises(UserError, match="leaves no edited model"):
         formats_wanted(compose("export=full"), single)

@@ -1,6 +1,6 @@
 """Export the edited model of a run.
 
-python -m prune_lightning.export RUN --to FOLDER --format full|lora|delta
+python -m prune_lightning.export RUN --to FOLDER --format full|lora|delta|gguf|gguf_q8_0
 python -m prune_lightning.export RUN --to FOLDER --after 50
 python -m prune_lightning.export RUN --to FOLDER --without 3,17
 """

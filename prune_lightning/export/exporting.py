@@ -15,7 +15,7 @@ from torch import Tensor
 from prune_lightning.atomic_files import write_json
 from prune_lightning.errors import UserError
 from prune_lightning.export.card import write_card
-from prune_lightning.export.formats import Format, format_named
+from prune_lightning.export.formats import RANKED, Format, format_named
 from prune_lightning.export.sources import ExportSource
 from prune_lightning.export.verify import next_token_logits, prompts_for, reloaded_logits, tolerance
 
@@ -27,7 +27,7 @@ class ExportReport:
     """The result of an export, and its agreement with the live model.
 
     Args:
-        format: ``full``, ``lora`` or ``delta``.
+        format: Its format.
         folder: Its folder.
         megabytes: Size of all files, in units of 10^6 bytes.
         prompts: Number of prompts on which logits were compared.
@@ -36,7 +36,7 @@ class ExportReport:
         moved: Largest logit difference between the live model and its base on these prompts, for comparison.
         truncation_error: Largest logit difference between the live model and one with changes truncated to ``rank``;
             zero without ``rank``.
-        details: Details of the format, e.g. ranks.
+        details: Details of the format, e.g. ranks; ``note`` is printed.
     """
 
     format: str
@@ -55,6 +55,7 @@ class ExportReport:
         return (
             f"exported {self.format}: {self.megabytes:.2f} MB in {self.folder}; reloaded, largest logit error "
             f"{self.max_logit_error:.2g} on {self.prompts} prompts (the edits moved them by {self.moved:.2g}{cut})"
+            + (f"; {self.details['note']}" if "note" in self.details else "")
         )
 
 
@@ -69,7 +70,7 @@ def export(
     Args:
         source: The edited model.
         target: The folder to write.
-        format_name: ``full``, ``lora`` or ``delta``.
+        format_name: Name of the format.
         rank: For ``lora`` and ``delta``: approximate each change by one of this rank at most.
         overwrite: Whether to replace an earlier export.
 
@@ -78,7 +79,7 @@ def export(
             then nothing is written at the target.
     """
     chosen = format_named(format_name)
-    if rank is not None and (rank < 1 or format_name == "full"):
+    if rank is not None and (rank < 1 or format_name not in RANKED):
         raise UserError(f"a rank of at least 1 belongs to the formats lora and delta, but got {rank} for {format_name}")
     prompts = prompts_for(source.provenance.requests)
     live = next_token_logits(source.language_model, prompts)
@@ -112,7 +113,8 @@ def _compare(
 ) -> tuple[float, float]:
     """Return the largest logit error of the export in a folder, and the allowed error."""
     error = _difference(reloaded_logits(source, chosen.load(source, folder), prompts), expected)
-    allowed = tolerance(expected, source.language_model.model.dtype)
+    stored = getattr(chosen, "EPSILON", 0.0)
+    allowed = tolerance(expected, source.language_model.model.dtype, stored)
     if not error <= allowed:
         raise UserError(
             f"the export was written and loaded again, but its logits differ by {error:.3g} from the live model's "

@@ -9,11 +9,16 @@ from typing import Any, Protocol, cast
 from prune_lightning.errors import one_of
 from prune_lightning.export.sources import ExportSource
 
-FORMATS = ("full", "lora", "delta")  # names of modules of this package
+FORMATS = ("full", "lora", "delta", "gguf", "gguf_q8_0")  # names of modules of this package
+RANKED = ("lora", "delta")  # those that can approximate a change by one of a given rank
 
 
 class Format(Protocol):
-    """The functions of a format's module."""
+    """The functions of a format's module.
+
+    A module may also have ``EPSILON``, the relative precision in which it stores edited weights if that is less than
+    the model's, and ``check_base(base_model)``, which raises a :class:`UserError` for a base that it cannot export.
+    """
 
     @staticmethod
     def write(source: ExportSource, folder: Path) -> dict[str, Any]:
@@ -34,3 +39,12 @@ def format_named(name: str) -> Format:
     """
     one_of("export format", name, FORMATS)
     return cast(Format, importlib.import_module(f"prune_lightning.export.{name}"))
+
+
+def check_base(name: str, base_model: str) -> None:
+    """Raise an error if a format cannot export edits of this base.
+
+    Raises:
+        UserError: There is no such format, or it cannot.
+    """
+    getattr(format_named(name), "check_base", lambda _: None)(base_model)

@@ -14,44 +14,50 @@ from prune_lightning.export.lowrank import lowest_rank
 from prune_lightning.export.sources import ExportSource
 
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's ``--max-lora-rank`` takes."""
+
+
 def write(source: ExportSource, folder: Path) -> dict[str, Any]:
     """Write the adapter and the tokenizer.
 
-    Each matrix has the rank of its change, and those that did not change are left out.
+    Matrices that did not change are left out. The others have one rank, the highest of their changes, and alpha is that
+    rank: the factors of lower rank are padded with zeros. Ranks and alphas by matrix are possible in PEFT, but vLLM
+    ignores them, and llama.cpp divides one alpha by each matrix's own rank.
 
     Raises:
         UserError: Nothing has changed, or the rank is so high that the adapter would be larger than the matrices.
     """
+    factors = [(matrix, lowest_rank(matrix.change)) for matrix in source.matrices]
+    ranks = {matrix.name: rank for matrix, change in factors if (rank := change.left.shape[1])}
+    if not ranks:
+        raise UserError("no weight has changed: there is nothing to put into an adapter")
+    largest = max(ranks.values())
     tensors: dict[str, torch.Tensor] = {}
-    ranks: dict[str, int] = {}
-    for matrix in source.matrices:
-        change = lowest_rank(matrix.change)
+    for matrix, change in factors:
         rank = change.left.shape[1]
+        if not rank:
+            continue
         if rank * sum(matrix.original.shape) > matrix.original.numel() and isinstance(matrix.change, torch.Tensor):
             raise UserError(
                 f"the change of {matrix.name} is not of low rank ({rank} of {min(matrix.original.shape)}): as an "
                 "adapter it would be larger than the matrix. Export `full` or `delta`, or an approximation of a given "
                 "rank"
             )
-        if rank:
-            module = matrix.name.removesuffix(".weight")
-            dtype = torch.promote_types(matrix.original.dtype, torch.float32)
-            ranks[module] = rank
-            # PEFT stores A as (rank, in) and B as (out, rank), also for weights that are stored transposed.
-            tensors[f"base_model.model.{module}.lora_A.weight"] = change.right.T.to("cpu", dtype).contiguous()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = change.left.to("cpu", dtype).contiguous()
-    if not ranks:
-        raise UserError("no weight has changed: there is nothing to put into an adapter")
-    largest = max(ranks.values())
+        name = f"base_model.model.{matrix.name.removesuffix('.weight')}"
+        dtype = torch.promote_types(matrix.original.dtype, torch.float32)
+        # PEFT stores A as (rank, in) and B as (out, rank), also for weights that are stored transposed.
+        for part, factor in (("A", change.right.T), ("B", change.left)):
+            missing = [0, largest - rank] if part == "B" else [0, 0, 0, largest - rank]
+            padded = torch.nn.functional.pad(factor.to("cpu", dtype), missing)
+            tensors[f"{name}.lora_{part}.weight"] = padded.contiguous()
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=source.provenance.base_model,
         revision=source.provenance.revision,
         r=largest,
         lora_alpha=largest,  # so that the scaling alpha / r is 1 for every matrix
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != largest},
-        alpha_pattern={name: rank for name, rank in ranks.items() if rank != largest},
-        target_modules=list(ranks),
+        target_modules=[name.removesuffix(".weight") for name in ranks],
         fan_in_fan_out=source.matrices[0].transposed,
         lora_dropout=0.0,
         bias="none",
@@ -60,7 +66,15 @@ def write(source: ExportSource, folder: Path) -> dict[str, Any]:
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     source.language_model.tokens.tokenizer.save_pretrained(folder)
-    return {"ranks": {f"{name}.weight": rank for name, rank in ranks.items()}}
+    return {"rank": largest, "ranks": ranks, "note": _note(largest)}
+
+
+def _note(rank: int) -> str:
+    """Return what a server needs to know about an adapter of this rank."""
+    for allowed in VLLM_RANKS:
+        if rank <= allowed:
+            return f"rank {rank}, for vLLM: --max-lora-rank {allowed}"
+    return f"rank {rank} is more than the {VLLM_RANKS[-1]} that vLLM takes: use the format full there"
 
 
 def load(source: ExportSource, folder: Path) -> Any:

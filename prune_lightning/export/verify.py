@@ -54,11 +54,16 @@ def reloaded_logits(source: ExportSource, reloaded: Any, prompts: Sequence[str])
     return torch.stack([model(input_ids=ids).logits[0, -1].double().cpu() for ids in rows])
 
 
-def tolerance(logits: Tensor, dtype: torch.dtype) -> float:
-    r"""Return the largest error that counts as rounding, :math:`\epsilon^{2/3} \max|z|` for weights of a dtype.
+def tolerance(logits: Tensor, dtype: torch.dtype, stored: float = 0.0) -> float:
+    r"""Return the largest error that counts as rounding, :math:`\epsilon^{2/3} \max|z|` for weights of a precision.
 
     A change in factors, or in two parts, is rounded differently than the live weight, and the difference grows through
     the layers. The tolerance is 2.4e-5 of the largest logit in fp32 and 4 % in bf16, where the rounding of the weights
     is as large.
+
+    Args:
+        logits: Logits :math:`z` of the model.
+        dtype: Its dtype.
+        stored: Relative precision in which the export stores weights, if it is less.
     """
-    return float(torch.finfo(dtype).eps ** (2 / 3) * logits.abs().max())
+    return float(max(torch.finfo(dtype).eps, stored) ** (2 / 3) * logits.abs().max())

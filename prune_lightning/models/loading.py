@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from prune_lightning.errors import UserError, near
 from prune_lightning.models.family import ModelFamily
+from prune_lightning.models.gguf_file import SUFFIX, gguf_config, gguf_tokenizer, gguf_weights, is_gguf
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.model_folder import check_config, check_tokenizer, check_weights, no_such_folder
 from prune_lightning.models.quantisation import prepare_dequantisation
@@ -29,11 +30,21 @@ _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch
 
 
 def local_path(path: str) -> Path:
-    """Return a path, ``~`` expanded; ``pkg://package/folder`` is a folder shipped in a package."""
-    if path.startswith("pkg://"):
-        package, _, inside = path.removeprefix("pkg://").partition("/")
-        return Path(str(resources.files(package).joinpath(inside)))
-    return Path(path).expanduser()
+    """Return a path, ``~`` expanded; ``pkg://package/NAME`` is a folder or file shipped in a package.
+
+    Raises:
+        UserError: The package is not installed.
+    """
+    if not path.startswith("pkg://"):
+        return Path(path).expanduser()
+    package, _, inside = path.removeprefix("pkg://").partition("/")
+    try:
+        found = find_spec(package)  # the package is not imported: its other dependencies may be missing
+    except ModuleNotFoundError:
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"{path!r}: the package {package!r} is not installed; install it with pip first")
+    return Path(found.submodule_search_locations[0]) / inside
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -48,14 +59,16 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def located(path: str) -> tuple[str, bool]:
-    """Return the argument for ``from_pretrained``, and whether it is a local folder.
+    """Return the path of a model's folder or GGUF file and ``True``, or the name of a model on the hub and ``False``.
 
     Raises:
-        UserError: The path is local, but there is no such folder.
+        UserError: The path is local, but there is no such folder or file.
     """
     folder = local_path(path)
+    if is_gguf(folder):
+        return str(folder), True
     looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1 or folder.is_file()
-    if looks_local and not folder.is_dir():
+    if (looks_local or folder.suffix == SUFFIX) and not folder.is_dir():
         raise no_such_folder(path, folder)
     return (str(folder), True) if folder.is_dir() else (path, False)
 
@@ -67,6 +80,8 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
         UserError: No such folder or model, or it cannot be reached.
     """
     name, local = located(path)
+    if is_gguf(Path(name)):
+        return gguf_config(Path(name))
     if local:
         check_config(Path(name))
     with _one_line(path):
@@ -81,7 +96,7 @@ def load_tokens(path: str, revision: str | None = None) -> Tokens:
         UserError: No such folder or model, or it cannot be reached.
     """
     config = load_config(path, revision)
-    tokenizer = _load_tokenizer(path, config, _files(path, revision))
+    tokenizer = _load_tokenizer(path, config, revision)
     return Tokens(tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None))
 
 
@@ -91,9 +106,9 @@ def load_language_model(
     """Load a model. Quantised weights are dequantised where ``transformers`` can do that.
 
     Args:
-        path: A local folder, a hub name such as ``openai-community/gpt2-xl``, or ``pkg://package/folder`` for a folder
-            shipped in a package. Local paths (absolute, beginning with ``.`` or ``~``, or with more than two parts) are
-            never looked up on the hub.
+        path: A local folder or GGUF file, a hub name such as ``openai-community/gpt2-xl``, or ``pkg://package/NAME``
+            for a folder or a GGUF file shipped in a package. Local paths (absolute, beginning with ``.`` or ``~``, or
+            with more than two parts) are never looked up on the hub.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``.
         revision: Hub revision.
         family: Contents of the family's YAML; ``None`` for the shipped one of the model's architecture.
@@ -106,12 +121,11 @@ def load_language_model(
     config = load_config(path, revision)
     known = ModelFamily.of(config) if family is None else ModelFamily.from_entries(family)
     name, local = located(path)
-    if local:
+    if local and not is_gguf(Path(name)):
         check_weights(Path(name))
-    files = _files(path, revision)
-    tokenizer = _load_tokenizer(path, config, files)
+    tokenizer = _load_tokenizer(path, config, revision)
     with _one_line(path):
-        model = _load_weights(path, config, weights_dtype, files)
+        model = _load_weights(path, config, weights_dtype, revision)
     return LanguageModel(model, tokenizer, known)
 
 
@@ -125,21 +139,28 @@ def _files(path: str, revision: str | None) -> dict[str, Any]:
     }
 
 
-def _load_tokenizer(path: str, config: PretrainedConfig, files: dict[str, Any]) -> Any:
+def _load_tokenizer(path: str, config: PretrainedConfig, revision: str | None) -> Any:
     name, local = located(path)
-    if local:
+    in_gguf = is_gguf(Path(name))
+    if local and not in_gguf:
         check_tokenizer(Path(name))
     with _one_line(path, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(**files)
+        tokenizer = gguf_tokenizer(Path(name)) if in_gguf else AutoTokenizer.from_pretrained(**_files(path, revision))
         _check_tokenizer(path, tokenizer, int(config.get_text_config().vocab_size))
     return tokenizer
 
 
-def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, files: dict[str, Any]) -> Any:
+def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None) -> Any:
     """Load the weights in ``dtype``; none may be left as they are initialised."""
-    dequantise = prepare_dequantisation(config)
-    auto: Any = AutoModelForCausalLM
-    model, info = auto.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **files)
+    name, _ = located(path)
+    if is_gguf(Path(name)):
+        model, info = gguf_weights(Path(name), config, dtype)
+    else:
+        dequantise = prepare_dequantisation(config)
+        auto: Any = AutoModelForCausalLM
+        files = _files(path, revision)
+        model, info = auto.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **files)
+        model = dequantise(model)
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"model.path: {path!r} lacks {len(missing)} weights that its config.json asks for, {missing[0]} for one; "
@@ -147,7 +168,7 @@ def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, files
         )
     if unused := sorted(info["unexpected_keys"]):
         rank_zero_warn(f"{path!r} holds {len(unused)} weights that the model has no place for, {unused[0]} for one")
-    return dequantise(model).to(dtype)
+    return model.to(dtype)
 
 
 def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:

@@ -19,7 +19,11 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 def no_such_folder(path: str, folder: Path) -> UserError:
     """Return the error for a path that is a file or does not exist, with similar names."""
     if folder.is_file():
-        return UserError(f"model.path: {path!r} is a file; give the folder that holds config.json and the weights")
+        return UserError(
+            f"model.path: {path!r} is a file; give a GGUF file, or the folder that holds config.json and the weights"
+        )
+    if folder.suffix == ".gguf":
+        return UserError(f"model.path: no file {path!r}; {near_path(folder)}")
     return UserError(f"model.path: no folder {path!r}; {near_path(folder, folders=True)}")
 
 
@@ -40,6 +44,11 @@ def check_config(folder: Path) -> None:
             raise UserError(
                 f"model.path: {folder} holds a PEFT adapter, not a model; load it onto its base, merge it "
                 "(`model.merge_and_unload()`), save the result and give that folder"
+            )
+        if files := sorted(found.name for found in folder.glob("*.gguf")):
+            raise UserError(
+                f"model.path: {folder} holds no config.json but {', '.join(files[:3])}; a GGUF file is given by its "
+                f"own path: model.path={folder / files[0]}"
             )
         raise UserError(
             f"model.path: {folder} holds no config.json; give the folder of a model in Hugging Face's format"

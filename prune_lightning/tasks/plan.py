@@ -13,13 +13,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from prune_lightning.atomic_files import write_json
 from prune_lightning.costs import Changes, Cost, Machine, RestraintCost, StreamShape
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
-from prune_lightning.models.loading import dtype_named, load_config, located
+from prune_lightning.models.loading import dtype_named, load_config, load_tokens
 from prune_lightning.tasks import costs
 from prune_lightning.tasks.counting import ShapeModel
 from prune_lightning.tasks.machine import free_memory, measure, resident
@@ -122,10 +121,9 @@ def _token_counts(config: DictConfig, requests: list[EditRequest]) -> tuple[floa
     """Return mean tokens of prompts, of targets, and of prompts up to the subject's end, and how they were counted."""
     pairs = [(request.pair(), request.behind("")[1]) for request in requests[:200]]
     texts = [(pair.context, pair.continuation, pair.context[:end]) for pair, end in pairs]
-    name, local = located(config.model.path)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=config.model.revision, local_files_only=local)
-    except (OSError, ValueError):
+        tokenizer: Any = load_tokens(config.model.path, config.model.revision).tokenizer
+    except UserError:
         tokenizer = None
 
     def count(text: str) -> float:
