@@ -89,7 +89,10 @@ class EditedMatrix:
 
     def step(self) -> Tensor:
         """Return the update of this step as computed; zero if none was written."""
-        return torch.zeros_like(self.change.master) if self._last is None else self._last.dense().to(self.change.master)
+        step = torch.zeros_like(self.change.master)
+        if self._last is not None:
+            self._last.add_to(step)
+        return step
 
     def can_hold(self, update: MatrixUpdate) -> bool:
         """Whether an update is finite, also in the weight's dtype."""
