@@ -22,7 +22,7 @@ from conftest import ROOT, quiet_trainer
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_atomic_files import files_up_to
 from test_configs import compose
 from test_restraint import BASE, RandomEdits, edits, fit
@@ -265,6 +265,60 @@ def test_a_snapshot_and_the_end_come_back_bit_for_bit(name, tiny, tmp_path):
     assert torch.equal(again.matrix().weight(), module.matrix().weight())
     for name_, tensor in module.matrix().state_dict().items():
         assert torch.equal(again.matrix().state_dict()[name_], tensor), name_
+
+
+class Stop(L.Callback):
+    """Fails before step 16."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.run.num_steps == 15:
+            raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize("name", RESTRAINTS)
+def test_a_run_that_stopped_is_restored_without_its_restraint(name, tiny, tmp_path):
+    """What was written is read, bit for bit: updates are added as they were, and corrections are not computed again."""
+    restraint, keep = RESTRAINTS[name](), Keep()
+    given = [restraint] if restraint else []
+    writing = EditLedger(tmp_path, snapshot_share=1.0)  # also on a disk that is slow today
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(CaseEdits(tiny("llama"), [1]), edits(20), *given, keep, Stop(), writing)
+    module, ledger = fresh(tiny), Ledger.open(tmp_path).verified()
+    rebuilt = rebuild(module, ledger, finished=False)
+    assert rebuilt.num_requests == len(keep.weights) == 15
+    assert torch.equal(module.matrix().weight(), keep.weights[-1])
+    if name in ("prune", "prune restrained", "prune every 3"):
+        assert str(rebuilt) == "restored after edit 15, bit for bit"
+
+
+ADD = """
+import sys
+from safetensors.torch import load_file, save_file
+from prune_lightning.types import LowRankUpdate
+given = load_file(sys.argv[1])
+for name in ("rows", "columns"):
+    matrix = given[name] if name == "rows" else given[name].T
+    LowRankUpdate(given["left"], given["right"]).add_to(matrix)
+    save_file({"sum": matrix.contiguous()}, f"{sys.argv[2]}.{name}")
+"""
+
+
+def test_updates_add_up_to_the_same_bits_on_every_processor(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (70, 300))
+    weight = torch.randn(70, 300, generator=generator)
+    save_file({"left": left, "right": right, "rows": weight, "columns": weight.T.contiguous()}, tmp_path / "given")
+    environments = ({}, {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}, {"OMP_NUM_THREADS": "2"})
+    for number, environment in enumerate(environments):
+        command = [sys.executable, "-c", ADD, str(tmp_path / "given"), str(tmp_path / str(number))]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, check=True)
+    sums = [load_file(path)["sum"] for path in sorted(tmp_path.glob("[0-9].*"))]
+    assert len(sums) == 6
+    assert all(torch.equal(each, sums[0]) for each in sums)
+    exact = weight.double() + left @ right.T
+    # Five products, their sum and its addition in fp32, against the sizes that are added.
+    sizes = weight.double().abs() + left.abs() @ right.abs().T
+    assert ((sums[0] - exact).abs() <= 8 * torch.finfo(torch.float32).eps * sizes).all()
 
 
 def test_a_damaged_end_is_reported(tiny, tmp_path):
