@@ -3,7 +3,8 @@
 `python benchmarks/ledger.py [--model gpt2-xl] [--edits 64] [--json FILE]` writes rank-one edits of every matrix that
 MEMIT edits into a ledger on the disk: first without a restraint, then with as many directions withheld as there are
 edits, and a snapshot with each step, as PRUNE needs. It prints bytes, the seconds that the loop of edits spends, and
-those that pass in the background, per step and for 10,000 steps.
+those that pass in the background, per step and for 10,000 steps. The loop's seconds are those of the processor, so that
+other work on the machine does not count; set OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from prune_lightning.ledger.snapshots import HeldState
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.types import LowRankUpdate
 
-MODELS = {"gpt2-xl": (5, 1600, 6400, torch.float32), "llama-3-8b": (5, 4096, 14336, torch.bfloat16)}
+MODELS = {"gpt2-xl": (1600, 6400, torch.float32), "llama-3-8b": (4096, 14336, torch.bfloat16)}
 REQUEST = {"prompt": "The capital of France is", "subject": "France", "target_new": "Lyon"}
 
 
-def build(model: str) -> dict[str, EditedMatrix]:
+def build(model: str, count: int) -> dict[str, EditedMatrix]:
     """Return random matrices of a model's shape with one dominant singular value, like trained ones."""
-    count, rows, columns, dtype = MODELS[model]
+    rows, columns, dtype = MODELS[model]
     generator = torch.Generator().manual_seed(0)
     matrices = {}
     for layer in range(count):
@@ -57,12 +58,13 @@ def write_steps(matrices: dict[str, EditedMatrix], edits: int, ledger: Ledger) -
             matrix.begin_step()
             left, right = (torch.randn(n, 1, generator=generator) for n in matrix.original().shape)
             matrix.add(LowRankUpdate(left / left.norm(), 20 * right / right.norm()))
-        start = time.perf_counter()
+        start = time.thread_time()
         events = {name: matrix.journal for name, matrix in matrices.items()}
         ledger.append(StepRecord(step, step, [REQUEST], events=events, sketch=sketch.take()))
-        middle = time.perf_counter()
+        loop += time.thread_time() - start
+        start = time.perf_counter()
         ledger.wait()
-        loop, background = loop + middle - start, background + time.perf_counter() - middle
+        background += time.perf_counter() - start
     return {"loop_s": loop / edits, "background_s": background / edits}
 
 
@@ -73,17 +75,17 @@ def write_snapshot(matrices: dict[str, EditedMatrix], edits: int, ledger: Ledger
         parts = (torch.randn(n, edits, generator=generator).double() / n**0.5 for n in matrix.original().shape)
         matrix.withhold(LowRankUpdate(*parts))
         matrix.change.factored()  # as the restraint has needed it
-    start = time.perf_counter()
+    start = time.thread_time()
     held = HeldState.of(state(matrices, edits))
-    copied = time.perf_counter() - start
+    copied = time.thread_time() - start
     size = ledger.snapshots.write(held)
     assert ledger.snapshots.seconds is not None
     return {"snapshot_gb": size / 1e9, "copy_s": copied, "write_s": ledger.snapshots.seconds}
 
 
-def run(model: str, edits: int, folder: Path) -> dict[str, float]:
+def run(model: str, count: int, edits: int, folder: Path) -> dict[str, float]:
     """Write a ledger and return its figures."""
-    matrices = build(model)
+    matrices = build(model, count)
     ledger = Ledger.create(folder / "ledger", {})
     steps = write_steps(matrices, edits, ledger)
     size = sum(path.stat().st_size for path in ledger.folder.iterdir()) / edits
@@ -100,6 +102,7 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), nargs="*", default=sorted(MODELS))
+    parser.add_argument("--matrices", type=int, default=5, help="every figure is proportional to it")
     parser.add_argument("--edits", type=int, default=64)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     parser.add_argument("--json", type=Path)
@@ -107,7 +110,7 @@ def main() -> None:
     results = {}
     for model in options.model:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            results[model] = run(model, options.edits, Path(folder))
+            results[model] = run(model, options.matrices, options.edits, Path(folder))
         Console(width=200).print(model, *(f"{name} {value:.4g}" for name, value in results[model].items()), sep="  ")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -18,8 +18,7 @@ from prune_lightning.ledger import FinishRecord, Ledger, Rebuilt, StepRecord, ch
 from prune_lightning.ledger.sketch import StateSketch
 from prune_lightning.ledger.snapshots import HeldState, SnapshotCadence
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.methods.edited_matrix import MatrixEvent
-from prune_lightning.types import EditBatch, LowRankUpdate
+from prune_lightning.types import EditBatch
 
 from ._editing import editing_module, keepers, last_report
 from ._order import Place, check_order
@@ -114,7 +113,7 @@ class EditLedger(L.Callback):
         with fail_together():  # every process reads it before it is truncated
             check_base(self.ledger, module)
             self.rebuilt = rebuild(module, self.ledger, restrain=restrain, finished=False)
-        self._exact = self.rebuilt.replayed == 0
+        self._exact = self.rebuilt.exact
         _log.info("%s", self.rebuilt)
         on_rank_zero(self.ledger.cut)
         for name, callback in keepers(trainer).items():
@@ -147,7 +146,7 @@ class EditLedger(L.Callback):
             observed=observed,
             sketch={} if batch.from_base else self._sketch.take(),
         )
-        self._exact &= not any(_is_product(event) for each in events.values() for event in each)
+        self._exact &= all(event.exact for each in events.values() for event in each)
         # A run that continues after this step needs the state from before the end of the stream changes it.
         ends = module.run.pending and (trainer.is_last_batch or trainer.should_stop)
         with self._cadence.waiting():
@@ -201,11 +200,6 @@ class EditLedger(L.Callback):
 
 def _restraints(trainer: L.Trainer) -> list[Restraint]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Restraint)]  # type: ignore[attr-defined]
-
-
-def _is_product(event: MatrixEvent) -> bool:
-    """Whether an event subtracts factors from the change; their product rounds otherwise on another processor."""
-    return event.kind == "subtract" and isinstance(event.change, LowRankUpdate)
 
 
 def _difference(name: str, earlier: Any, now: Any) -> str:

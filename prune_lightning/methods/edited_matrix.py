@@ -30,6 +30,11 @@ class MatrixEvent:
     change: MatrixUpdate | None
     recomputed: bool = False
 
+    @property
+    def exact(self) -> bool:
+        """Whether the change has the same bits after it on every processor, which a product of factors has not."""
+        return self.kind != "subtract" or isinstance(self.change, DenseUpdate)
+
 
 class EditedMatrix:
     r"""Keeps :math:`W = W_0 + \Delta - A B^\top`: the sum of the updates minus what a restraint withholds.
