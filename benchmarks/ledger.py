@@ -1,8 +1,10 @@
 """Measure the cost of a ledger at the shapes of GPT-2 XL and Llama-3-8B.
 
-`python benchmarks/ledger.py [--model gpt2-xl] [--edits 100] [--json FILE]` writes rank-one edits of every matrix that
-MEMIT edits into a ledger on the disk, with as many directions withheld at the end as PRUNE would withhold, and prints
-bytes and seconds: per step, per snapshot, and for 10,000 edits.
+`python benchmarks/ledger.py [--model gpt2-xl] [--edits 64] [--json FILE]` writes rank-one edits of every matrix that
+MEMIT edits into a ledger on the disk: first without a restraint, then with as many directions withheld as there are
+edits, and a snapshot with each step, as PRUNE needs. It prints bytes, the seconds that the loop of edits spends, and
+those that pass in the background, per step and for 10,000 steps. The loop's seconds are those of the processor, so that
+other work on the machine does not count; set OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -20,16 +22,17 @@ from torch import nn
 
 from prune_lightning.ledger import Ledger, StepRecord
 from prune_lightning.ledger.sketch import StateSketch
+from prune_lightning.ledger.snapshots import HeldState
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.types import LowRankUpdate
 
-MODELS = {"gpt2-xl": (5, 1600, 6400, torch.float32), "llama-3-8b": (5, 4096, 14336, torch.bfloat16)}
+MODELS = {"gpt2-xl": (1600, 6400, torch.float32), "llama-3-8b": (4096, 14336, torch.bfloat16)}
 REQUEST = {"prompt": "The capital of France is", "subject": "France", "target_new": "Lyon"}
 
 
-def build(model: str) -> dict[str, EditedMatrix]:
+def build(model: str, count: int) -> dict[str, EditedMatrix]:
     """Return random matrices of a model's shape with one dominant singular value, like trained ones."""
-    count, rows, columns, dtype = MODELS[model]
+    rows, columns, dtype = MODELS[model]
     generator = torch.Generator().manual_seed(0)
     matrices = {}
     for layer in range(count):
@@ -40,45 +43,58 @@ def build(model: str) -> dict[str, EditedMatrix]:
 
 
 def state(matrices: dict[str, EditedMatrix], step: int) -> dict[str, Any]:
-    """Return the content of a snapshot; methods that protect keys add an inverse per matrix."""
+    """Return the content of a snapshot. Methods that protect keys add an inverse per matrix."""
     kept = {name: matrix.state_dict() for name, matrix in matrices.items()}
     return {"matrices": kept, "memory": {}, "num_requests": step, "num_steps": step}
 
 
-def run(model: str, edits: int, folder: Path) -> dict[str, float]:
-    """Write a ledger and return its figures."""
-    matrices = build(model)
-    ledger, sketch = Ledger.create(folder / "ledger", {}), StateSketch(matrices)
+def write_steps(matrices: dict[str, EditedMatrix], edits: int, ledger: Ledger) -> dict[str, float]:
+    """Write steps without a restraint; return seconds of the loop and in the background, per step."""
+    sketch, generator = StateSketch(matrices), torch.Generator().manual_seed(1)
     sketch.take()  # draws the signs
-    generator = torch.Generator().manual_seed(1)
-    seconds = {"append": 0.0, "sketch": 0.0}
+    loop = background = 0.0
     for step in range(1, edits + 1):
         for matrix in matrices.values():
             matrix.begin_step()
             left, right = (torch.randn(n, 1, generator=generator) for n in matrix.original().shape)
             matrix.add(LowRankUpdate(left / left.norm(), 20 * right / right.norm()))
-            if step == edits:
-                parts = (torch.randn(n, edits, generator=generator).double() for n in matrix.original().shape)
-                matrix.withhold(LowRankUpdate(*parts))
-        start = time.perf_counter()
-        taken = sketch.take()
-        middle = time.perf_counter()
+        start = time.thread_time()
         events = {name: matrix.journal for name, matrix in matrices.items()}
-        ledger.append(StepRecord(step, step, [REQUEST], events=events, sketch=taken))
-        seconds["sketch"] += middle - start
-        seconds["append"] += time.perf_counter() - middle
-    size = sum(path.stat().st_size for path in ledger.folder.iterdir())
-    start = time.perf_counter()
-    snapshot = ledger.snapshots.write(edits, state(matrices, edits))
-    took = time.perf_counter() - start
+        ledger.append(StepRecord(step, step, [REQUEST], events=events, sketch=sketch.take()))
+        loop += time.thread_time() - start
+        start = time.perf_counter()
+        ledger.wait()
+        background += time.perf_counter() - start
+    return {"loop_s": loop / edits, "background_s": background / edits}
+
+
+def write_snapshot(matrices: dict[str, EditedMatrix], edits: int, ledger: Ledger) -> dict[str, float]:
+    """Withhold as many directions as there are edits, and write a snapshot."""
+    generator = torch.Generator().manual_seed(2)
+    for matrix in matrices.values():
+        parts = (torch.randn(n, edits, generator=generator).double() / n**0.5 for n in matrix.original().shape)
+        matrix.withhold(LowRankUpdate(*parts))
+        matrix.change.factored()  # as the restraint has needed it
+    start = time.thread_time()
+    held = HeldState.of(state(matrices, edits))
+    copied = time.thread_time() - start
+    size = ledger.snapshots.write(held)
+    assert ledger.snapshots.seconds is not None
+    return {"snapshot_gb": size / 1e9, "copy_s": copied, "write_s": ledger.snapshots.seconds}
+
+
+def run(model: str, count: int, edits: int, folder: Path) -> dict[str, float]:
+    """Write a ledger and return its figures."""
+    matrices = build(model, count)
+    ledger = Ledger.create(folder / "ledger", {})
+    steps = write_steps(matrices, edits, ledger)
+    size = sum(path.stat().st_size for path in ledger.folder.iterdir()) / edits
     return {
-        "step_mb": size / edits / 1e6,
-        "steps_10000_gb": size / edits * 10_000 / 1e9,
-        "append_s": seconds["append"] / edits,
-        "sketch_s": seconds["sketch"] / edits,
-        "snapshot_gb": snapshot / 1e9,
-        "snapshot_s": took,
-        "minutes_between_snapshots": took / 0.01 / 60,
+        "step_mb": size / 1e6,
+        **steps,
+        "gb_of_10000": size * 10_000 / 1e9,
+        "loop_minutes_of_10000": steps["loop_s"] * 10_000 / 60,
+        **write_snapshot(matrices, edits, ledger),
     }
 
 
@@ -86,6 +102,7 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), nargs="*", default=sorted(MODELS))
+    parser.add_argument("--matrices", type=int, default=5, help="every figure is proportional to it")
     parser.add_argument("--edits", type=int, default=64)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     parser.add_argument("--json", type=Path)
@@ -93,7 +110,7 @@ def main() -> None:
     results = {}
     for model in options.model:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            results[model] = run(model, options.edits, Path(folder))
+            results[model] = run(model, options.matrices, options.edits, Path(folder))
         Console(width=200).print(model, *(f"{name} {value:.4g}" for name, value in results[model].items()), sep="  ")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from prune_lightning.distributed import fail_together, on_rank_zero
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import FinishRecord, Ledger, Rebuilt, StepRecord, check_base, rebuild
 from prune_lightning.ledger.sketch import StateSketch
-from prune_lightning.ledger.snapshots import SnapshotCadence
-from prune_lightning.ledger.store import DiskErrors
+from prune_lightning.ledger.snapshots import HeldState, SnapshotCadence
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch
 
@@ -33,8 +33,8 @@ class EditLedger(L.Callback):
     """Writes every step into the ledger after all other callbacks have processed it; list it last.
 
     Each step is written when it is complete: its update, the corrections of restraints, and the method's memory of it.
-    Snapshots of the whole state, from which a run resumes bit for bit, are written between steps, within a given share
-    of the run time, and at the end.
+    That happens in the background, while the next step is computed. Snapshots of the whole state are written with steps
+    whose state the stored updates do not restore bit for bit, now and then otherwise, and at the end.
 
     With the ``ledger`` of an earlier run, the run continues after its last complete step. The state is restored once
     the module is prepared, and the stream has to begin after that step (``EditStream(done=ledger.sizes)``).
@@ -43,7 +43,8 @@ class EditLedger(L.Callback):
         folder: Folder of the ledger.
         base: Description of the base besides the fingerprints: name, revision, method, seed, and so on.
         ledger: The ledger to resume.
-        snapshot_every: Steps between two snapshots; ``None`` for as often as ``snapshot_share`` allows.
+        snapshot_every: Steps between two snapshots; ``None`` to decide by what a resume needs and by time, see
+            :class:`~prune_lightning.ledger.snapshots.SnapshotCadence`.
         snapshot_share: Largest share of the run's time that snapshots may take.
 
     Attributes:
@@ -66,6 +67,7 @@ class EditLedger(L.Callback):
         self._to_resume = ledger is not None
         self._cadence = SnapshotCadence(snapshot_every, snapshot_share)
         self._sketch: StateSketch | None = None
+        self._exact = True  # since the latest snapshot, the steps restore the change bit for bit
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -111,6 +113,7 @@ class EditLedger(L.Callback):
         with fail_together():  # every process reads it before it is truncated
             check_base(self.ledger, module)
             self.rebuilt = rebuild(module, self.ledger, restrain=restrain, finished=False)
+        self._exact = self.rebuilt.exact
         _log.info("%s", self.rebuilt)
         on_rank_zero(self.ledger.cut)
         for name, callback in keepers(trainer).items():
@@ -129,31 +132,46 @@ class EditLedger(L.Callback):
         on_rank_zero(partial(self._append, trainer, module, batch, states))
 
     def _append(self, trainer: L.Trainer, module: EditingModule, batch: EditBatch, states: Mapping[str, Any]) -> None:
-        report, observed = last_report(module), module.run.settle()
+        report, observed, events = last_report(module), module.run.settle(), module.run.take_events()
         assert self.ledger is not None
         assert self._sketch is not None
-        self.ledger.append(
-            StepRecord(
-                step=module.run.num_steps,
-                num_requests=module.run.num_requests,
-                requests=[request.as_dict() for request in batch.requests],
-                applied=report.applied,
-                from_base=batch.from_base,
-                callbacks={name: state for name, state in states.items() if state},
-                events=module.run.take_events(),
-                observed=observed,
-                sketch={} if batch.from_base else self._sketch.take(),
-            )
+        record = StepRecord(
+            step=module.run.num_steps,
+            num_requests=module.run.num_requests,
+            requests=[request.as_dict() for request in batch.requests],
+            applied=report.applied,
+            from_base=batch.from_base,
+            callbacks={name: state for name, state in states.items() if state},
+            events=events,
+            observed=observed,
+            sketch={} if batch.from_base else self._sketch.take(),
         )
+        self._exact &= all(event.exact for each in events.values() for event in each)
         # A run that continues after this step needs the state from before the end of the stream changes it.
         ends = module.run.pending and (trainer.is_last_batch or trainer.should_stop)
-        if not batch.from_base and (ends or self._cadence.due(module.run.num_steps, _size(module))):
-            self._snapshot(module)
+        with self._cadence.waiting():
+            self.ledger.wait()
+            snapshot = not batch.from_base and (ends or self._is_due(module))
+            self.ledger.append(record, HeldState.of(module.run.state_dict()) if snapshot else None)
+        if snapshot:
+            self._cadence.taken()
+            self._exact = True
 
-    def _snapshot(self, module: EditingModule, final: bool = False) -> None:
+    def _is_due(self, module: EditingModule) -> bool:
         assert self.ledger is not None
-        with self._cadence.timed(), DiskErrors(self.ledger):
-            self.ledger.snapshots.write(module.run.num_steps, module.run.state_dict(), final)
+        matrices = module.edited_matrices().values()
+        exact = self._exact and all(matrix.withheld is None for matrix in matrices)
+        size = sum(matrix.change.master.numel() * matrix.change.master.element_size() for matrix in matrices)
+        return self._cadence.due(module.run.num_steps, self.ledger.snapshots.expected_seconds(size), exact)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let the latest step be written."""
+        if self.ledger is not None:
+            try:
+                self.ledger.wait()
+            except UserError as error:  # what ended the run is reported already
+                rank_zero_warn(str(error))
 
     @override
     @part_of_phase("ledger")
@@ -168,6 +186,7 @@ class EditLedger(L.Callback):
     def _finish(self, module: EditingModule, states: Mapping[str, Any]) -> None:
         assert self.ledger is not None
         assert self._sketch is not None
+        self.ledger.wait()
         if any(line["from_base"] for line in self.ledger.lines[-1:]):
             return  # no edited model is left
         record = FinishRecord(
@@ -176,18 +195,11 @@ class EditLedger(L.Callback):
             events=module.run.take_events(),
             sketch=self._sketch.take(),
         )
-        self._snapshot(module, final=True)
-        self.ledger.append_finish(record)
+        self.ledger.append_finish(record, HeldState.of(module.run.state_dict(), final=True))
 
 
 def _restraints(trainer: L.Trainer) -> list[Restraint]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Restraint)]  # type: ignore[attr-defined]
-
-
-def _size(module: EditingModule) -> int:
-    """Return the approximate size of a snapshot in bytes: that of the changes."""
-    masters = [matrix.change.master for matrix in module.edited_matrices().values()]
-    return sum(master.numel() * master.element_size() for master in masters)
 
 
 def _difference(name: str, earlier: Any, now: Any) -> str:

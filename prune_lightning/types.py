@@ -24,6 +24,8 @@ __all__ = [
     "norm_of_all",
 ]
 
+_TOGETHER = 2**18  # entries of a matrix that are computed at a time, to stay in the cache
+
 
 class EditBatch:
     """The requests of one training step.
@@ -91,8 +93,20 @@ class LowRankUpdate:
         return self.left @ self.right.T
 
     def add_to(self, matrix: Tensor) -> None:
-        """Add the update in place, in the precision of ``matrix``."""
-        matrix.addmm_(self.left.to(matrix), self.right.to(matrix).T)
+        """Add the update in place, in the precision of ``matrix``.
+
+        The sum of outer products is computed entry by entry and in order, so that it has the same bits on every
+        processor: a product of matrices rounds as its BLAS library sums.
+        """
+        left, right = self.left.to(matrix), self.right.to(matrix)
+        if not matrix.is_contiguous():
+            matrix, left, right = matrix.T, right, left
+        rows = max(1, _TOGETHER // matrix.shape[1])
+        for block, part in zip(matrix.split(rows), left.split(rows), strict=True):
+            total = torch.zeros_like(block)
+            for column, row in zip(part.T, right.T, strict=True):
+                total.add_(column[:, None] * row)
+            block.add_(total)
 
     def norm(self) -> float:
         r"""Return the Frobenius norm, from the two Gram matrices: :math:`\mathrm{tr}(A^\top A\,B^\top B)^{1/2}`."""

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -22,14 +23,14 @@ from conftest import ROOT, quiet_trainer
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_atomic_files import files_up_to
 from test_configs import compose
 from test_restraint import BASE, RandomEdits, edits, fit
 from test_train import train, without_seconds
 from torch import nn
 from torch.utils.data import DataLoader
 
-from prune_lightning import atomic_files
 from prune_lightning.callbacks import PRUNE, RECT, EditLedger, LowCurvature, SubspaceFilter
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
@@ -38,14 +39,14 @@ from prune_lightning.evaluation.retention import Retention
 from prune_lightning.export.__main__ import main
 from prune_lightning.export.delta import apply_delta
 from prune_lightning.export.sources import load_run
-from prune_lightning.ledger import Ledger, StepRecord, base_model, edited_run, rebuild, store, without
+from prune_lightning.ledger import Ledger, StepRecord, base_model, edited_run, rebuild, without
 from prune_lightning.ledger.sketch import StateSketch, difference, tolerance
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.types import EditBatch, EditRequest, LowRankUpdate
 
-EDITS = 70  # more than the steps that share a segment
+EDITS = 70
 KILLS = int(os.environ.get("PRUNE_KILLS", "3"))
 RUN = (
     "method=alphaedit",
@@ -282,10 +283,63 @@ def test_a_snapshot_and_the_end_come_back_bit_for_bit(name, tiny, tmp_path):
         assert torch.equal(again.matrix().state_dict()[name_], tensor), name_
 
 
+class Stop(L.Callback):
+    """Fails before step 16."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.run.num_steps == 15:
+            raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize("name", RESTRAINTS)
+def test_a_run_that_stopped_is_restored_without_its_restraint(name, tiny, tmp_path):
+    """What was written is read, bit for bit: updates are added as they were, and corrections are not computed again."""
+    restraint, keep = RESTRAINTS[name](), Keep()
+    given = [restraint] if restraint else []
+    writing = EditLedger(tmp_path, snapshot_share=1.0)  # also on a disk that is slow today
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(CaseEdits(tiny("llama"), [1]), edits(20), *given, keep, Stop(), writing)
+    module, ledger = fresh(tiny), Ledger.open(tmp_path).verified()
+    rebuilt = rebuild(module, ledger, finished=False)
+    assert rebuilt.num_requests == len(keep.weights) == 15
+    assert torch.equal(module.matrix().weight(), keep.weights[-1])
+    assert str(rebuilt) == "restored after edit 15, bit for bit"
+
+
+ADD = """
+import sys
+from safetensors.torch import load_file, save_file
+from prune_lightning.types import LowRankUpdate
+given = load_file(sys.argv[1])
+for name in ("rows", "columns"):
+    matrix = given[name] if name == "rows" else given[name].T
+    LowRankUpdate(given["left"], given["right"]).add_to(matrix)
+    save_file({"sum": matrix.contiguous()}, f"{sys.argv[2]}.{name}")
+"""
+
+
+def test_updates_add_up_to_the_same_bits_on_every_processor(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (70, 300))
+    weight = torch.randn(70, 300, generator=generator)
+    save_file({"left": left, "right": right, "rows": weight, "columns": weight.T.contiguous()}, tmp_path / "given")
+    environments = ({}, {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}, {"OMP_NUM_THREADS": "2"})
+    for number, environment in enumerate(environments):
+        command = [sys.executable, "-c", ADD, str(tmp_path / "given"), str(tmp_path / str(number))]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, check=True)
+    sums = [load_file(path)["sum"] for path in sorted(tmp_path.glob("[0-9].*"))]
+    assert len(sums) == 6
+    assert all(torch.equal(each, sums[0]) for each in sums)
+    exact = weight.double() + left @ right.T
+    # Five products, their sum and its addition in fp32, against the sizes that are added.
+    sizes = weight.double().abs() + left.abs() @ right.abs().T
+    assert ((sums[0] - exact).abs() <= 8 * torch.finfo(torch.float32).eps * sizes).all()
+
+
 def test_a_damaged_end_is_reported(tiny, tmp_path):
     """Otherwise an export would be of the model before its last restraint, without a word."""
     written(tiny, tmp_path, edits(4), PRUNE(BASE, schedule="end"))
-    path = tmp_path / "finish.safetensors"
+    path = tmp_path / "finish.data"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
@@ -398,27 +452,25 @@ def resume(tiny, folder, batches, *restraints):
     return module
 
 
-def segment(folder: Path, first: int, last: int) -> Path:
-    return folder / f"steps_{first:06d}_{last:06d}.safetensors"
+def damaged(folder: Path, step: int, where: int) -> None:
+    """Flip one bit of the tensors of a step."""
+    path, line = folder / "steps.data", Ledger.open(folder).lines[step - 1]
+    content = bytearray(path.read_bytes())
+    content[line["offset"] + where % line["bytes"]] ^= 1
+    path.write_bytes(bytes(content))
 
 
 def truncated(folder):
-    path = segment(folder, 5, 8)
-    path.write_bytes(path.read_bytes()[:-100])
+    path = folder / "steps.data"
+    path.write_bytes(path.read_bytes()[: Ledger.open(folder).lines[4]["offset"] + 100])
 
 
-def flipped(folder):
-    path = segment(folder, 5, 8)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
+def flipped_end(folder):
+    damaged(folder, 8, -1)
 
 
-def flipped_early(folder):
-    path = segment(folder, 1, 4)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
+def flipped_header(folder):
+    damaged(folder, 4, 9)
 
 
 def torn_line(folder):
@@ -431,35 +483,44 @@ def lost_lines(folder):
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:6]))
 
 
-def missing_segment(folder):
-    segment(folder, 9, 9).unlink()
+def zeros_in_a_line(folder):
+    """As a file system may leave a block that was not synced."""
+    path = folder / "steps.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:8], b"\0" * len(lines[8]), *lines[9:]]))
 
 
-def interrupted_saves(folder):
-    (folder / "steps_000011_000011.safetensors.tmp").write_bytes(b"half")
+def missing_data(folder):
+    (folder / "steps.data").unlink()
+
+
+def interrupted_writes(folder):
+    (folder / "snapshot_00000011.safetensors.tmp").write_bytes(b"half")
     (folder / "steps.jsonl.tmp").write_bytes(b"half")
-    (folder / "steps_000011_000011.safetensors").write_bytes(b"a segment without a line")
+    with (folder / "steps.data").open("ab") as file:
+        file.write(b"tensors without a line")
 
 
+@pytest.mark.filterwarnings("ignore:.*does not fit the last step")
 @pytest.mark.parametrize(
     ("damage", "good"),
     [
         (truncated, 4),
-        (flipped, 7),
-        (flipped_early, 3),
+        (flipped_end, 7),
+        (flipped_header, 3),
         (torn_line, 9),
         (lost_lines, 6),
-        (missing_segment, 8),
-        (interrupted_saves, 10),
+        (zeros_in_a_line, 8),
+        (missing_data, 0),
+        (interrupted_writes, 10),
     ],
 )
-def test_a_damaged_ledger_is_resumed_from_the_last_good_edit(damage, good, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_TOGETHER", 4)
+def test_a_damaged_ledger_is_resumed_from_the_last_good_edit(damage, good, tiny, tmp_path):
     expected = written(tiny, tmp_path / "straight", edits(14), PRUNE(BASE)).final
     folder = tmp_path / "run"
     written(tiny, folder, edits(10), PRUNE(BASE))
     damage(folder)
-    if damage in (truncated, flipped, flipped_early):
+    if damage in (flipped_end, flipped_header):
         with pytest.raises(UserError, match=f"the last good edit is {good}"):
             list(Ledger.open(folder).steps(torch.device("cpu")))
     assert Ledger.open(folder).verified().num_requests == good
@@ -473,31 +534,54 @@ def test_a_damaged_ledger_is_resumed_from_the_last_good_edit(damage, good, tiny,
     assert kept == sorted(path.name for path in (tmp_path / "straight").iterdir())
 
 
-@pytest.mark.parametrize("how", ["fsync", "save_file"])
-@pytest.mark.parametrize("calls", [1, 7, 12, 13, 14])
-def test_a_full_disk_costs_the_latest_edit_at_most(how, calls, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_TOGETHER", 4)
-    expected = written(tiny, tmp_path / "straight", edits(14), PRUNE(BASE)).final
-    made = 0
-    real = os.fsync if how == "fsync" else atomic_files.save_file
+def check_lost(tiny, folder, failing, message, snapshot_every=NEVER):
+    """Run on a failing disk, which costs the latest edit at most; resume on one that does not fail."""
+    expected = written(tiny, folder / "straight", edits(14), PRUNE(BASE)).final
+    run = folder / "run"
+    with failing, pytest.raises(UserError, match=message) as raised:
+        written(tiny, run, edits(14), PRUNE(BASE), snapshot_every=snapshot_every)
+    said = int(str(raised.value).split("The last good edit is ")[1].split(";")[0])
+    good = Ledger.open(run).verified().num_requests
+    assert said <= good <= said + 1
+    assert relative(resume(tiny, run, edits(14), PRUNE(BASE)), expected) <= ROUNDING
+    assert Ledger.open(run).verified().num_requests == 14
+    return said
 
-    def full(*arguments, **options):
+
+@contextmanager
+def failing_syncs(monkeypatch, good):
+    """Let every sync after so many fail."""
+    made, real = 0, os.fsync
+
+    def full(handle):
         nonlocal made
         made += 1
-        if made > calls + 2:  # the first files have their place
+        if made > good:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(*arguments, **options)
+        real(handle)
 
-    folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(*((os, "fsync") if how == "fsync" else (atomic_files, "save_file")), full)
-        with pytest.raises(UserError, match="the disk is full") as raised:
-            written(tiny, folder, edits(14), PRUNE(BASE))
-    said = int(str(raised.value).split("The last good edit is ")[1].split(";")[0])
-    good = Ledger.open(folder).verified().num_requests
-    assert said <= good <= said + 1
-    assert relative(resume(tiny, folder, edits(14), PRUNE(BASE)), expected) <= ROUNDING
-    assert Ledger.open(folder).verified().num_requests == 14
+        patch.setattr(os, "fsync", full)
+        yield
+
+
+NEW = 6  # syncs of a new ledger: three files and their folder
+
+
+@pytest.mark.parametrize(("snapshot_every", "syncs"), [(NEVER, 2), (1, 4)])  # of a step
+@pytest.mark.parametrize("calls", [0, 1, 7, 13, 24, 25])
+def test_a_disk_that_cannot_sync_costs_the_latest_edit_at_most(
+    calls, snapshot_every, syncs, tiny, tmp_path, monkeypatch
+):
+    said = check_lost(tiny, tmp_path, failing_syncs(monkeypatch, NEW + calls), "the disk is full", snapshot_every)
+    assert said == calls // syncs
+
+
+@pytest.mark.parametrize("size", [3_000, 8_000, 12_000, 13_000])
+def test_a_full_disk_costs_the_latest_edit_at_most(size, tiny, tmp_path):
+    """A write that stops in the middle of a file, as in a file system with a limit on the size of a file."""
+    assert 0 <= check_lost(tiny, tmp_path, files_up_to(size), "cannot be written") < 14
+    assert (tmp_path / "straight" / "steps.jsonl").stat().st_size > size
 
 
 def test_what_is_no_ledger_of_this_base_is_refused(tiny, tmp_path):
@@ -517,8 +601,8 @@ def test_what_is_no_ledger_of_this_base_is_refused(tiny, tmp_path):
         )
     path = tmp_path / "ledger" / "base.json"
     content = path.read_text()
-    path.write_text(content.replace('"format": 2', '"format": 1'))
-    with pytest.raises(UserError, match=r"has format 1 .* this version reads format 2: resume or export"):
+    path.write_text(content.replace('"format": 3', '"format": 2'))
+    with pytest.raises(UserError, match=r"has format 2 .* this version reads format 3: resume or export"):
         Ledger.open(tmp_path / "ledger")
     path.write_text(content[:-30])
     with pytest.raises(UserError, match=r"base\.json is damaged"):
@@ -633,6 +717,7 @@ def test_a_hundred_edits_of_gpt2_xl_take_less_than_a_hundredth_of_the_model(tmp_
             restraint.restrain(matrix)
         events, request = {"weight": matrix.journal}, edits(1)[0].requests[0].as_dict()
         ledger.append(StepRecord(step, step, [request], events=events, sketch=sketch.take()))
+    ledger.wait()
     assert matrix.withheld.left.shape[1] == 100
     size = sum(path.stat().st_size for path in (tmp_path / "ledger").iterdir())
     assert size < 0.001 * 6.2e9, f"{size / 1e6:.2f} MB"

@@ -92,11 +92,14 @@ def _unpack(form: str, parts: Mapping[str, Tensor], update: MatrixUpdate | None)
     if form == "dense":
         return DenseUpdate(parts["matrix"])
     assert update is not None
-    like = update.dense()
-    bits = np.unpackbits(parts["taken"].cpu().numpy(), count=like.numel())
-    taken = torch.from_numpy(bits).view(like.shape).bool().to(like.device)
-    return DenseUpdate(_entries(update, taken, parts["like"]))
+    like = parts["like"]
+    rows, columns = update.shape
+    bits = np.unpackbits(parts["taken"].cpu().numpy(), count=rows * columns)
+    taken = torch.from_numpy(bits).view(rows, columns).bool().to(like.device)
+    return DenseUpdate(_entries(update, taken, like))
 
 
 def _entries(update: MatrixUpdate, taken: Tensor, like: Tensor) -> Tensor:
-    return torch.where(taken, update.dense().to(like.dtype), 0)
+    step = like.new_zeros(update.shape)
+    update.add_to(step)
+    return step.where(taken, 0)

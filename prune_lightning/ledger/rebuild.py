@@ -21,18 +21,20 @@ class Rebuilt:
         num_requests: Number of requests in the state.
         snapshot: Step of the snapshot that it started from; 0 for the unedited model.
         replayed: Number of steps that were replayed from the ledger.
-        difference: Estimated norm of the difference to the recorded weights, relative to the norm of the change; zero
-            if nothing was replayed.
+        difference: Estimated norm of the difference to the recorded weights, relative to the norm of the change.
+        exact: Whether the weights have the bits that they had, on any processor: no product of a correction was
+            computed again.
     """
 
     num_requests: int
     snapshot: int
-    replayed: int
-    difference: float
+    replayed: int = 0
+    difference: float = 0.0
+    exact: bool = True
 
     def __str__(self) -> str:
         """Return a description for messages."""
-        if not self.replayed:
+        if self.exact:
             return f"restored after edit {self.num_requests}, bit for bit"
         return f"rebuilt after edit {self.num_requests} within {self.difference:.1g} of the change"
 
@@ -85,13 +87,15 @@ def rebuild(
         module.run.load_state_dict(state, memory)
         start = snapshot.step
         if snapshot.final:
-            return Rebuilt(module.run.num_requests, start, 0, 0.0)
+            return Rebuilt(module.run.num_requests, start)
     steps = list(ledger.steps(module.device, start + 1, count))
     tail: list[StepRecord | FinishRecord] = [*steps, *([end] if end else [])]
     replay(module, tail, restrain, memory)
     if not tail or (steps and steps[-1].from_base):
-        return Rebuilt(module.run.num_requests, start, 0, 0.0)
-    return Rebuilt(module.run.num_requests, start, len(tail), compare(module, tail[-1].sketch))
+        return Rebuilt(module.run.num_requests, start)
+    events = [event for record in tail for each in record.events.values() for event in each]
+    exact = all(event.exact for event in events) and all(m.withheld is None for m in module.edited_matrices().values())
+    return Rebuilt(module.run.num_requests, start, len(tail), compare(module, tail[-1].sketch), exact)
 
 
 def compare(module: EditingModule, recorded: Mapping[str, MatrixSketch]) -> float:

@@ -22,6 +22,7 @@ from prune_lightning.errors import UserError
 KEPT = 2
 _FINAL = "snapshot_final.safetensors"
 _FIRST_GUESS = 100e6  # bytes a second, until a snapshot has been timed
+_GRACE = 1.0  # seconds of waiting for the disk that a run may have at its beginning
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,43 @@ class Snapshot:
     final: bool = False
 
 
+@dataclass(frozen=True)
+class HeldState:
+    """A copy of a state, to write it while the run goes on.
+
+    Args:
+        step: Number of the latest step.
+        tensors: Copies of its tensors, on the CPU, by their path.
+        plain: The other values.
+        final: Whether the stream is finished.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    plain: Mapping[str, Any]
+    final: bool = False
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], final: bool = False) -> HeldState:
+        """Copy a value of ``EditRun.state_dict``."""
+        tensors, plain = _flatten(state)
+        held = {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
+        return cls(state["num_steps"], held, plain, final)
+
+
 class Snapshots:
     """The snapshots of a run.
 
     Args:
         folder: The ledger's folder.
+
+    Attributes:
+        seconds: How long the latest one took to write; ``None`` before that.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.seconds: float | None = None
 
     def found(self) -> list[Snapshot]:
         """Return the snapshots of steps, oldest first."""
@@ -64,26 +93,24 @@ class Snapshots:
         except (SafetensorError, OSError, KeyError, ValueError):
             return None
 
-    def write(self, step: int, state: Mapping[str, Any], final: bool = False) -> int:
+    def write(self, state: HeldState) -> int:
         """Write a state, delete all but the latest two, and return its size in bytes.
-
-        Args:
-            step: Number of the latest step.
-            state: A value of ``EditRun.state_dict``.
-            final: Whether the stream is finished.
 
         Raises:
             OSError: The disk is full, or the folder cannot be written; earlier snapshots are untouched.
         """
-        tensors, plain = _flatten(state)
-        # Factors may be columns of one tensor, but safetensors refuses tensors that share memory.
-        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        about = {"step": str(step), "state": json.dumps(plain), "checksum": checksum(held)}
-        path = self.folder / (_FINAL if final else f"snapshot_{step:08d}.safetensors")
-        write_tensors(path, held, about)
+        start = time.monotonic()
+        about = {"step": str(state.step), "state": json.dumps(state.plain), "checksum": checksum(state.tensors)}
+        path = self.folder / (_FINAL if state.final else f"snapshot_{state.step:08d}.safetensors")
+        write_tensors(path, state.tensors, about)
         for old in self.found()[:-KEPT]:
             old.path.unlink()
-        return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+        self.seconds = time.monotonic() - start
+        return sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
+
+    def expected_seconds(self, size: int) -> float:
+        """Return how long a snapshot of this many bytes takes to write, judging by the latest one."""
+        return size / _FIRST_GUESS if self.seconds is None else self.seconds
 
     def cut(self, last: int) -> None:
         """Delete the snapshots after a step, and that of the end."""
@@ -128,44 +155,54 @@ class Snapshots:
 
 
 class SnapshotCadence:
-    """Decides when a snapshot is due: every ``every_n`` steps, or within a share of the run's time.
+    """Decides when a snapshot is due.
+
+    Where the stored steps restore a state bit for bit, a snapshot only shortens the replay. It is due when writing it
+    would take no more than a share of the run's time since the last one. Where they do not, a snapshot is due after
+    each step, unless the run has had to wait for the disk for more than that share.
 
     Args:
-        every_n: Steps between two snapshots; ``None`` to decide by time.
-        share: Largest share of the run's time that snapshots may take.
+        every_n: Steps between two snapshots, instead of that; ``None`` to decide by time.
+        share: Largest share of the run's time.
 
-    Attributes:
-        seconds: Time spent on snapshots.
+    Raises:
+        UserError: ``every_n`` is no number of steps.
     """
 
     def __init__(self, every_n: int | None = None, share: float = 0.01) -> None:
         if every_n is not None and (not isinstance(every_n, int) or every_n < 1):
             raise UserError(f"snapshot_every is expected to be a number of steps or null, but got {every_n!r}")
         self.every_n, self.share = every_n, share
-        self.seconds = 0.0
-        self._last_end = time.monotonic()
-        self._cost: float | None = None
+        self._begin = self._last = time.monotonic()
+        self._waited = 0.0
 
-    def due(self, step: int, size: int) -> bool:
+    def due(self, step: int, seconds: float, exact: bool) -> bool:
         """Whether a snapshot is due.
 
         Args:
-            step: Number of the step that was just written.
-            size: Approximate size of the snapshot in bytes.
+            step: Number of the latest step.
+            seconds: How long a snapshot takes to write.
+            exact: Whether the stored steps restore the state bit for bit.
         """
+        now = time.monotonic()
         if self.every_n is not None:
             return step % self.every_n == 0
-        cost = size / _FIRST_GUESS if self._cost is None else self._cost
-        return (time.monotonic() - self._last_end) * self.share >= cost
+        if not exact:
+            return self._waited <= _GRACE + (now - self._begin) * self.share
+        return (now - self._last) * self.share >= seconds
+
+    def taken(self) -> None:
+        """Count the seconds since the last snapshot from now on."""
+        self._last = time.monotonic()
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Time the snapshot that is written inside the block."""
+    def waiting(self) -> Iterator[None]:
+        """Count the time in the block as time that the run waits."""
         start = time.monotonic()
-        yield
-        self._last_end = time.monotonic()
-        self._cost = self._last_end - start
-        self.seconds += self._cost
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - start
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -30,6 +30,11 @@ class MatrixEvent:
     change: MatrixUpdate | None
     recomputed: bool = False
 
+    @property
+    def exact(self) -> bool:
+        """Whether the change has the same bits after it on every processor, which a product of factors has not."""
+        return self.kind != "subtract" or isinstance(self.change, DenseUpdate)
+
 
 class EditedMatrix:
     r"""Keeps :math:`W = W_0 + \Delta - A B^\top`: the sum of the updates minus what a restraint withholds.
@@ -89,7 +94,10 @@ class EditedMatrix:
 
     def step(self) -> Tensor:
         """Return the update of this step as computed; zero if none was written."""
-        return torch.zeros_like(self.change.master) if self._last is None else self._last.dense().to(self.change.master)
+        step = torch.zeros_like(self.change.master)
+        if self._last is not None:
+            self._last.add_to(step)
+        return step
 
     def can_hold(self, update: MatrixUpdate) -> bool:
         """Whether an update is finite, also in the weight's dtype."""
