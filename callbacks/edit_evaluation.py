@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -17,7 +18,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.evaluation.case_rows import CaseRows
 from prune_lightning.evaluation.case_sampler import CaseSampler
 from prune_lightning.evaluation.evaluator import Evaluator, Scores
-from prune_lightning.evaluation.measurement import Measured, Measurement
+from prune_lightning.evaluation.measurement import Measured, Measurement, Stream
 from prune_lightning.evaluation.stream import FORMS, StreamScores
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.phases import PhaseClock
@@ -115,7 +116,9 @@ class EditEvaluation(L.Callback):
             if self.evaluator.baseline:
                 self.curve.append({"num_requests": 0, **self.evaluator.baseline})
             else:
-                self.evaluator.take_baseline(model, cases, partial(_spectrum, module))
+                edited = Stream(self._requests, module.edited_matrices())
+                self.evaluator.take_baseline(model, cases, partial(_spectrum, module), edited)
+                self._remark(trainer)
             self._log(trainer)
             self.evaluator.begin_stream(model, cases, self.sampler.commits, self.max_cases)
         if self._from_base:
@@ -196,6 +199,10 @@ class EditEvaluation(L.Callback):
         due = [m for m in self.measurements if reached(self.counts if m.counts is None else m.counts)]
         return due if due or reached(self.counts) else None
 
+    def _remark(self, trainer: L.Trainer) -> None:
+        for remark in self.remarks() if trainer.is_global_zero else ():
+            logging.getLogger(__name__).warning(remark)
+
     def _log(self, trainer: L.Trainer) -> None:
         entry = dict(self.curve[-1])
         num_requests = int(entry.pop("num_requests"))
@@ -223,6 +230,10 @@ class EditEvaluation(L.Callback):
         self._reported = len(self.curve)
 
     # -- summary --------------------------------------------------------------------------------------------------
+    def remarks(self) -> list[str]:
+        """Return sentences on what the scores leave out."""
+        return self.evaluator.retention.remarks() + [line for m in self.measurements for line in m.remarks()]
+
     def summary(self) -> dict[str, Any]:
         """Return all scores, their confidence intervals, and the time that evaluation took."""
         evaluator = self.evaluator
@@ -233,6 +244,8 @@ class EditEvaluation(L.Callback):
             "curve": self.curve,
             "intervals": evaluator.intervals,
             "stream": _trajectories(evaluator),
+            "retention": evaluator.retention.facts(),
+            "measurements": {m.name: dict(facts) for m in evaluator.measurements if (facts := m.facts())},
             "case_rows_left_out": evaluator.rows.left_out,
             "labels": {**evaluator.labels(), "spectrum": {"title": "spectrum", "scores": _SPECTRUM}},
             "evaluate_s": sum(evaluator.seconds.values()),
@@ -242,8 +255,9 @@ class EditEvaluation(L.Callback):
 
 def _trajectories(evaluator: Evaluator) -> dict[str, Any]:
     """Return figures of the stream as a whole, such as half-lives, beyond the scores of each evaluation."""
-    groups = [measurement for measurement in evaluator.measurements if measurement.tasks]
-    abilities = [f"{m.name}/{key}" for m in groups for key in ("retention", *m.tasks)]
+    abilities = {}
+    for name, tasks in evaluator.retention.tasks.items():
+        abilities |= {f"{name}/retention": 0.0} | {f"{name}/{task}": chance for task, chance in tasks.items()}
     return {
         "forms": evaluator.stream.details() if evaluator.stream else {},
         "abilities": ability_trajectories(evaluator.curve, abilities),

@@ -98,7 +98,7 @@ def _steps(phase: Phase, unit: str = "steps", more: float = 0.0) -> str:
 
 def _figures(scores: Mapping[str, float]) -> str:
     """Return efficacy and retention of each measurement, under its full name where there is more than one."""
-    keys = [key for key in scores if key.rpartition("/")[2] in SHOWN]
+    keys = [key for key in scores if key.rpartition("/")[2] in SHOWN and scores[key] == scores[key]]
     names = [key.rpartition("/")[2].removesuffix("_score") for key in keys]
     return ", ".join(
         f"{name if names.count(name) == 1 else key} {scores[key]:.2f}" for name, key in zip(names, keys, strict=True)

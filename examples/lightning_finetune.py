@@ -68,7 +68,7 @@ class Measure(L.Callback):
         nll, count = token_nll(model, TEXT)
         scores = self.abilities.measure(model).scores
         before = self.curve[0] if self.curve else scores
-        scores["retention"] = retention(scores, {task: before[task] for task in self.abilities.tasks})
+        scores["retention"] = retention(scores, before, self.abilities.tasks)
         scores["loss on the text"] = float(nll.sum() / count.sum())
         self.curve.append({"step": trainer.global_step, **scores})
 

@@ -72,7 +72,7 @@ def test_nan_model_fails_every_score(bundled):
     metric.update("efficacy", scores.nll, scores.nll, scores.hit, torch.arange(len(PAIRS)))
     assert float(metric.compute()["efficacy_score"]) == 0.0
     assert int(metric.compute()["num_nonfinite"]) == len(PAIRS)
-    assert retention({"a": float("nan")}, {"a": 0.9}) == 0.0
+    assert retention({"a": float("nan")}, {"a": 0.9}, {"a": 0.25}) == 0.0
 
 
 def test_editing_score_by_hand():

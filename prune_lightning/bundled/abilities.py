@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prune_lightning.bundled.world import World
+from prune_lightning.metrics.functional import constant_score
 
 TEST_ITEMS = 150
 SPLIT_SEED = 20250
@@ -40,16 +42,23 @@ class AbilityTask:
     Args:
         test: Held-out items.
         train: The items that the bundled model was trained on.
+        chance: The best score of an answer that does not depend on the prompt.
     """
 
     test: tuple[AbilityItem, ...]
     train: tuple[AbilityItem, ...]
+    chance: float
 
 
-def _split(items: list[AbilityItem], test_items: int = TEST_ITEMS) -> AbilityTask:
+def _task(test: Sequence[AbilityItem], train: Sequence[AbilityItem], chance: float | None = None) -> AbilityTask:
+    constant = constant_score([item.answer for item in test])
+    return AbilityTask(tuple(test), tuple(train), constant if chance is None else chance)
+
+
+def _split(items: list[AbilityItem], test_items: int = TEST_ITEMS, chance: float | None = None) -> AbilityTask:
     shuffled = sorted(set(items), key=lambda item: (item.prompt, item.answer))
     random.Random(SPLIT_SEED).shuffle(shuffled)
-    return AbilityTask(tuple(shuffled[:test_items]), tuple(shuffled[test_items:]))
+    return _task(shuffled[:test_items], shuffled[test_items:], chance)
 
 
 _ONES = [
@@ -161,7 +170,7 @@ def question_answering(world: World) -> AbilityTask:
     tested = [item(fact.question, fact.answer) for fact in world.facts if fact.reserved]
     random.Random(SPLIT_SEED).shuffle(tested)
     train = [item(fact.question, fact.answer) for fact in world.facts if not fact.reserved]
-    return AbilityTask(tuple(tested[:TEST_ITEMS]), tuple(tested[TEST_ITEMS:] + train))
+    return _task(tested[:TEST_ITEMS], tested[TEST_ITEMS:] + train)
 
 
 _AGENTS = [
@@ -211,7 +220,7 @@ def summarisation() -> AbilityTask:
         event = f"The {agent} {action} a {thing} {rng.choice(_WHEN)}."
         passage = " ".join((event, first, second) if rng.random() < 0.5 else (first, event, second))
         items.append(AbilityItem(f"{passage} TL;DR:", f"{agent} {_ACTIONS[action]} {thing}."))
-    return _split(items)
+    return _split(items, chance=0.07)  # mean ROUGE of the headline of another passage
 
 
 _ACTORS = ("The old king", "A young girl", "My neighbour", "The traveller", "His brother", "Her aunt", "The queen")

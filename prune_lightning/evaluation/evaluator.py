@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torchmetrics import Metric
 
 from prune_lightning.evaluation.case_rows import CaseRows, resampled
-from prune_lightning.evaluation.measurement import Cases, EditingMeasurement, Measured, Measurement
+from prune_lightning.evaluation.measurement import Cases, EditingMeasurement, Measured, Measurement, Stream
+from prune_lightning.evaluation.retention import Retention
 from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.metrics.bootstrap import Floats, interval
-from prune_lightning.metrics.functional import retention
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.phases import PhaseClock
 
@@ -40,6 +39,7 @@ class Evaluator:
         curve: Scores at each evaluated count, ``num_requests`` among them.
         intervals: At each evaluated count, 95 % bootstrap intervals over cases of all scores that have rows.
         seconds: Time spent on each measurement.
+        retention: The tasks that retention is computed from.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Evaluator:
         self.curve: list[Scores] = []
         self.intervals: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = defaultdict(float)
-        self._resampled_baseline: dict[str, Floats] = {}
+        self.retention = Retention()
         self._immediate: dict[str, tuple[Metric, list[dict[str, Any]]]] = {}
 
     def labels(self) -> dict[str, dict[str, Any]]:
@@ -65,17 +65,19 @@ class Evaluator:
         return {part.name: {"title": part.title or part.name, "scores": dict(part.labels)} for part in parts}
 
     # -- the unedited model ---------------------------------------------------------------------------------------
-    def take_baseline(self, model: LanguageModel, cases: Cases, spectrum: Job) -> Scores:
+    def take_baseline(self, model: LanguageModel, cases: Cases, spectrum: Job, stream: Stream | None = None) -> Scores:
         """Measure the unedited model.
 
         Args:
             model: The unedited model.
             cases: All cases that will be evaluated.
             spectrum: Measures the edited matrices.
+            stream: What is going to be edited; nothing by default.
         """
         with self.clock.phase("baseline"):
             for measurement in self.measurements:
                 with self._timed(measurement.name):
+                    measurement.prepare(stream or Stream())
                     measurement.take_reference(model, cases)
         self.baseline = self.evaluate(model, cases, dict.fromkeys(cases, 1.0), 0, self.measurements, spectrum, 1)
         return self.baseline
@@ -98,7 +100,7 @@ class Evaluator:
 
     def share_baseline(self, earlier: Evaluator) -> None:
         """Use the baseline of an evaluation of the same stream with the same measurements."""
-        self.baseline, self._resampled_baseline = earlier.baseline, earlier._resampled_baseline
+        self.baseline, self.retention = earlier.baseline, earlier.retention
         self.intervals = [earlier.intervals[0]]
         self.rows = CaseRows(None, known=earlier.rows.known)
 
@@ -197,23 +199,11 @@ class Evaluator:
                 figures |= {key: float(values[0]) for key, values in per_case.items()}
             scores |= {f"{name}/{key}": value for key, value in figures.items()}
             means |= {f"{name}/{key}": values for key, values in per_case.items()}
-        self._retain(scores, means, due)
+        if not self.baseline:
+            self.retention.decide(due, scores, means)
+        self.retention.add(due, scores, means)
         self.intervals.append({"num_requests": num_requests} | {key: interval(v[1:]) for key, v in means.items()})
         return scores
-
-    def _retain(self, scores: Scores, means: dict[str, Floats], due: Sequence[Measurement]) -> None:
-        """Add the retention of each group of tasks, relative to the baseline."""
-        before, resampled_before = self.baseline or scores, self._resampled_baseline or means
-        for measurement in due:
-            keys = [f"{measurement.name}/{task}" for task in measurement.tasks]
-            if keys:
-                name = f"{measurement.name}/retention"
-                scores[name] = retention(scores, {key: before[key] for key in keys})
-                kept = [key for key in keys if before[key] > 0]
-                if kept and all(key in means and key in resampled_before for key in kept):
-                    shares = [means[key] / np.maximum(resampled_before[key], 1e-12) for key in kept]
-                    means[name] = np.mean(shares, axis=0)
-        self._resampled_baseline = resampled_before
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -38,6 +38,8 @@ class HarnessTasks(Measurement):
         tasks: Names of tasks and groups, a task's YAML file, or its definition as a dict. A dict whose ``task`` is a
             known name overrides entries of that definition.
         main: Metric used for ``retention``, by task; by default the first one for which higher is better.
+        chance: Chance level of that metric, by task; by default that of choosing at random among a document's choices,
+            and 0 for tasks that are not multiple choice.
         num_fewshot: Examples in the prompt; ``None`` for each task's own. A task that is fixed to zero keeps it.
         limit: Use only the first documents of each task.
         samples: Documents to use, by task, instead of ``limit``.
@@ -61,6 +63,7 @@ class HarnessTasks(Measurement):
         self,
         tasks: Sequence[str | dict[str, Any]] = (),
         main: Mapping[str, str] | None = None,
+        chance: Mapping[str, float] | None = None,
         num_fewshot: int | None = None,
         limit: int | None = None,
         samples: dict[str, list[int]] | None = None,
@@ -82,7 +85,7 @@ class HarnessTasks(Measurement):
             raise UserError("evaluation.lm_eval needs lm-evaluation-harness: pip install 'prune-lightning[eval]'")
         if limit is not None and samples is not None:
             raise UserError("evaluation.lm_eval takes either `limit` or `samples`, but both are given")
-        self.main = dict(main or {})
+        self.main, self.chance = dict(main or {}), dict(chance or {})
         self.batch_size, self.seed = batch_size, seed
         self.index_options = {"include_path": include_path, "include_defaults": include_defaults}
         self.options = {
@@ -92,7 +95,7 @@ class HarnessTasks(Measurement):
             "gen_kwargs": gen_kwargs,
             "apply_chat_template": apply_chat_template,
         }
-        self.tasks: list[str] = []  # known after lm-eval's first results
+        self.tasks: dict[str, float] = {}  # known after lm-eval's first results
         self._manager: Any = None
         self._loaded: list[Any] = []
 
@@ -109,8 +112,8 @@ class HarnessTasks(Measurement):
             if chosen and f"{task}/{chosen}" not in scores:
                 options = near(chosen, [metric for metric, _ in metrics(results, task)])
                 raise UserError(f"evaluation.lm_eval.main: {task} has no metric {chosen!r}: {options}")
-            if chosen and f"{task}/{chosen}" not in self.tasks:
-                self.tasks.append(f"{task}/{chosen}")
+            if chosen:
+                self.tasks[f"{task}/{chosen}"] = self.chance.get(task, results["chance"][task])
         return Measured(scores, _rows(results, scores))
 
     def _evaluate(self, model: LanguageModel) -> Results:
@@ -134,7 +137,8 @@ class HarnessTasks(Measurement):
                 **self.options,
             )
         kept = {key: results[key] for key in ("results", "higher_is_better", "samples")}
-        return {**kept, "counted": [name for task in self._loaded for name in _counted(task, results)]}
+        counted = [name for task in self._loaded for name in _counted(task, results)]
+        return {**kept, "counted": counted, "chance": {task: _chance(results, task) for task in counted}}
 
     def _load(self, entry: str | dict[str, Any]) -> list[Any]:
         """Return lm-eval's objects for one entry. They are built only once, since each build reads the data again."""
@@ -161,6 +165,18 @@ def _counted(task: Any, results: Results) -> list[str]:
     if hasattr(task, "task_name"):
         return [task.task_name]
     return [task.name] if metrics(results, task.name) else [member.task_name for member in task.get_all_tasks()]
+
+
+def _chance(results: Results, task: str) -> float:
+    """Return the mean over documents of one over the number of choices; zero for tasks without choices."""
+    names, levels = [task], []
+    for name in names:
+        names += [member for member in results["group_subtasks"].get(name, ()) if member not in names]
+        chooses = results["configs"].get(name, {}).get("output_type") == "multiple_choice"
+        for sample in results["samples"].get(name, ()):
+            choices = {continuation for _, continuation in sample["arguments"]} if chooses else ()
+            levels.append(1 / len(choices) if choices else 0.0)
+    return sum(levels) / len(levels) if levels else 0.0
 
 
 def metrics(results: Results, task: str) -> list[tuple[str, float]]:

@@ -50,7 +50,7 @@ class LegacyAbilities(Measurement):
         super().__init__(enabled and bool(given), counts)
         self.suite = given if self.enabled else {}
         self.items = {name: task.read(name)[:max_items] for name, task in self.suite.items()}
-        self.tasks = tuple(self.suite)
+        self.tasks = {name: task.chance(self.items[name]) for name, task in self.suite.items()}
         self.token_budget = token_budget
         self._warned: set[str] = set()
 

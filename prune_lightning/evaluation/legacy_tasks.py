@@ -18,7 +18,7 @@ from torchmetrics.functional.text import bleu_score
 
 from prune_lightning.errors import UserError
 from prune_lightning.metrics import MeanRouge
-from prune_lightning.metrics.functional import normalise_answer
+from prune_lightning.metrics.functional import constant_score, normalise_answer
 from prune_lightning.records import Row, read_objects, read_table, read_text
 
 Parts = dict[str, float]
@@ -121,6 +121,13 @@ class LegacyTask(ABC):
     def judge(self, text: str, item: LegacyItem) -> Parts:
         """Score an answer; a part that does not apply to this item is left out."""
 
+    def chance(self, items: Sequence[LegacyItem]) -> float:
+        """Return the score of guessing: of giving each item the right answer of another one."""
+        half = len(items) // 2
+        others = [*items[half:], *items[:half]]
+        judged = [self.judge(other.gold[0], item) for item, other in zip(items, others, strict=True)]
+        return self.summary(judged)[""]
+
     def summary(self, judged: Sequence[Parts]) -> Parts:
         """Return the mean of each part over the items that have it."""
         names = dict.fromkeys(name for parts in judged for name in parts)
@@ -189,6 +196,10 @@ class Choice(LegacyTask):
         if str(gold) not in self.labels:
             raise UserError(f"the label {gold!r} is none of {', '.join(map(repr, self.labels))}")
         return (self.labels[str(gold)],)
+
+    def chance(self, items: Sequence[LegacyItem]) -> float:
+        """Return the score of the commonest label."""
+        return constant_score([item.gold[0] for item in items])
 
     def judge(self, text: str, item: LegacyItem) -> Parts:
         """Find the labels that the answer names."""

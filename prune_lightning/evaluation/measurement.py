@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from prune_lightning.distributed import fail_together
@@ -17,6 +18,36 @@ from prune_lightning.types import EditRequest
 
 Cases = Mapping[int, EditRequest]
 """Requests by their index in the stream, from 0."""
+
+
+class EditedWeight(Protocol):
+    """A matrix under edit, ``out_features x in_features``."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The live weight."""
+        ...
+
+    def original(self) -> Tensor:
+        """Return the unedited matrix."""
+        ...
+
+    def delta(self) -> Tensor:
+        """Return the change of the live weight."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a run is going to edit.
+
+    Args:
+        requests: All requests, in order.
+        matrices: The matrices under edit, by the name of their weight.
+    """
+
+    requests: Sequence[EditRequest] = ()
+    matrices: Mapping[str, EditedWeight] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,19 +75,31 @@ class Measurement(ABC):
         name: What stands before each of its scores, the protocol in it: ``edit/counterfact``, ``ability/miniature``.
         title: Name of the measurement for tables and plots; ``name`` if empty.
         labels: Names of its scores for tables and plots, in the order in which they are shown. Others go by their key.
-        tasks: Scores, higher being better, whose mean ratio to the baseline is reported as ``retention``.
+        tasks: Scores, higher being better, that ``retention`` is computed from, each with its chance level: the score
+            of guessing, and 0 where the answer is free.
     """
 
     name: ClassVar[str]
     title: ClassVar[str] = ""
     labels: ClassVar[Mapping[str, str]] = {}
-    tasks: Sequence[str] = ()
+    tasks: Mapping[str, float] = {}
 
     def __init__(self, enabled: bool = True, counts: Sequence[int] | None = None) -> None:
         if counts is not None and any(not isinstance(count, int) or count < 0 for count in counts):
             raise UserError(f"`counts` of {type(self).__name__} is expected to be edit counts, but got {list(counts)}")
         self.enabled = enabled
         self.counts = None if counts is None else sorted(set(counts) - {0})
+
+    def prepare(self, stream: Stream) -> None:  # noqa: B027 - few need it
+        """Look at what is going to be edited. Called once, before :meth:`take_reference`."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return what the run's summary says about the measurement, besides its scores, JSON-serializable."""
+        return {}
+
+    def remarks(self) -> list[str]:
+        """Return sentences for the report, such as on items that are left out."""
+        return []
 
     def take_reference(self, model: LanguageModel, cases: Cases) -> None:  # noqa: B027 - few need one
         """Keep reference results of the unedited model. Called once, before the baseline.

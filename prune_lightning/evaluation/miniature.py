@@ -40,9 +40,10 @@ class MiniatureAbilities(Measurement):
 
     def __init__(self, max_items: int | None = None, enabled: bool = True, counts: Sequence[int] | None = None) -> None:
         super().__init__(enabled, counts)
-        self.items = {name: task.test[:max_items] for name, task in abilities(load_world()).items()}
-        self.tasks = tuple(self.items)
-        self.texts = [item.text() for item in plain_text().test[:max_items]]
+        suite = abilities(load_world()) if enabled else {}
+        self.items = {name: task.test[:max_items] for name, task in suite.items()}
+        self.tasks = {name: task.chance for name, task in suite.items()}
+        self.texts = [item.text() for item in plain_text().test[:max_items]] if enabled else []
 
     def jobs(self, model: LanguageModel, cases: Cases) -> Mapping[str, Callable[[], Measured]]:
         """Return one job per task, and the perplexity's."""

@@ -2,6 +2,7 @@
 
 from prune_lightning.metrics.cases import CaseMeans
 from prune_lightning.metrics.counterfact import CounterFactScore
+from prune_lightning.metrics.drift import Divergence
 from prune_lightning.metrics.generation import GenerationScore
 from prune_lightning.metrics.language import CorpusPerplexity, ExactMatch, MeanRouge, SentencePerplexity
 from prune_lightning.metrics.stream import AbilityCurve, RetentionMatrix
@@ -12,6 +13,7 @@ __all__ = [
     "CaseMeans",
     "CorpusPerplexity",
     "CounterFactScore",
+    "Divergence",
     "ExactMatch",
     "GenerationScore",
     "MeanRouge",

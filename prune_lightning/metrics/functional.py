@@ -7,7 +7,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,18 +47,30 @@ def mean_by_case(values: Tensor, case: Tensor) -> Tensor:
     return zeros.index_add(0, index, values) / zeros.index_add(0, index, torch.ones_like(values))
 
 
-def retention(now: dict[str, float], before: dict[str, float]) -> float:
-    """Return the mean over tasks of ``now / before``; tasks that scored zero before are left out.
+def retention(now: Mapping[str, float], before: Mapping[str, float], chance: Mapping[str, float]) -> float:
+    r"""Return the mean over tasks of :math:`(G - G_c) / (G_0 - G_c)`, the share of each ability that is kept.
+
+    A score at or below chance keeps nothing, and neither does one that is not finite.
 
     Args:
-        now: Score of each task; NaN counts as zero.
-        before: Score of each task on the unedited model.
+        now: Score :math:`G` of each task.
+        before: Score :math:`G_0` of each task on the unedited model, above chance.
+        chance: Chance level :math:`G_c` of the tasks to average; the result is NaN without any.
 
-    >>> retention({"a": 0.5, "b": 0.9}, {"a": 1.0, "b": 0.9})
+    >>> retention({"a": 0.5, "b": 0.7}, {"a": 1.0, "b": 0.9}, {"a": 0.0, "b": 0.5})
+    0.5
+    """
+    shares = [(now[task] - level) / (before[task] - level) for task, level in chance.items()]
+    return sum(share if 0 < share < math.inf else 0.0 for share in shares) / len(shares) if shares else math.nan
+
+
+def constant_score(answers: Sequence[str]) -> float:
+    """Return the chance level of exact match: the score of always giving the commonest of the right answers.
+
+    >>> constant_score(["true", "false", "true", "true"])
     0.75
     """
-    ratios = [(0.0 if now[task] != now[task] else now[task]) / score for task, score in before.items() if score > 0]
-    return sum(ratios) / len(ratios) if ratios else float("nan")
+    return max(Counter(answers).values()) / len(answers)
 
 
 def perplexity(mean_nll: Tensor) -> Tensor:

@@ -21,18 +21,19 @@ def points(curve: Curve, key: str) -> tuple[list[int], list[float]]:
     return [count for count, _ in taken], [math.nan if value is None else float(value) for _, value in taken]
 
 
-def ability_trajectories(curve: Curve, keys: Sequence[str]) -> dict[str, dict[str, float]]:
+def ability_trajectories(curve: Curve, keys: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Return area, area over log2(1 + t) and edits to collapse of scores relative to the unedited model.
 
     Args:
         curve: Scores at each evaluated count.
-        keys: Scores for which higher is better; those that were 0 before the first edit are left out.
+        keys: Scores for which higher is better, each with its chance level; those that were not above it before the
+            first edit are left out.
     """
     result = {}
-    for key in keys:
+    for key, chance in keys.items():
         counts, scores = points(curve, key)
-        if counts and scores[0] > 0:
-            metric = AbilityCurve()
+        if counts and scores[0] > chance:
+            metric = AbilityCurve(chance=chance)
             for count, score in zip(counts, scores, strict=True):
                 metric.update(count, score)
             result[key] = {name: float(value) for name, value in metric.compute().items()}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 from prune_lightning.callbacks import EditEvaluation
+from prune_lightning.evaluation.evaluator import Evaluator
 from prune_lightning.evaluation.measurement import Measurement
 from prune_lightning.ledger import Ledger, rebuild
 from prune_lightning.ledger.replay import Restrain
@@ -46,7 +46,7 @@ def bisect_collapses(
     found = {}
     for measurement in evaluation.measurements:
         key = f"{measurement.name}/retention"
-        known = ability_trajectories(evaluation.curve, [key]).get(key, {})
+        known = ability_trajectories(evaluation.curve, {key: 0.0}).get(key, {})
         count = known.get("edits_to_collapse", math.nan)
         if not measurement.tasks or not count < math.inf:
             continue
@@ -58,7 +58,7 @@ def bisect_collapses(
 
         def collapsed(step: int, measurement: Measurement = measurement) -> bool:
             _go_to(module, ledger, step, restrain)
-            return not _retention(measurement, module, evaluation.evaluator.baseline) > THRESHOLD
+            return not _retention(measurement, module, evaluation.evaluator) > THRESHOLD
 
         found[key] = ends[first_true(collapsed, low, high) - 1]
     if found:
@@ -71,8 +71,7 @@ def _go_to(module: EditingModule, ledger: Ledger, step: int | None, restrain: Re
     rebuild(module, ledger, step, restrain)
 
 
-def _retention(measurement: Measurement, module: EditingModule, baseline: Mapping[str, Any]) -> float:
-    names: Sequence[str] = measurement.tasks
+def _retention(measurement: Measurement, module: EditingModule, evaluator: Evaluator) -> float:
+    chance = evaluator.retention.tasks[measurement.name]
     scores = measurement.measure(module.language_model).scores
-    before = {name: baseline[f"{measurement.name}/{name}"] for name in names}
-    return retention({name: scores[name] for name in names}, before)
+    return retention(scores, {task: evaluator.baseline[f"{measurement.name}/{task}"] for task in chance}, chance)

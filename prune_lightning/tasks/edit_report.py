@@ -48,16 +48,19 @@ def report(
     }
     figures = {name: figure for name, figure in drawn.items() if figure} | {"spectra": plot_spectra(looked_at)}
     plots = save_plots(folder / "plots", figures)
-    remark = (
+    timing = (
         f"{summary['edit_s']:.0f} s of edits, {summary['evaluate_s']:.0f} s of evaluation "
         f"({100 * summary['evaluate_share']:.0f} % of both). Bands are 95 % bootstrap intervals over cases."
     )
-    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), [remark], labels)
+    remarks = [timing, *evaluation.remarks()]
+    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), remarks, labels)
     for logger in loggers:
         _log_curve(logger, control["curve"] if control else [])
         _log(logger, columns, figures, summary["num_requests"])
     close_loggers(loggers)
     out.print(result_table(title, columns, labels))
+    for remark in evaluation.remarks():
+        out.print(remark)
 
 
 def _stream_figures(
