@@ -77,7 +77,14 @@ def test_prompts_and_gold_answers_of_real_records():
         "nq": 261,
         "rte": 299,
     }
-    assert suite.tasks == ("gsm8k", "samsum", "nq", "rte")
+    assert tuple(suite.tasks) == ("gsm8k", "samsum", "nq", "rte")
+    assert suite.tasks["rte"] == 158 / 299  # always "false"
+    # "5" is in "15", and any two summaries share some words.
+    assert {name: round(suite.tasks[name], 2) for name in ("gsm8k", "samsum", "nq")} == {
+        "gsm8k": 0.02,
+        "samsum": 0.05,
+        "nq": 0.0,
+    }
     first = {name: items[1] for name, items in suite.items.items()}
     assert first["gsm8k"].prompt.startswith("Q: A robe takes 2 bolts")
     assert first["gsm8k"].prompt.endswith("<<2+1=3>>3 bolts of fabric\n Therefore, the answer (arabic numerals) is:")
@@ -448,7 +455,8 @@ def test_scores_are_those_of_lm_eval_on_the_saved_model(bundled, tmp_path, offli
         "king/byte_perplexity",
         "choice/acc",
     }
-    assert suite.tasks == ["gsm8k/exact_match,strict-match", "nq_open/exact_match,remove_whitespace", "choice/acc"]
+    chance = {"gsm8k/exact_match,strict-match": 0, "nq_open/exact_match,remove_whitespace": 0, "choice/acc": 1 / 3}
+    assert suite.tasks == pytest.approx(chance)
     rows = [row for row in after.cases if row["task"] == "choice"]
     assert [row["case"] for row in rows] == [0, 1, 2, 3, 4]
     assert statistics.mean(row["choice/acc"] for row in rows) == after.scores["choice/acc"]
@@ -496,7 +504,7 @@ def test_untied_heads_stay_untied(tiny, offline, tmp_path):
     head = model.model.lm_head.weight
     suite = HarnessTasks([local_tasks(tmp_path)[2]], include_defaults=False, limit=1)
     suite.measure(model)
-    assert suite.tasks == []  # of a perplexity, more is not better
+    assert suite.tasks == {}  # of a perplexity, more is not better
     assert model.model.lm_head.weight is head
     assert model.model.transformer.wte.weight is not head
 
@@ -513,7 +521,7 @@ def test_group_with_a_score_of_its_own_counts_as_one(bundled_shared, tmp_path, o
     (folder / "pair.yaml").write_text(json.dumps(pair))
     suite = HarnessTasks(["pair"], include_defaults=False, include_path=str(folder), limit=2)
     scores = suite.measure(bundled_shared).scores
-    assert suite.tasks == ["pair/acc"]
+    assert suite.tasks == pytest.approx({"pair/acc": 1 / 3})  # the documents of both members have three choices
     assert scores["pair/acc"] == (scores["pair::first/acc"] + scores["pair::second/acc"]) / 2
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import lightning as L
 import pytest
@@ -294,7 +295,8 @@ def test_a_damaged_snapshot_costs_nothing_but_the_replay(tiny, tmp_path):
 class Distance(Measurement):
     """An ability that falls with every edit."""
 
-    name, tasks = "ability/near", ("near",)
+    name = "ability/near"
+    tasks: ClassVar = {"near": 0.0}
 
     def __init__(self, base):
         super().__init__()
@@ -316,7 +318,7 @@ def test_the_step_of_a_collapse_is_found_between_two_looks(tiny, tmp_path):
         {"num_requests": n, "ability/near/retention": scaled[n]} for n in (0, at - 1 - (at > 3), at + 3, at + 6, 40)
     ]
     baseline = {"ability/near/near": 2 * kept[at]}
-    evaluator = SimpleNamespace(baseline=baseline)
+    evaluator = SimpleNamespace(baseline=baseline, retention=SimpleNamespace(tasks={"ability/near": {"near": 0.0}}))
     evaluation = SimpleNamespace(measurements=[measurement], curve=curve, evaluator=evaluator)
     assert bisect_collapses(module, Ledger.open(tmp_path), evaluation, None) == {"ability/near/retention": at}
     assert torch.equal(module.matrix().weight(), weights[-1])

@@ -207,7 +207,7 @@ def test_trajectories_by_hand():
         {"num_requests": t, "a": a, "stream/score/final": f}
         for t, a, f in ((0, 0.5, None), (1, 0.5, 0.8), (3, 0.0, 0.4))
     ]
-    assert ability_trajectories(curve, ["a", "b"])["a"]["area"] == pytest.approx((1 + 1) / 3)
+    assert ability_trajectories(curve, {"a": 0.0, "b": 0.0})["a"]["area"] == pytest.approx((1 + 1) / 3)
     found = edit_trajectories(curve, ["stream/score/final"])["stream/score/final"]
     assert (found["area"], found["first_below"]) == (pytest.approx(0.6), 3)
     readings = [

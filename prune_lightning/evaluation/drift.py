@@ -14,7 +14,7 @@ from torch import Tensor
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.measurement import Cases, EditedWeight, Measured, Measurement, Stream
 from prune_lightning.metrics import Divergence
-from prune_lightning.metrics.drift import seen_change
+from prune_lightning.metrics.drift import kl_divergence, seen_change
 from prune_lightning.models.hooks import capture, edit_input
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.records import read_text
@@ -94,11 +94,11 @@ class Drift(Measurement):
         with model.frozen_mode():
             for number, ids in enumerate(self._rows.split(max(1, self.token_budget // self._rows.shape[1]))):
                 for reference, logits in self._logits(model, number, ids):
-                    row = Divergence(sync_on_compute=False).to(model.device)
-                    row.update(reference, logits)
-                    metric.merge_state(row)
-                    single = {name: float(value) for name, value in row.compute().items()}
-                    rows.append({"case": len(rows), **{name: single[name] for name in ("kl", "agreement")}})
+                    kl = kl_divergence(reference, logits)
+                    same = reference.argmax(-1) == logits.argmax(-1)
+                    metric.update(kl, same)
+                    agreement = float((same & kl.isfinite()).double().mean())
+                    rows.append({"case": len(rows), "kl": float(kl.double().mean()), "agreement": agreement})
         scores = {name: float(value) for name, value in metric.compute().items()} | self._changes()
         if scores["num_nonfinite"]:
             rows = [{name: value for name, value in row.items() if name != "kl"} for row in rows]

@@ -69,7 +69,7 @@ class Divergence(Metric):
 
     Example:
         >>> metric = Divergence()
-        >>> metric.update(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, float("nan")]]))
+        >>> metric.update(torch.tensor([0.25, math.inf]), torch.tensor([True, True]))
         >>> {name: float(value) for name, value in metric.compute().items()}
         {'kl': inf, 'agreement': 0.5, 'num_nonfinite': 1.0}
     """
@@ -88,13 +88,12 @@ class Divergence(Metric):
         for name in ("agreeing", "count", "num_nonfinite"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, reference: Tensor, logits: Tensor) -> None:
-        """Add tokens: logits of both models, shape ``(n, vocabulary)``."""
-        found = kl_divergence(reference, logits)
-        finite = torch.isfinite(found)
-        self.total += found.double().sum()
-        self.agreeing += (finite & (reference.argmax(-1) == logits.argmax(-1))).sum()
-        self.count += len(found)
+    def update(self, kl: Tensor, same: Tensor) -> None:
+        """Add tokens: :func:`kl_divergence`, and whether the first choices are the same, shape ``(n,)``."""
+        finite = torch.isfinite(kl)
+        self.total += kl.double().sum()
+        self.agreeing += (finite & same).sum()
+        self.count += len(kl)
         self.num_nonfinite += (~finite).sum()
 
     def compute(self) -> dict[str, Tensor]:

@@ -46,11 +46,14 @@ class Keys:
     def common(cls, groups: Sequence[Group]) -> Keys:
         """Return scores that all runs have: the bundled miniature's and CounterFact's if possible.
 
+        A retention that no task counts for in one of the runs is not one that all have.
+
         Where the runs have none in common, these two are returned, and the table has no values for them.
         """
         finals = [run["curve"][-1] for group in groups for run in group.runs]
         shared = [key for key in finals[0] if all(key in final for final in finals)]
-        kept = [key for key in shared if key.endswith("/retention") and key.startswith("ability/")]
+        known = [key for key in shared if all(final[key] is not None for final in finals)]
+        kept = [key for key in known if key.endswith("/retention") and key.startswith("ability/")]
         written = [key for key in shared if key.startswith("edit/") and _about_edits(key.rpartition("/")[2])]
         written += [key for key in shared if key.startswith("stream/") and key.endswith("/final")]
         return cls(
@@ -115,7 +118,18 @@ def markdown_table(groups: Sequence[Group], keys: Keys) -> str:
         cells = [group.method, group.restraint, str(half or "–"), *map(figure, at_half)]
         cells += [figure(group.at(key, last)) for key in columns.values()]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + keys.remark()
+    return "\n".join(lines) + keys.remark() + _left_out(groups, keys)
+
+
+def _left_out(groups: Sequence[Group], keys: Keys) -> str:
+    """Return the line that names the tasks which the retention of a run leaves out; empty if there are none."""
+    name = keys.kept.removesuffix("/retention")
+    found = [run.get("retention", {}).get(name, {}).get("left_out", {}) for group in groups for run in group.runs]
+    tasks = sorted({task for left_out in found for task in left_out})
+    everywhere = [task for task in tasks if all(task in left_out for left_out in found)]
+    named = [task if task in everywhere else f"{task} (in some runs)" for task in tasks]
+    text = "not clearly above chance before the first edit and left out of the retention"
+    return f"\n\n{', '.join(named)}: {text}." if named else ""
 
 
 def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
@@ -142,9 +156,10 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
             counts = group.counts[0 if key == keys.kept else 1 :]
             style = "--" if group.restraint == "none" else "-"
             color = "black" if group.restraint == "none" else f"C{restraints.index(group.restraint)}"
+            counts = [count for count in counts if not math.isnan(group.at(key, count))]
             curve = [group.at(key, count) for count in counts]
             axes.plot(counts, curve, style, color=color, label=group.restraint, marker=".")
-            if len(group.runs) > 1:
+            if len(group.runs) > 1 and counts:
                 low, high = zip(*(group.range(key, count) for count in counts), strict=True)
                 axes.fill_between(counts, low, high, color=color, alpha=0.15, lw=0)
     for place, name in enumerate(list(rows) * bands):

@@ -13,6 +13,7 @@ from prune_lightning.report.labels import Labels
 from prune_lightning.report.trajectories import Curve, points
 
 _COLUMNS = 3
+_DRIFT = "drift/"  # tiny at first, so each of its scores has an axis of its own
 _FORMS = {"score": "success", "accuracy": "exact match", "magnitude": "probability difference"}
 Panels = dict[str, list[str]]
 
@@ -29,9 +30,12 @@ def _shares(curves: Mapping[str, Curve], key: str) -> bool:
 
 
 def _ability_panels(curves: Mapping[str, Curve], labels: Labels) -> Panels:
+    """Return a panel for the shares of each measurement, and one for each figure of another size."""
     panels: Panels = {}
-    for key in _keys(curves, "ability/"):
-        title = labels.title(key) if _shares(curves, key) else f"{labels.title(key)}: {labels.label(key)}"
+    drifts = [key for key in _keys(curves, _DRIFT) if "change/" not in key]  # the largest change stands for all
+    for key in [*_keys(curves, "ability/"), *drifts]:
+        together = _shares(curves, key) and not key.startswith(_DRIFT)
+        title = labels.title(key) if together else f"{labels.title(key)}: {labels.label(key)}"
         panels.setdefault(title, []).append(key)
     return panels
 
@@ -85,7 +89,7 @@ def _draw(curves: Mapping[str, Curve], intervals: Mapping[str, Curve], panels: P
                 _band(axes, intervals.get(name, ()), key, color)
         edit_axis(axes, counts)
         axes.set_title(title, fontsize=10)
-        if all(_shares(curves, key) for key in keys):
+        if all(_shares(curves, key) and not key.startswith(_DRIFT) for key in keys):
             low = min((min(points(curve, key)[1], default=0) for curve in curves.values() for key in keys), default=0)
             axes.set_ylim(min(-0.03, low - 0.03), 1.03)
         axes.legend(fontsize=7, framealpha=0.6)
@@ -95,7 +99,7 @@ def _draw(curves: Mapping[str, Curve], intervals: Mapping[str, Curve], panels: P
 def plot_abilities(
     curves: Mapping[str, Curve], intervals: Mapping[str, Curve] | None = None, labels: Labels | None = None
 ) -> Figure | None:
-    """Draw the abilities, solid for the first curve and dashed for the second, with bands where there are intervals.
+    """Draw abilities and drift, solid for the first curve and dashed for the second, with bands where there are intervals.
 
     Args:
         curves: Scores at each evaluated count, by name.
@@ -103,7 +107,7 @@ def plot_abilities(
         labels: Names of scores; their keys if not given.
 
     Returns:
-        The figure, or ``None`` if no ability was measured.
+        The figure, or ``None`` if neither was measured.
     """
     names = labels or Labels()
     panels = _ability_panels(curves, names)
