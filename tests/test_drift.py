@@ -88,7 +88,9 @@ def test_scores_equal_a_dense_computation(model_type):
     assert per_case["kl"][0] == pytest.approx(measured.scores["kl"])
     for layer, (name, matrix) in zip((0, 2), matrices.items(), strict=True):
         keys: list[torch.Tensor] = []
-        handle = unedited.rewrite_module(layer).register_forward_pre_hook(lambda _, args, keys=keys: keys.append(args[0]))
+        handle = unedited.rewrite_module(layer).register_forward_pre_hook(
+            lambda _, args, keys=keys: keys.append(args[0])
+        )
         with torch.no_grad():
             unedited(ids, torch.ones_like(ids))
         handle.remove()
@@ -151,7 +153,7 @@ def test_edits_of_the_head_are_refused(bundled):
     drift = Drift()
     weight = bundled.model.get_output_embeddings().weight
     drift.prepare(Stream((), {"lm_head.weight": EditedMatrix("lm_head.weight", weight, False)}))
-    with pytest.raises(UserError, match="evaluation.drift.enabled=false"):
+    with pytest.raises(UserError, match=r"evaluation\.drift\.enabled=false"):
         drift.measure(bundled)
 
 

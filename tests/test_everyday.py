@@ -15,7 +15,7 @@ from conftest import SHARED
 from test_configs import compose
 
 from prune_lightning.bundled.abilities import abilities
-from prune_lightning.bundled.everyday import everyday
+from prune_lightning.bundled.everyday import ChoiceItem, everyday
 from prune_lightning.bundled.world import load_world
 from prune_lightning.evaluation.everyday import EverydayAbilities
 from prune_lightning.evaluation.measurement import Measurement, Stream
@@ -136,6 +136,14 @@ def test_broken_model_fails_every_item(bundled):
     assert set(measured.scores.values()) == {0.0}
 
 
+def test_a_tie_is_a_failure(bundled):
+    with torch.no_grad():
+        bundled.model.get_output_embeddings().weight.zero_()  # every token is equally likely
+    suite = EverydayAbilities(max_items=4)
+    suite.items = {"sums": [ChoiceItem("2 + 3 =", ("5", "5"), 0)]}
+    assert suite.measure(bundled).scores == {"sums": 0.0}
+
+
 def test_model_says_which_benchmark_suits_it():
     for choice, expected in (("model=bundled", (True, False)), ("model=gpt2", (False, True))):
         evaluation = compose(choice).evaluation
@@ -169,8 +177,10 @@ def resampled_means(score, spread):
 
 def test_tasks_count_if_their_interval_is_above_chance():
     measurement, retained = Tasks(clear=0.5, near=0.5, floor=0.0, plain=0.25), Retention()
-    before = {f"ability/tasks/{task}": score for task, score in zip(
-        ("clear", "near", "floor", "plain"), (0.9, 0.55, 0.025, 0.3), strict=True)}
+    before = {
+        f"ability/tasks/{task}": score
+        for task, score in zip(("clear", "near", "floor", "plain"), (0.9, 0.55, 0.025, 0.3), strict=True)
+    }
     means = {
         "ability/tasks/clear": resampled_means(0.9, 0.05),
         "ability/tasks/near": resampled_means(0.55, 0.1),

@@ -170,7 +170,7 @@ def _counted(task: Any, results: Results) -> list[str]:
 def _chance(results: Results, task: str) -> float:
     """Return the mean over documents of one over the number of choices; zero for tasks without choices."""
     names, levels = [task], []
-    for name in names:
+    for name in names:  # grows by the members of groups
         names += [member for member in results["group_subtasks"].get(name, ()) if member not in names]
         chooses = results["configs"].get(name, {}).get("output_type") == "multiple_choice"
         for sample in results["samples"].get(name, ()):

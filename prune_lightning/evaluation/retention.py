@@ -66,13 +66,11 @@ class Retention:
     def facts(self) -> dict[str, Any]:
         """Return, by measurement, the tasks that count and those left out, with their chance levels."""
         names = dict.fromkeys([*self.tasks, *self.left_out])
-        return {
-            name: {"tasks": self.tasks.get(name, {}), "left_out": self.left_out.get(name, {})} for name in names
-        }
+        return {name: {"tasks": self.tasks.get(name, {}), "left_out": self.left_out.get(name, {})} for name in names}
 
     def remarks(self) -> list[str]:
         """Return a sentence on each measurement that has tasks which do not count."""
         return [
-            f"The retention of {name} leaves out {', '.join(out)}, where the unedited model is not clearly above chance."
+            f"The retention of {name} leaves out {', '.join(out)}: not clearly above chance before the first edit."
             for name, out in self.left_out.items()
         ]

@@ -88,7 +88,9 @@ def half_lost(group: Group, kept: str) -> int | None:
 
 def collapses(group: Group, kept: str) -> tuple[list[float], list[bool]]:
     """Return for each run its edits to collapse, or its last count, and whether it collapsed at all."""
-    found = [ability_trajectories(run["curve"], {kept: 0.0}).get(kept, {}).get("edits_to_collapse") for run in group.runs]
+    found = [
+        ability_trajectories(run["curve"], {kept: 0.0}).get(kept, {}).get("edits_to_collapse") for run in group.runs
+    ]
     reached = [count is not None and math.isfinite(count) for count in found]
     lasts = [run["curve"][-1]["num_requests"] for run in group.runs]
     return [float(c) if c and r else float(t) for c, r, t in zip(found, reached, lasts, strict=True)], reached

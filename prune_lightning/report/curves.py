@@ -99,7 +99,7 @@ def _draw(curves: Mapping[str, Curve], intervals: Mapping[str, Curve], panels: P
 def plot_abilities(
     curves: Mapping[str, Curve], intervals: Mapping[str, Curve] | None = None, labels: Labels | None = None
 ) -> Figure | None:
-    """Draw abilities and drift, solid for the first curve and dashed for the second, with bands where there are intervals.
+    """Draw abilities and drift, solid for the first curve and dashed for the second; bands show intervals.
 
     Args:
         curves: Scores at each evaluated count, by name.
