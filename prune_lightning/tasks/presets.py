@@ -23,6 +23,7 @@ from prune_lightning.tasks.setup import choice, first_process
 
 SOURCES = ("published", "tuned", "default")
 _LAYERS = re.compile(r"model\.edit\.layers\.(\w+)")
+_OWN_CORPUS = "model.second_moments.corpus."
 _LOG = logging.getLogger(__name__)
 
 
@@ -41,6 +42,8 @@ def settled(config: DictConfig) -> DictConfig:
     """
     config = copy.deepcopy(config)
     _check_section(config)
+    if any(word.startswith(_OWN_CORPUS) for word in _words()):
+        config.model.second_moments.fallback = False  # the text that the user names, or an error
     model, loaded = config.model, None
     folders, open_layers = _outside_families(), _open_layers(config)
     inherits = model.dtype is None and not _on_cpu(config) and model.get("gpu_dtype") is None
@@ -88,6 +91,11 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
+
+
+def _words() -> list[str]:
+    """Return the overrides of the command line."""
+    return [word.lstrip("+~") for word in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
 
 
 def _unresolved(node: DictConfig) -> str:
@@ -177,6 +185,5 @@ def _hparams(config: DictConfig) -> dict[str, Any]:
     one_of(f"source of {choice('method')} in model.edit.sources", str(kind), SOURCES)
     if set(edit.get("from_depth") or ()) & set(_LAYERS.findall(_unresolved(config.method))):
         kind, where = "default", "the layers follow from the model's depth, the other values are the method's own"
-    words = [word.lstrip("+~") for word in HydraConfig.get().overrides.task]
-    changed = [word for word in words if word.startswith(("method.", "model.edit."))]
+    changed = [word for word in _words() if word.startswith(("method.", "model.edit."))]
     return {"source": kind, "where": where, "changed": changed}
