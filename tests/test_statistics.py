@@ -298,5 +298,5 @@ def test_own_text_takes_the_place_of_a_corpus_that_is_out_of_reach(bundled_share
 )
 def test_a_corpus_that_the_user_names_is_not_replaced(overrides, falls_back, tmp_path, monkeypatch):
     words = ["model=auto", "model.path=x", "method=kn", *overrides]
-    monkeypatch.setattr("prune_lightning.tasks.presets._words", lambda: words)
+    monkeypatch.setattr("prune_lightning.tasks.presets.overrides", lambda: words)
     assert settled(compose(*words)).model.second_moments.fallback is falls_back
