@@ -255,6 +255,7 @@ def test_own_text_has_as_many_tokens_as_asked_and_depends_on_the_seed_alone(bund
     assert list(sample_texts(bundled_shared, FEW, 8, PhaseClock())) == texts[:8]
     assert list(SelfSampledCorpus(bundled_shared, replace(FEW, seed=1), 768).texts()) != texts
     assert len(set(texts)) == len(texts)
+    assert all(text.startswith(opening) for text, opening in zip(texts, FEW.openings * 2, strict=False))
 
 
 def test_own_text_is_kept_for_the_model_and_the_settings(bundled_shared, tmp_path, monkeypatch):

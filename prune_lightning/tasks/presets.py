@@ -23,7 +23,7 @@ from prune_lightning.tasks.setup import choice, first_process
 
 SOURCES = ("published", "tuned", "default")
 _LAYERS = re.compile(r"model\.edit\.layers\.(\w+)")
-_OWN_CORPUS = "model.second_moments.corpus."
+_OWN_CORPUS = "model.second_moments.corpus.path="
 _LOG = logging.getLogger(__name__)
 
 
@@ -43,7 +43,8 @@ def settled(config: DictConfig) -> DictConfig:
     config = copy.deepcopy(config)
     _check_section(config)
     apply_hparams(config)
-    if any(word.startswith(_OWN_CORPUS) for word in overrides()):
+    moments = config.model.get("second_moments") or {}
+    if moments.get("fallback") and any(word.startswith(_OWN_CORPUS) for word in overrides()):
         config.model.second_moments.fallback = False  # the text that the user names, or an error
     model, loaded = config.model, None
     folders, open_layers = _outside_families(), _open_layers(config)
@@ -101,7 +102,10 @@ def _fill_layers(config: DictConfig, kinds: list[str], depth: int) -> None:
     for kind in kinds:
         layers = FROM_DEPTH[kind](depth)
         OmegaConf.update(config, f"model.edit.layers.{kind}", layers, force_add=True)
-        _say(f"no {kind} layers are known for this model: taking {layers}, from its depth of {depth} layers")
+        _say(
+            f"no {kind} layers are known for this model: taking {layers}, from its depth of {depth} layers "
+            "(experiment=tune searches for better ones)"
+        )
     OmegaConf.update(config, "model.edit.from_depth", kinds, force_add=True)
 
 

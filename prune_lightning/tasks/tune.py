@@ -27,7 +27,7 @@ from prune_lightning.requests import EditRequest
 from prune_lightning.tasks.hparams import weights_fingerprint, write_hparams
 from prune_lightning.tasks.knowing import select_records
 from prune_lightning.tasks.presets import load_model, model_label, settled
-from prune_lightning.tasks.setup import choice, quieten, run_clock, run_folder, settle_trainer, usable_by
+from prune_lightning.tasks.setup import build_trainer, choice, quieten, run_clock, run_folder, settle_trainer, usable_by
 from prune_lightning.tasks.tune_space import Space
 from prune_lightning.tasks.tune_trial import Outcome, Pilots
 
@@ -47,6 +47,8 @@ def run(config: DictConfig) -> None:
     clock = run_clock()
     quieten()
     settle_trainer(config)
+    if build_trainer(config, [], []).world_size > 1:
+        raise UserError("experiment=tune runs in one process: use a trainer with one device")
     config = settled(config)
     folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
@@ -176,7 +178,9 @@ def _write(
         "pilot_edits": edits,
         "seed": config.seed,
     }
-    use = f"python train.py model=auto model.path={config.model.path} method={choice('method')} hparams=FILE"
+    use = (
+        f"python train.py model={choice('model')} model.path={config.model.path} method={choice('method')} hparams=FILE"
+    )
     write_hparams(folder / "hparams.yaml", found, chosen, f"Hyper-parameters found by experiment=tune. Use:\n{use}")
     write_json(folder / "tuning.json", {**found, "values": dict(chosen), "all_trials": trials})
     save_plots(folder / "plots", {"tuning": plot_tuning(trials)})
