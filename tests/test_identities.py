@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prune_lightning.methods.least_squares import RecursiveInverse, regression_update
-from prune_lightning.models.statistics import SecondMoment
+from prune_lightning.models.second_moment import SecondMoment
 
 N, M, B = 40, 24, 5
 

@@ -19,7 +19,8 @@ from prune_lightning.methods.value import ValueOptions
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.loading import load_language_model
-from prune_lightning.models.statistics import SecondMoment, SecondMoments
+from prune_lightning.models.second_moment import SecondMoment
+from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.types import EditRequest
 
 ORACLES = SHARED / "oracles"

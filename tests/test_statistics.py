@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import types
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import BUNDLED, ROOT
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from test_configs import compose
 from test_train import train
 
 from prune_lightning.bundled.corpus import BundledCorpus
+from prune_lightning.data.corpus import TextCorpus
 from prune_lightning.errors import UserError
 from prune_lightning.models.hooks import capture
 from prune_lightning.models.loading import load_language_model
-from prune_lightning.models.statistics import SecondMoment, SecondMoments
+from prune_lightning.models.second_moment import SecondMoment
+from prune_lightning.models.self_sampled import SampledText, SelfSampledCorpus, sample_texts
+from prune_lightning.models.statistics import SecondMoments
+from prune_lightning.phases import PhaseClock
+from prune_lightning.tasks.presets import settled
 
 SHARES = {"facts": 0.5, "text": 0.5}
 
@@ -210,3 +221,83 @@ def test_rounding_that_leaves_a_positive_definite_matrix_is_seen():
     assert not torch.linalg.cholesky_ex(noisy).info
     with pytest.warns(UserWarning, match="1 of 8 eigenvalues vanish"):
         SecondMoment(noisy, torch.float32)
+
+
+# -- text that the model samples itself -------------------------------------------------------------------------------
+FEW = SampledText(tokens_per_key=0.5, length=16, rows=8)
+
+
+def test_own_text_is_a_draw_from_the_model(bundled_shared):
+    """Next tokens of many texts from one opening have the model's own frequencies."""
+    opening = "The capital of"
+    options = SampledText(openings=(opening,), length=1, rows=512)
+    texts = list(sample_texts(bundled_shared, options, 512, PhaseClock()))
+    ids = bundled_shared.tokens.encode(opening)
+    row = torch.tensor([ids])
+    expected = bundled_shared(row, torch.ones_like(row))[0, -1].softmax(0)
+    drawn = torch.tensor([bundled_shared.tokens.encode(text)[len(ids)] for text in texts if text != opening])
+    found = torch.bincount(drawn, minlength=len(expected)) / 512
+    likely = expected > 0.02
+    assert likely.sum() > 3
+    # five standard deviations of a binomial share
+    assert ((found - expected)[likely].abs() < 5 * (expected * (1 - expected) / 512).sqrt()[likely]).all()
+
+
+def test_own_text_has_as_many_tokens_as_asked_and_depends_on_the_seed_alone(bundled_shared):
+    corpus = SelfSampledCorpus(bundled_shared, FEW, bundled_shared.key_size(0))
+    torch.manual_seed(5)
+    texts = list(corpus.texts())
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), drawn), "the global generator is left as it was"
+    assert len(texts) == len(corpus) == math.ceil(0.5 * 768 / 16)
+    # A batch depends on the seed and its number alone.
+    assert list(sample_texts(bundled_shared, FEW, 8, PhaseClock())) == texts[:8]
+    assert list(SelfSampledCorpus(bundled_shared, replace(FEW, seed=1), 768).texts()) != texts
+    assert len(set(texts)) == len(texts)
+    assert all(text.startswith(opening) for text, opening in zip(texts, FEW.openings * 2, strict=False))
+
+
+def test_own_text_is_kept_for_the_model_and_the_settings(bundled_shared, tmp_path, monkeypatch):
+    settings = {"corpus": "self", "cache": tmp_path, "sampled": FEW}
+    first = SecondMoments(**settings)
+    found = first.compute(bundled_shared, [0])[0].matrix
+    expected, _ = dense(bundled_shared, 0, first.corpus.texts(), 1024)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+    with monkeypatch.context() as patched:
+        patched.setattr("prune_lightning.models.self_sampled.sample_texts", None)
+        SecondMoments(**settings).compute(bundled_shared, [1])  # the text is read again for another layer
+        with pytest.raises(TypeError):
+            SecondMoments(**settings | {"sampled": replace(FEW, seed=1)}).compute(bundled_shared, [0])
+        edited = load_language_model(BUNDLED)
+        with torch.no_grad():
+            edited.rewrite_module(0).weight.add_(1e-3)
+        with pytest.raises(TypeError):
+            SecondMoments(**settings).compute(edited, [0])
+
+
+def test_own_text_takes_the_place_of_a_corpus_that_is_out_of_reach(bundled_shared, tmp_path, monkeypatch):
+    monkeypatch.setattr("prune_lightning.data.corpus.hub_is_offline", lambda: True)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=None))
+    settings = {"cache": tmp_path, "sampled": FEW}
+    with pytest.raises(UserError, match="the hub cannot be reached for the statistics corpus 'wikimedia/wikipedia'"):
+        SecondMoments(TextCorpus("wikimedia/wikipedia"), **settings).compute(bundled_shared, [0])
+    falling = SecondMoments(TextCorpus("wikimedia/wikipedia"), **settings, fallback=True)
+    with pytest.warns(UserWarning, match="text that the model samples itself"):
+        found = falling.compute(bundled_shared, [0])[0].matrix
+    assert torch.equal(found, SecondMoments("self", **settings).compute(bundled_shared, [0])[0].matrix)
+    assert falling.summary()["corpus"].startswith("sampled")
+    with pytest.raises(UserError, match="does not exist"):
+        SecondMoments(TextCorpus("./nowhere.txt"), **settings, fallback=True).compute(bundled_shared, [0])
+    with pytest.raises(UserError, match=r"unknown model\.second_moments\.corpus 'own': choose from 'self'"):
+        SecondMoments("own")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "falls_back"),
+    [((), True), (("model.second_moments.corpus=self",), True), (("model.second_moments.corpus.path=a/b",), False)],
+)
+def test_a_corpus_that_the_user_names_is_not_replaced(overrides, falls_back, tmp_path, monkeypatch):
+    words = ["model=auto", "model.path=x", "method=kn", *overrides]
+    monkeypatch.setattr("prune_lightning.tasks.presets.overrides", lambda: words)
+    assert settled(compose(*words)).model.second_moments.fallback is falls_back

@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 from prune_lightning.errors import UserError
+from prune_lightning.models.corpora import CorpusUnavailable
+from prune_lightning.models.loading import hub_is_offline
 
 
 class TextCorpus:
@@ -75,9 +77,14 @@ class TextCorpus:
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise UserError(
+            raise CorpusUnavailable(
                 f"the statistics corpus {self.path!r} is no local file; to load it as a hub data set, "
                 "`pip install 'prune-lightning[hub]'`, or give model.second_moments.corpus.path=FILE"
             ) from error
+        if hub_is_offline():
+            raise CorpusUnavailable(
+                f"the hub cannot be reached for the statistics corpus {self.path!r}; for other text, give "
+                "model.second_moments.corpus.path=FILE"
+            )
         for row in load_dataset(self.path, self.name, split=self.split, streaming=True):
             yield row[self.field]

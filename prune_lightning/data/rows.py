@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prune_lightning.errors import shown
 from prune_lightning.types import EditRequest
 
 
@@ -29,6 +30,21 @@ class Located:
     request: EditRequest
     line: int
     remarks: tuple[str, ...] = ()
+
+
+def repeated(usable: Sequence[Located], kept: Sequence[Located]) -> list[BadRow]:
+    """Return the usable records that are not among those kept, since another one has their subject."""
+    present = {id(one.request) for one in kept}
+    lines = {one.request.subject.lower(): one.line for one in kept}
+    return [
+        BadRow(
+            one.line,
+            f"its subject {shown(one.request.subject)} is that of line {lines[one.request.subject.lower()]} "
+            "(data.unique_subjects=false keeps both)",
+        )
+        for one in usable
+        if id(one.request) not in present
+    ]
 
 
 def listed(title: str, rows: Sequence[BadRow], limit: int = 20) -> str:

@@ -13,10 +13,11 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from prune_lightning.data.fitting import doubts, fit_to_model
+from prune_lightning.data.knowledge import ALL, EXACT, Division, KeepRule, Knows
 from prune_lightning.data.loader import EditLoader
-from prune_lightning.data.protocol import EditProtocol
-from prune_lightning.data.rows import BadRow, Located, listed
-from prune_lightning.errors import UserError, near, shown
+from prune_lightning.data.protocol import protocol_named, superseded
+from prune_lightning.data.rows import BadRow, Located, listed, repeated
+from prune_lightning.errors import UserError, one_of
 from prune_lightning.models.tokenization import Tokens
 from prune_lightning.requests import PLAIN
 from prune_lightning.text.separators import AUTO, checked_separator
@@ -28,7 +29,7 @@ class EditStream(L.LightningDataModule, ABC):
 
     Args:
         num_edits: Number of requests; ``None`` for all. If there are fewer, all are used.
-        protocol: See :class:`EditProtocol`.
+        protocol: See :class:`~.protocol.EditProtocol`.
         batch_size: Requests per step; must be 1 for ``single`` and ``sequential``.
         seed: Seed of the order and of the data set's random choices.
         shuffle: Whether to use the requests in random order.
@@ -38,6 +39,9 @@ class EditStream(L.LightningDataModule, ABC):
             a literal text, see :func:`~prune_lightning.text.separators.join`.
         chat_template: Whether to write and score every prompt as a user's turn in the tokenizer's chat template; needs
             :meth:`fit`.
+        keep: Which records to keep, by what the unedited model knows; see :class:`~.knowledge.KeepRule`. Anything but
+            ``all`` needs :meth:`fit` and :meth:`select`.
+        known_by: What counts as knowing, see :class:`~.knowledge.KeepRule`.
         done: Sizes of the first steps, which an earlier run has written; the loader begins after them.
 
     Attributes:
@@ -61,28 +65,22 @@ class EditStream(L.LightningDataModule, ABC):
         bad_rows: str = "fail",
         separator: str = AUTO,
         chat_template: bool = False,
+        keep: str = ALL,
+        known_by: str = EXACT,
         done: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        choices = [choice.value for choice in EditProtocol]
-        if protocol not in choices:
-            raise UserError(f"unknown data.protocol {protocol!r}: {near(protocol, choices)}")
-        if bad_rows not in ("skip", "fail"):
-            raise UserError(f"unknown data.bad_rows {bad_rows!r}: {near(bad_rows, ['skip', 'fail'])}")
+        one_of("data.bad_rows", bad_rows, ("skip", "fail"))
         for name, value in (("num_edits", 1 if num_edits is None else num_edits), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"data.{name} is expected to be a whole number of at least 1, but got {value!r}")
         if not isinstance(seed, int):
             raise UserError(f"data.seed is expected to be a whole number, but got {seed!r}")
-        self.protocol = EditProtocol(protocol)
-        if self.protocol.one_by_one and batch_size != 1:
-            raise UserError(
-                f"data.protocol={protocol} writes one edit at a time, but data.batch_size is {batch_size}; "
-                "use data.protocol=sequential_batched (or batch)"
-            )
+        self.protocol = protocol_named(protocol, batch_size)
         self.num_edits, self.batch_size, self.seed = num_edits, batch_size, seed
         self.shuffle, self.unique_subjects, self.bad_rows = shuffle, unique_subjects, bad_rows
         self.separator, self.chat_template = checked_separator("data.separator", separator), chat_template
+        self.rule = KeepRule(keep, known_by)
         self.done = tuple(done)
         self._first = len(self.done)  # first step of the loader
         self.requests: list[EditRequest] = []
@@ -90,7 +88,13 @@ class EditStream(L.LightningDataModule, ABC):
         self.left_out: list[BadRow] = []
         self.remarks: list[BadRow] = []
         self._candidates: list[Located] = []
+        self._division: Division | None = None
         self._fitted = False
+
+    @property
+    def num_candidates(self) -> int:
+        """Number of records among which :meth:`select` chooses."""
+        return len(self._candidates)
 
     @abstractmethod
     def records(self) -> Iterator[EditRequest | BadRow]:
@@ -123,16 +127,17 @@ class EditStream(L.LightningDataModule, ABC):
             return
         usable, self.rejected = self.read()
         self._refuse(self.rejected)
-        self._candidates, repeated = self.arranged(usable)
-        self.left_out = sorted([*self.rejected, *repeated], key=lambda row: row.line)
-        if repeated:
-            rank_zero_warn(listed(f"{len(repeated)} records are left out", repeated))
+        self._candidates, others = self.arranged(usable)
+        self.left_out = sorted([*self.rejected, *others], key=lambda row: row.line)
+        if others:
+            rank_zero_warn(listed(f"{len(others)} records are left out", others))
         self._take(self._candidates)
-        if self.num_edits is not None and (count := len(self.requests)) < self.num_edits:
-            rank_zero_warn(f"data.num_edits is {self.num_edits}, but only {count} records are usable; all are taken")
+        self._warn_if_fewer("are usable")
 
     def fit(self, tokens: Tokens, unusable: Callable[[EditRequest], str | None] | None = None) -> None:
         """Check the requests against a model before the first edit; later records replace those left out.
+
+        With a :attr:`rule` that needs the model, all records are checked, and :meth:`select` chooses among them.
 
         Args:
             tokens: The model's tokens. With ``chat_template`` every prompt becomes a turn in its template.
@@ -142,7 +147,9 @@ class EditStream(L.LightningDataModule, ABC):
             UserError: A request does not fit under ``bad_rows=fail``, or none fits.
         """
         self.setup()
-        fitting, misfits = self.fitting(self._candidates, tokens, unusable, self.num_edits)
+        count = None if self.rule.needs_model else self.num_edits
+        fitting, misfits = self.fitting(self._candidates, tokens, unusable, count)
+        self._candidates = fitting
         self.rejected += misfits
         self.left_out = sorted([*self.left_out, *misfits], key=lambda row: row.line)
         self._refuse(misfits)
@@ -150,6 +157,27 @@ class EditStream(L.LightningDataModule, ABC):
         self._take(fitting)
         if self.remarks:
             rank_zero_warn(listed(f"{len(self.remarks)} remarks on the data", self.remarks))
+
+    def select(self, knows: Knows) -> Division | None:
+        """Keep the records that :attr:`rule` asks for; after :meth:`fit`. Return what it did, if it asks for any.
+
+        Args:
+            knows: See :data:`~.knowledge.Knows`.
+
+        Raises:
+            UserError: No record is kept.
+        """
+        if not self.rule.needs_model:
+            return None
+        self._division = division = self.rule.divide(self._candidates, knows, self.num_edits)
+        self.left_out = sorted([*self.left_out, *division.left_out], key=lambda row: row.line)
+        self._take(division.kept)
+        self._warn_if_fewer(f"are kept under data.keep={self.rule.keep}")
+        return division
+
+    def _warn_if_fewer(self, which: str) -> None:
+        if self.num_edits is not None and (count := len(self.requests)) < self.num_edits:
+            rank_zero_warn(f"data.num_edits is {self.num_edits}, but only {count} records {which}; all are taken")
 
     def fitting(
         self,
@@ -191,18 +219,7 @@ class EditStream(L.LightningDataModule, ABC):
         """Return the records in the order of the stream, and those that :meth:`ordered` leaves out, with reasons."""
         by_identity = {id(one.request): one for one in usable}
         kept = [by_identity[id(request)] for request in self.ordered([one.request for one in usable])]
-        present = {id(one.request) for one in kept}
-        lines = {one.request.subject.lower(): one.line for one in kept}
-        repeated = [
-            BadRow(
-                one.line,
-                f"its subject {shown(one.request.subject)} is that of line {lines[one.request.subject.lower()]} "
-                "(data.unique_subjects=false keeps both)",
-            )
-            for one in usable
-            if id(one.request) not in present
-        ]
-        return kept, repeated
+        return kept, repeated(usable, kept)
 
     def ordered(self, requests: list[EditRequest]) -> list[EditRequest]:
         """Return the requests in the order of the stream, without repeated subjects if ``unique_subjects`` is set."""
@@ -229,34 +246,30 @@ class EditStream(L.LightningDataModule, ABC):
         """
         if self.protocol.from_base:
             return {}
-        ends = self._ends()
-        found: dict[int, int] = {}
-        latest: dict[tuple[str, str], int] = {}
-        for place, request in enumerate(self.requests):
-            key = request.subject.lower(), request.pair().context
-            if key in latest and self.requests[latest[key]].target_new != request.target_new:
-                found[latest[key]] = next(end for end in ends if end > place)
-            latest[key] = place
-        return found
+        return superseded(self.requests, self._ends())
 
     def summary(self) -> dict[str, Any]:
         """Return the protocol and the numbers of used and left-out records."""
         superseded = [{"edit": place + 1, "by_edits": count} for place, count in self.superseded().items()]
-        records = {
+        records: dict[str, Any] = {
             "asked": self.num_edits,
             "taken": len(self.requests),
             "left_out": [vars(row) for row in self.left_out],
             "remarks": [vars(row) for row in self.remarks],
             "superseded": superseded,
         }
+        if self._division:
+            records["knowledge"] = self._division.summary()
         return {"protocol": self.protocol.value, "rejected_records": len(self.rejected), "records": records}
 
     def batches(self) -> list[EditBatch]:
         """Return the steps of the stream: first those of ``done``, then full batches of the rest.
 
         Raises:
-            UserError: ``chat_template`` is set, but :meth:`fit` was not called.
+            UserError: ``chat_template`` is set, but :meth:`fit` was not called, or ``keep`` without :meth:`select`.
         """
+        if self.rule.needs_model and not self._division:
+            raise UserError(f"data.keep={self.rule.keep} needs the model: call fit(tokens) and select(knows)")
         if self.chat_template and not self._fitted:
             raise UserError("data.chat_template needs the tokenizer: call fit(model.tokens) before the edits")
         return [

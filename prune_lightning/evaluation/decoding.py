@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 
 from prune_lightning.errors import UserError
 from prune_lightning.models.batching import TOKEN_BUDGET, by_length
+from prune_lightning.models.generating import generation_settings
 from prune_lightning.models.language_model import LanguageModel
 
 
@@ -109,23 +109,6 @@ class _Done(StoppingCriteria):
         return self.rows.done(input_ids)
 
 
-@contextmanager
-def _nothing_but_the_model(model: LanguageModel) -> Iterator[set[int]]:
-    """Disable a checkpoint's own generation settings (sampling, penalties) inside the block; yield its end tokens."""
-    own = model.model.generation_config
-    wished = own.eos_token_id
-    ends = wished if isinstance(wished, list) else [wished]
-    ends = sorted({*ends, model.tokens.tokenizer.eos_token_id} - {None})
-    model.model.generation_config = GenerationConfig(
-        eos_token_id=ends or None, pad_token_id=model.tokens.pad_id, do_sample=False, num_beams=1
-    )
-    try:
-        with model.frozen_mode():
-            yield set(ends)
-    finally:
-        model.model.generation_config = own
-
-
 @torch.no_grad()
 def decode(
     model: LanguageModel,
@@ -156,7 +139,7 @@ def decode(
     room = model.tokens.max_length - max(limits, default=0)
     results = [Continuation((), "")] * len(prompts)
     wanted = [i for i, limit in enumerate(limits) if limit > 0]
-    with _nothing_but_the_model(model) as ends:
+    with generation_settings(model) as ends:
         for places in by_length([len(prompts[i]) + limits[i] for i in wanted], token_budget):
             group = [wanted[place] for place in places]
             cut = [list(prompts[i])[-room:] for i in group]

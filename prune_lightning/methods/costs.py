@@ -122,11 +122,15 @@ def with_statistics(cost: Cost, model: Shapes, layers: Sequence[int], moments: S
         return cost
     shapes = cost.matrices
     longest = min(moments.max_length, model.positions or moments.max_length)
-    tokens = len(moments.corpus) * longest
+    if sampled := isinstance(moments.corpus, str):
+        longest = min(longest, moments.sampled.length)
+    tokens = moments.num_texts(max(n for _, n in shapes)) * longest
     tokens = min(tokens, moments.max_tokens or tokens)
     rows = max(1, moments.token_budget // longest)
     sums = Work(flops64=sum(2.0 * n * n for _, n in shapes) * rows * longest)
     once = (model.forward_until(max(layers), rows, longest) + sums) * (tokens / (rows * longest))
+    if sampled:
+        once = once + model.forward_until(model.num_layers - 1, rows, longest) * (tokens / (rows * longest))
     hidden = moments.token_budget * (shapes[0][1] * FP64 * len(shapes) + 8 * model.hidden_size * model.weight_size)
     disk = {}
     if moments.cache:

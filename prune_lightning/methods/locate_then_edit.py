@@ -18,7 +18,8 @@ from prune_lightning.methods.value import ValueOptions, Values, optimise_values
 from prune_lightning.methods.value_problem import RequestRows, ShiftSite
 from prune_lightning.models.contexts import ContextOptions, sample_prefixes
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.statistics import SecondMoment, SecondMoments
+from prune_lightning.models.second_moment import SecondMoment
+from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.types import EditRequest
 
 
@@ -63,8 +64,9 @@ class LocateThenEdit(EditingModule):
             self.moments = self.second_moments.compute(self.language_model, self.layers, self.clock)
 
     def summary(self) -> dict[str, Any]:
-        """Return the summary with the sampled prefixes."""
-        return {**super().summary(), "context_prefixes": list(self.prefixes)}
+        """Return the summary with the sampled prefixes and the text of the second moments."""
+        found = {"context_prefixes": list(self.prefixes), "second_moments": self.second_moments.summary()}
+        return {**super().summary(), **found}
 
     @classmethod
     def cost(

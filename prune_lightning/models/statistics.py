@@ -3,98 +3,27 @@ r"""Second moments of keys, :math:`C = \frac1N \sum_i k_i k_i^\top`, and linear 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from prune_lightning.devices import to_device
 from prune_lightning.distributed import fail_together, rank, true_on_all_ranks, world_size
-from prune_lightning.errors import UserError
+from prune_lightning.errors import UserError, one_of
 from prune_lightning.fingerprint import sampled_fingerprint
 from prune_lightning.models.batching import by_length
+from prune_lightning.models.corpora import SELF, Corpus, CorpusUnavailable
 from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import local_path
 from prune_lightning.models.running_moments import RunningMoments
+from prune_lightning.models.second_moment import SecondMoment
+from prune_lightning.models.self_sampled import SampledText, SelfSampledCorpus
 from prune_lightning.models.statistics_store import StatisticsStore
 from prune_lightning.phases import Phase, PhaseClock
-
-
-class Corpus(Protocol):
-    """The text over which a model's statistics are computed."""
-
-    def texts(self) -> Iterable[str]:
-        """Return the texts."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def identity(self) -> str:
-        """Return a string that identifies the texts."""
-        ...
-
-
-class SecondMoment:
-    r"""One layer's second moment, symmetric ``(in_features, in_features)``, fp64, factorised for solving.
-
-    Entries that were summed or stored with relative precision :math:`\epsilon` carry errors
-    :math:`|E_{ij}| \le \epsilon \sqrt{C_{ii} C_{jj}}`, so that :math:`\|E\|_2 \le \epsilon \operatorname{tr} C`.
-    Eigenvalues up to that bound are only rounding; a moment of fewer tokens than ``in_features`` has many of them. They
-    are set to the bound, so that solutions are mostly in their directions, as with exact sums.
-
-    Args:
-        matrix: :math:`C`.
-        precision: Dtype in which the sums were computed and stored.
-
-    Raises:
-        UserError: The matrix is not finite or zero.
-    """
-
-    def __init__(self, matrix: Tensor, precision: torch.dtype = torch.float64) -> None:
-        if not torch.isfinite(matrix).all() or not matrix.diagonal().sum() > 0:
-            raise UserError("the second moment of the keys is not finite; check the model and the statistics corpus")
-        self.matrix = matrix.double()
-        self._cholesky, failed = torch.linalg.cholesky_ex(self.matrix)
-        self._eigen: tuple[Tensor, Tensor] | None = None
-        eps, diagonal = torch.finfo(precision).eps, self.matrix.diagonal()
-        # The factorisation succeeds unless rounding makes an eigenvalue negative. Then small squared pivots, the part
-        # of a coordinate that earlier ones do not explain, reveal small eigenvalues.
-        rounding = (self._cholesky.diagonal().square() <= 8 * eps * diagonal).any()
-        if failed.item() or rounding.item():
-            values, vectors = torch.linalg.eigh(self.matrix)
-            of_solver = values.max() * torch.finfo(torch.float64).eps * len(values)
-            floor = torch.maximum(eps * diagonal.sum(), of_solver)
-            rank_zero_warn(
-                f"the second moment is not positive definite ({int((values <= floor).sum())} of {len(values)} "
-                "eigenvalues vanish); solving by eigenvalues. More statistics tokens, or a `ridge`, would help"
-            )
-            self._eigen = values.clamp_min(floor), vectors
-
-    def to(self, device: torch.device) -> SecondMoment:
-        """Move to a device, in place."""
-        self.matrix, self._cholesky, self._eigen = to_device((self.matrix, self._cholesky, self._eigen), device)
-        return self
-
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """Return eigenvalues, ascending, and eigenvectors, which are not cached."""
-        return torch.linalg.eigh(self.matrix)
-
-    def inverse(self) -> Tensor:
-        r"""Return :math:`C^{-1}`."""
-        return self.solve(torch.eye(len(self.matrix)).to(self.matrix))
-
-    def solve(self, keys: Tensor) -> Tensor:
-        r"""Return :math:`C^{-1} K` for keys ``(in_features, n)``."""
-        if self._eigen is not None:
-            values, vectors = self._eigen
-            return vectors @ ((vectors.T @ keys) / values[:, None])
-        # `torch.cholesky_solve` would copy the factor, which takes ten times as long as solving for a few keys.
-        half = torch.linalg.solve_triangular(self._cholesky, keys, upper=False)
-        return torch.linalg.solve_triangular(self._cholesky.T, half, upper=True)
 
 
 class SecondMoments:
@@ -104,7 +33,8 @@ class SecondMoments:
     interrupted pass is resumed. In a distributed run the batches are divided among the processes.
 
     Args:
-        corpus: The texts; ``None`` for the identity matrix (an uncalibrated choice in some published settings).
+        corpus: The texts; ``self`` for text that the model samples itself; ``None`` for the identity matrix (an
+            uncalibrated choice in some published settings).
         max_tokens: Stop after this many tokens; ``None`` for the whole corpus.
         max_length: Longest piece of a text, in tokens.
         ridge: Added to the diagonal, in units of its mean.
@@ -113,11 +43,16 @@ class SecondMoments:
         save_every: Number of texts between two saves of the running sums.
         shipped: Read-only folder of finished statistics that are shipped with the model, checked first;
             ``pkg://package/folder`` for one in a package.
+        sampled: How the model samples its own text.
+        fallback: Whether the model's own text takes the place of a corpus that cannot be read here.
+
+    Raises:
+        UserError: ``corpus`` is another text than ``self``.
     """
 
     def __init__(
         self,
-        corpus: Corpus | None,
+        corpus: Corpus | str | None,
         max_tokens: int | None = None,
         max_length: int = 1024,
         ridge: float = 0.0,
@@ -125,7 +60,12 @@ class SecondMoments:
         cache: str | Path | None = None,
         save_every: int = 8192,
         shipped: str | None = None,
+        sampled: SampledText | None = None,
+        fallback: bool = False,
     ) -> None:
+        if isinstance(corpus, str):
+            one_of("model.second_moments.corpus", corpus, (SELF,))
+        self.sampled, self.fallback = sampled or SampledText(), fallback
         self.corpus, self.max_tokens, self.max_length = corpus, max_tokens, max_length
         self.ridge, self.token_budget = ridge, token_budget
         self.cache, self.save_every = Path(cache).expanduser() if cache else None, save_every
@@ -153,6 +93,9 @@ class SecondMoments:
     def _compute(self, model: LanguageModel, layers: Sequence[int], clock: PhaseClock) -> dict[int, SecondMoment]:
         if self.corpus is None:
             return {layer: SecondMoment(torch.eye(model.key_size(layer), device=model.device)) for layer in layers}
+        if self.corpus == SELF:
+            size = max(map(model.key_size, layers))
+            self.corpus = SelfSampledCorpus(model, self.sampled, size, self.cache, clock)
         manifest = self.manifest(model)
         for folder in (self.shipped, self.cache):
             with fail_together():
@@ -162,9 +105,28 @@ class SecondMoments:
                 break
         else:
             store = StatisticsStore(self.cache, manifest) if self.cache else None
-            moments = self.take(model, layers, store, clock)
+            try:
+                moments = self.take(model, layers, store, clock)
+            except CorpusUnavailable as error:
+                if not self.fallback:
+                    raise
+                rank_zero_warn(f"{error}. Until then, the second moments are of text that the model samples itself")
+                self.corpus = SELF
+                return self._compute(model, layers, clock)
         precision = torch.float64 if self._is_exact(model) else torch.float32
         return {layer: SecondMoment(self._damped(moment), precision) for layer, moment in moments.items()}
+
+    def num_texts(self, key_size: int) -> int:
+        """Return the number of texts for keys of a width."""
+        if self.corpus is None:
+            return 0
+        return self.sampled.num_texts(key_size) if isinstance(self.corpus, str) else len(self.corpus)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the corpus and, if they were not read from the cache, the number of tokens and the last change."""
+        known = None if isinstance(self.corpus, str | None) else self.corpus.identity()
+        taken = {"tokens": self.num_tokens, "convergence": self.convergence} if self.num_tokens else {}
+        return {"corpus": known, **taken}
 
     def _is_exact(self, model: LanguageModel) -> bool:
         """Whether the moments are summed in fp64 and not stored, which would round them to fp32."""
@@ -172,7 +134,7 @@ class SecondMoments:
 
     def manifest(self, model: LanguageModel) -> dict[str, Any]:
         """Return all settings that the statistics depend on."""
-        assert self.corpus is not None
+        assert not isinstance(self.corpus, str | None)
         return {
             "model": sampled_fingerprint(dict(model.model.named_parameters())),
             "corpus": self.corpus.identity(),
@@ -224,7 +186,7 @@ class SecondMoments:
         phase: Phase,
     ) -> None:
         """Add the corpus to the sums, from the first text that they do not include."""
-        assert self.corpus is not None
+        assert not isinstance(self.corpus, str | None)
         modules = [model.rewrite_module(layer) for layer in layers]
         texts = itertools.islice(iter(self.corpus.texts()), running.texts, None)
         phase.expect(len(self.corpus), done=running.texts)
@@ -264,7 +226,7 @@ class SecondMoments:
 
     def _texts_in_all(self, texts: int, tokens: int) -> float:
         """Return the expected number of texts, if the others are as long as those so far."""
-        assert self.corpus is not None
+        assert not isinstance(self.corpus, str | None)
         if self.max_tokens is None or not tokens:
             return len(self.corpus)
         return min(len(self.corpus), texts * self.max_tokens / tokens)

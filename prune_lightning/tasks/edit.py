@@ -26,6 +26,7 @@ from prune_lightning.report.summary import RunSummary
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.edit_report import report
 from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
+from prune_lightning.tasks.knowing import select_records
 from prune_lightning.tasks.presets import load_model, model_facts, settled
 from prune_lightning.tasks.recipe import Recipe
 from prune_lightning.tasks.resuming import check_stream, ledger_to_resume
@@ -127,10 +128,13 @@ def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
     ledger = ledger_to_resume(config.resume, folder)
     stream: EditStream = instantiate(config.data, done=ledger.sizes if ledger else ())
     stream.fit(load_tokens(config.model.path, config.model.revision), usable_by(config.method))
-    if ledger:
+    if ledger and not stream.rule.needs_model:
         check_stream(ledger, stream)
     formats = formats_wanted(config, stream)
     module = _method(config, clock)
+    select_records(config, stream, module.language_model, folder, clock)
+    if ledger and stream.rule.needs_model:
+        check_stream(ledger, stream)
     scores = None if stream.protocol.from_base else StreamScores(stream.superseded())
     log = EditLog(folder / "edits.jsonl", scores)
     evaluation = _evaluation(config, measurements, stream=scores, cases_file=folder / "cases.jsonl", clock=clock)

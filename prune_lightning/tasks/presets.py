@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from prune_lightning.errors import UserError, near, one_of
 from prune_lightning.models.depth import FROM_DEPTH
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_config, load_language_model
+from prune_lightning.tasks.hparams import apply_hparams, compare_model, leaves, overrides, source_of
 from prune_lightning.tasks.setup import choice, first_process
 
 SOURCES = ("published", "tuned", "default")
 _LAYERS = re.compile(r"model\.edit\.layers\.(\w+)")
+_OWN_CORPUS = "model.second_moments.corpus.path="
 _LOG = logging.getLogger(__name__)
 
 
@@ -45,6 +46,10 @@ def settled(config: DictConfig, loaded: PretrainedConfig | None = None) -> DictC
     """
     config = copy.deepcopy(config)
     _check_section(config)
+    apply_hparams(config)
+    moments = config.model.get("second_moments") or {}
+    if moments.get("fallback") and any(word.startswith(_OWN_CORPUS) for word in overrides()):
+        config.model.second_moments.fallback = False  # the text that the user names, or an error
     model = config.model
     folders, open_layers = _outside_families(), _open_layers(config)
     inherits = model.dtype is None and not _on_cpu(config) and model.get("gpu_dtype") is None
@@ -81,18 +86,10 @@ def _check_section(config: DictConfig) -> None:
     if not HydraConfig.initialized():
         return
     section = (config.model.get("edit") or {}).get(name := choice("method")) or {}
-    options = list(_leaves(OmegaConf.to_container(config.method, resolve=False)))
-    for key in _leaves(OmegaConf.to_container(OmegaConf.create(section))):
+    options = [key for key, _ in leaves(OmegaConf.to_container(config.method, resolve=False))]  # type: ignore[arg-type]
+    for key, _ in leaves(OmegaConf.to_container(OmegaConf.create(section))):  # type: ignore[arg-type]
         if key not in options:
             raise UserError(f"model.edit.{name}.{key}: method={name} has no option {key!r}: {near(key, options)}")
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def _unresolved(node: DictConfig) -> str:
@@ -110,7 +107,10 @@ def _fill_layers(config: DictConfig, kinds: list[str], depth: int) -> None:
     for kind in kinds:
         layers = FROM_DEPTH[kind](depth)
         OmegaConf.update(config, f"model.edit.layers.{kind}", layers, force_add=True)
-        _say(f"no {kind} layers are known for this model: taking {layers}, from its depth of {depth} layers")
+        _say(
+            f"no {kind} layers are known for this model: taking {layers}, from its depth of {depth} layers "
+            "(experiment=tune searches for better ones)"
+        )
     OmegaConf.update(config, "model.edit.from_depth", kinds, force_add=True)
 
 
@@ -146,7 +146,20 @@ def model_arguments(config: DictConfig) -> dict[str, Any]:
 
 def load_model(config: DictConfig) -> LanguageModel:
     """Load the model of a configuration that is :func:`settled`."""
-    return load_language_model(**model_arguments(config))
+    model = load_language_model(**model_arguments(config))
+    compare_model(config, model)
+    _compare_depth(config, model.num_layers)
+    return model
+
+
+def _compare_depth(config: DictConfig, depth: int) -> None:
+    """Warn if the settings of ``model.edit`` are another model's: those of a preset end with its highest layers."""
+    top = ((config.model.get("edit") or {}).get("layers") or {}).get("top")
+    if top and top[-1] != depth - 1 and config.get("hparams") is None:
+        _say(
+            f"the editing settings are those of a model of {top[-1] + 1} layers, but this one has {depth}: take "
+            "model=auto, whose settings follow from the depth, or find them by experiment=tune"
+        )
 
 
 def model_label(config: DictConfig) -> str:
@@ -177,11 +190,15 @@ def model_facts(config: DictConfig) -> dict[str, Any]:
 
 def _hparams(config: DictConfig) -> dict[str, Any]:
     edit: Any = OmegaConf.to_container(config.model.get("edit") or OmegaConf.create(), resolve=True)
-    source = (edit.get("sources") or {}).get(choice("method")) or {"default": "nothing is published for this model"}
+    source = (
+        source_of(config)
+        or (edit.get("sources") or {}).get(choice("method"))
+        or {"default": "nothing is published for this model"}
+    )
     ((kind, where),) = source.items() if len(source) == 1 else [(str(list(source)), "")]
     one_of(f"source of {choice('method')} in model.edit.sources", str(kind), SOURCES)
-    if set(edit.get("from_depth") or ()) & set(_LAYERS.findall(_unresolved(config.method))):
+    from_depth = set(edit.get("from_depth") or ()) & set(_LAYERS.findall(_unresolved(config.method)))
+    if from_depth and not config.get("hparams"):
         kind, where = "default", "the layers follow from the model's depth, the other values are the method's own"
-    words = [word.lstrip("+~") for word in HydraConfig.get().overrides.task]
-    changed = [word for word in words if word.startswith(("method.", "model.edit."))]
+    changed = [word for word in overrides() if word.startswith(("method.", "model.edit."))]
     return {"source": kind, "where": where, "changed": changed}

@@ -28,7 +28,19 @@ from prune_lightning.tasks.tracking import RUN_ID, hyperparameters, wandb_argume
 from prune_lightning.types import EditRequest
 
 _OF_EDITING = ("summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "quarantine.jsonl", "plots", "report.html")
-RESULTS = (*_OF_EDITING, "export", "ledger", "check.json", "plan.json", "error.txt", RUN_ID)
+RESULTS = (
+    *_OF_EDITING,
+    "export",
+    "ledger",
+    "check.json",
+    "plan.json",
+    "knowledge.json",
+    "hparams.yaml",
+    "tuning.json",
+    "trials.log",
+    "error.txt",
+    RUN_ID,
+)
 
 # Warnings of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
 _BESIDE_THE_POINT = (
