@@ -21,6 +21,7 @@ from prune_lightning.evaluation.measurement import Measured, Measurement
 from prune_lightning.evaluation.stream import FORMS, StreamScores
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.phases import PhaseClock
+from prune_lightning.ranges import Count, NonNegative, Whole
 from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories
 from prune_lightning.spectral import condition_number, sigma_max
 from prune_lightning.types import EditBatch, EditRequest
@@ -59,13 +60,13 @@ class EditEvaluation(L.Callback):
 
     def __init__(
         self,
-        counts: Sequence[int],
+        counts: Sequence[Whole],
         measurements: Sequence[Measurement] = (),
         stream: StreamScores | None = None,
-        max_cases: int | None = None,
+        max_cases: Count | None = None,
         seed: int = 0,
         cases_file: Path | None = None,
-        max_case_mb: float | None = None,
+        max_case_mb: NonNegative | None = None,
         earlier: EditEvaluation | None = None,
         clock: PhaseClock | None = None,
     ) -> None:

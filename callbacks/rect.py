@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from prune_lightning.costs import Changes, RestraintCost, plain_restraint
 from prune_lightning.errors import UserError
+from prune_lightning.ranges import Share
 from prune_lightning.spectral import RestrainedMatrix
 
 from ._adapted import AdaptedMatrix
@@ -35,7 +36,7 @@ class RECT(Restraint):
         UserError: A share outside (0, 1].
     """
 
-    def __init__(self, keep: float = 0.2, parameters: str | Sequence[str] | None = None) -> None:
+    def __init__(self, keep: Share = 0.2, parameters: str | Sequence[str] | None = None) -> None:
         super().__init__(parameters)
         if not 0 < keep <= 1:
             raise UserError(f"restraint.keep is expected to be in (0, 1], but got {keep}")

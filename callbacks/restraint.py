@@ -24,6 +24,7 @@ from typing_extensions import override
 from prune_lightning.costs import Changes, RestraintCost, plain_restraint
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.ranges import Count
 from prune_lightning.spectral import HasEditedMatrices, RestrainedMatrix
 from prune_lightning.types import LowRankUpdate
 
@@ -63,7 +64,9 @@ class Restraint(L.Callback, ABC):
 
     place: ClassVar[Place] = Place.RESTRAINT
 
-    def __init__(self, parameters: str | Sequence[str] | None = None, schedule: str = "each", every_n: int = 1) -> None:
+    def __init__(
+        self, parameters: str | Sequence[str] | None = None, schedule: str = "each", every_n: Count = 1
+    ) -> None:
         one_of("restraint.schedule", schedule, ("each", "every_n", "end"))
         if every_n < 1:
             raise UserError(f"restraint.every_n is expected to be at least 1, but got {every_n}")

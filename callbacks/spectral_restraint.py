@@ -14,6 +14,7 @@ from typing_extensions import override
 from prune_lightning.costs import FP64, Changes, RestraintCost, Work
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.fingerprint import fingerprint
+from prune_lightning.ranges import Count
 from prune_lightning.spectral import (
     Guarded,
     HasEditedMatrices,
@@ -61,7 +62,7 @@ class SpectralRestraint(Restraint):
         law: RestraintLaw,
         parameters: str | Sequence[str] | None = None,
         schedule: str = "each",
-        every_n: int = 1,
+        every_n: Count = 1,
         accumulate: str | None = None,
         non_finite: str = "raise",
     ) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.ranges import Count
 from prune_lightning.report.plots import Spectra, plot_spectra, show_figure
 from prune_lightning.report.trajectories import log_growth
 from prune_lightning.spectral import (
@@ -52,7 +53,7 @@ class SpectrumMonitor(L.Callback):
         curve: The figures of each reading, with its ``step``: the number of edits or of optimizer steps.
     """
 
-    def __init__(self, every_n: int = 10, parameters: str | Sequence[str] | None = None, draw: bool = True) -> None:
+    def __init__(self, every_n: Count = 10, parameters: str | Sequence[str] | None = None, draw: bool = True) -> None:
         if every_n < 1:
             raise UserError(f"SpectrumMonitor.every_n is expected to be at least 1, but got {every_n}")
         self.every_n, self.parameters, self.draw = every_n, as_patterns(parameters), draw

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from prune_lightning.errors import UserError
+from prune_lightning.ranges import Count
 
 
 class TextCorpus:
@@ -23,7 +24,7 @@ class TextCorpus:
     """
 
     def __init__(
-        self, path: str, name: str | None = None, split: str = "train", field: str = "text", samples: int = 100_000
+        self, path: str, name: str | None = None, split: str = "train", field: str = "text", samples: Count = 100_000
     ) -> None:
         self.path, self.name, self.split, self.field, self.samples = path, name, split, field, samples
 

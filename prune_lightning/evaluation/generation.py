@@ -15,6 +15,7 @@ from prune_lightning.evaluation.prompts import SampledMeasurement
 from prune_lightning.metrics import GenerationScore
 from prune_lightning.metrics.functional import ngram_entropy, tfidf_vectorizer
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Whole
 from prune_lightning.text.separators import join
 
 
@@ -45,12 +46,12 @@ class GenerationQuality(SampledMeasurement):
 
     def __init__(
         self,
-        max_tokens: int = 100,
-        top_k: int = 5,
+        max_tokens: Count = 100,
+        top_k: Count = 5,
         seed: int = 0,
-        max_cases: int | None = 50,
+        max_cases: Count | None = 50,
         enabled: bool = True,
-        counts: Sequence[int] | None = None,
+        counts: Sequence[Whole] | None = None,
     ) -> None:
         super().__init__(max_cases, enabled, counts)
         self.max_tokens, self.top_k, self.seed = max_tokens, top_k, seed

@@ -22,6 +22,7 @@ from prune_lightning.distributed import on_rank_zero
 from prune_lightning.errors import UserError, near
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Whole
 
 Results = dict[str, Any]
 
@@ -61,17 +62,17 @@ class HarnessTasks(Measurement):
         self,
         tasks: Sequence[str | dict[str, Any]] = (),
         main: Mapping[str, str] | None = None,
-        num_fewshot: int | None = None,
-        limit: int | None = None,
-        samples: dict[str, list[int]] | None = None,
-        batch_size: int = 8,
+        num_fewshot: Whole | None = None,
+        limit: Count | None = None,
+        samples: dict[str, list[Whole]] | None = None,
+        batch_size: Count = 8,
         include_path: str | None = None,
         include_defaults: bool = True,
         gen_kwargs: dict[str, Any] | None = None,
         apply_chat_template: bool = False,
         seed: int = 0,
         enabled: bool = True,
-        counts: Sequence[int] | None = None,
+        counts: Sequence[Whole] | None = None,
     ) -> None:
         super().__init__(enabled and bool(tasks), counts)
         self.definitions = list(tasks)

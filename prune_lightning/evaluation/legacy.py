@@ -11,6 +11,7 @@ from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.evaluation.scoring import continue_greedily
 from prune_lightning.models.batching import TOKEN_BUDGET
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Whole
 
 
 class LegacyAbilities(Measurement):
@@ -41,10 +42,10 @@ class LegacyAbilities(Measurement):
     def __init__(
         self,
         tasks: Mapping[str, LegacyTask],
-        max_items: int | None = None,
-        token_budget: int = TOKEN_BUDGET,
+        max_items: Count | None = None,
+        token_budget: Count = TOKEN_BUDGET,
         enabled: bool = True,
-        counts: Sequence[int] | None = None,
+        counts: Sequence[Whole] | None = None,
     ) -> None:
         given = {name: task for name, task in tasks.items() if task.path}
         super().__init__(enabled and bool(given), counts)

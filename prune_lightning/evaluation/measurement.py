@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from prune_lightning.distributed import fail_together
 from prune_lightning.errors import UserError
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Whole
 from prune_lightning.types import EditRequest
 
 Cases = Mapping[int, EditRequest]
@@ -52,7 +53,7 @@ class Measurement(ABC):
     labels: ClassVar[Mapping[str, str]] = {}
     tasks: Sequence[str] = ()
 
-    def __init__(self, enabled: bool = True, counts: Sequence[int] | None = None) -> None:
+    def __init__(self, enabled: bool = True, counts: Sequence[Whole] | None = None) -> None:
         if counts is not None and any(not isinstance(count, int) or count < 0 for count in counts):
             raise UserError(f"`counts` of {type(self).__name__} is expected to be edit counts, but got {list(counts)}")
         self.enabled = enabled

@@ -18,6 +18,7 @@ from prune_lightning.evaluation.prompts import SampledMeasurement, comparable
 from prune_lightning.metrics import CaseMeans
 from prune_lightning.metrics.functional import contains, exact_match
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Whole
 from prune_lightning.types import EditRequest, Probe
 
 INSTRUCTION = "Please answer the question:\n\nQ: {}\nA:"
@@ -112,11 +113,11 @@ class WildGeneration(SampledMeasurement):
         self,
         contexts: Sequence[str] = ("bare", "instruction", "chat"),
         stops: Sequence[str] = (".", "\n"),
-        max_new_tokens: int = 50,
+        max_new_tokens: Count = 50,
         judge: Judge | None = None,
-        max_cases: int | None = None,
+        max_cases: Count | None = None,
         enabled: bool = True,
-        counts: Sequence[int] | None = None,
+        counts: Sequence[Whole] | None = None,
     ) -> None:
         super().__init__(max_cases, enabled, counts)
         for context in contexts:

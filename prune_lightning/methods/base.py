@@ -27,6 +27,7 @@ from prune_lightning.models.adapters import refuse_adapters
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.phases import PhaseClock
+from prune_lightning.ranges import Whole
 from prune_lightning.types import EditBatch, EditReport, EditRequest, EditStep, MatrixUpdate
 
 COMPARE_EVERY = 100  # requests between two comparisons of the processes' weights
@@ -52,7 +53,7 @@ class EditingModule(L.LightningModule, ABC):
     def __init__(
         self,
         language_model: LanguageModel,
-        layers: Sequence[int],
+        layers: Sequence[Whole],
         non_finite: str = "skip",
         clock: PhaseClock | None = None,
     ) -> None:

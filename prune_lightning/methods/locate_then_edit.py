@@ -19,6 +19,7 @@ from prune_lightning.methods.value_problem import RequestRows, ShiftSite
 from prune_lightning.models.contexts import ContextOptions, sample_prefixes
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.statistics import SecondMoment, SecondMoments
+from prune_lightning.ranges import Whole
 from prune_lightning.types import EditRequest
 
 
@@ -42,7 +43,7 @@ class LocateThenEdit(EditingModule):
     def __init__(
         self,
         language_model: LanguageModel,
-        layers: Sequence[int],
+        layers: Sequence[Whole],
         second_moments: SecondMoments,
         value: ValueOptions | None = None,
         contexts: ContextOptions | None = None,

@@ -22,6 +22,7 @@ from prune_lightning.models.loading import local_path
 from prune_lightning.models.running_moments import RunningMoments
 from prune_lightning.models.statistics_store import StatisticsStore
 from prune_lightning.phases import Phase, PhaseClock
+from prune_lightning.ranges import Count, NonNegative
 
 
 class Corpus(Protocol):
@@ -118,12 +119,12 @@ class SecondMoments:
     def __init__(
         self,
         corpus: Corpus | None,
-        max_tokens: int | None = None,
-        max_length: int = 1024,
-        ridge: float = 0.0,
-        token_budget: int = 8192,
+        max_tokens: Count | None = None,
+        max_length: Count = 1024,
+        ridge: NonNegative = 0.0,
+        token_budget: Count = 8192,
         cache: str | Path | None = None,
-        save_every: int = 8192,
+        save_every: Count = 8192,
         shipped: str | None = None,
     ) -> None:
         self.corpus, self.max_tokens, self.max_length = corpus, max_tokens, max_length

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from prune_lightning.models.loading import load_tokens
 from prune_lightning.phases import PhaseClock
 from prune_lightning.report.summary import RunSummary
 from prune_lightning.tasks.collapse import bisect_collapses
+from prune_lightning.tasks.components import build, check_arguments, check_components
 from prune_lightning.tasks.edit_report import report
 from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
 from prune_lightning.tasks.presets import load_model, model_arguments, model_facts, settled
@@ -47,6 +47,8 @@ def run(config: DictConfig) -> None:
     quieten()
     settle_trainer(config)
     config = settled(config)
+    check_components(config)
+    check_arguments(EditEvaluation, _evaluation_options(config), "evaluation")
     folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
     out = Console()
@@ -119,11 +121,11 @@ class Job:
 
 def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
     """Build everything, so that configuration errors are found before anything is computed."""
-    restraint = instantiate(config.restraint) if config.restraint else None
-    further = [instantiate(callback) for callback in (config.callbacks or {}).values()]
+    restraint = build(config.restraint, "restraint") if config.restraint else None
+    further = [build(callback, f"callbacks.{name}") for name, callback in (config.callbacks or {}).items()]
     measurements = _measurements(config)
     ledger = ledger_to_resume(config.resume, folder)
-    stream: EditStream = instantiate(config.data, done=ledger.sizes if ledger else ())
+    stream: EditStream = build(config.data, "data", done=ledger.sizes if ledger else ())
     stream.fit(load_tokens(config.model.path, config.model.revision), usable_by(config.method))
     if ledger:
         check_stream(ledger, stream)
@@ -137,9 +139,8 @@ def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
 
 
 def _method(config: DictConfig, clock: PhaseClock) -> EditingModule:
-    module = instantiate(
-        config.method, language_model=load_model(config), non_finite=config.non_finite, clock=clock, _convert_="all"
-    )
+    model = load_model(config)
+    module = build(config.method, "method", language_model=model, non_finite=config.non_finite, clock=clock)
     assert isinstance(module, EditingModule)
     return module
 
@@ -162,15 +163,20 @@ def _is_measurement(entry: Any) -> bool:
 
 
 def _measurements(config: DictConfig) -> list[Measurement]:
-    return [instantiate(entry, _convert_="all") for entry in config.evaluation.values() if _is_measurement(entry)]
+    return [build(entry, f"evaluation.{name}") for name, entry in config.evaluation.items() if _is_measurement(entry)]
+
+
+def _evaluation_options(config: DictConfig) -> dict[str, Any]:
+    """Return the entries of the evaluation's configuration that are not measurements."""
+    options = OmegaConf.to_container(config.evaluation, resolve=True)
+    assert isinstance(options, dict)
+    return {str(name): options[name] for name, entry in config.evaluation.items() if not _is_measurement(entry)}
 
 
 def _evaluation(config: DictConfig, measurements: Sequence[Measurement], **further: Any) -> EditEvaluation:
     """Return the evaluation. Entries of its configuration that are not measurements are its arguments."""
-    options = OmegaConf.to_container(config.evaluation, resolve=True)
-    assert isinstance(options, dict)
-    own = {str(name): options[name] for name, entry in config.evaluation.items() if not _is_measurement(entry)}
-    return EditEvaluation(measurements=measurements, seed=config.seed, **own, **further)
+    options = _evaluation_options(config)
+    return EditEvaluation(measurements=measurements, seed=config.seed, **options, **further)
 
 
 def _about(config: DictConfig, job: Job) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.models.loading import dtype_named, load_config, located
 from prune_lightning.tasks import costs
+from prune_lightning.tasks.components import build, check_components
 from prune_lightning.tasks.counting import ShapeModel
 from prune_lightning.tasks.machine import free_memory, measure, resident
 from prune_lightning.tasks.presets import model_arguments, settled
@@ -35,9 +36,10 @@ def run(config: DictConfig) -> None:
     """Predict, print, and write the figures to `plan.json`."""
     quieten()
     config = settled(config)
+    check_components(config)
     folder = run_folder()
     libraries = resident()
-    stream: EditStream = instantiate(config.data)
+    stream: EditStream = build(config.data, "data")
     stream.setup()
     loaded = load_config(config.model.path, config.model.revision)
     model = ShapeModel(loaded, dtype_named(config.model.dtype), model_arguments(config)["family"])
@@ -101,7 +103,7 @@ class Needs:
         method = instantiate(config.method, _partial_=True, _convert_="all")
         cost = costs.method_cost(method.func, model, shape, method.keywords)
         kept = costs.changes(cost, model, shape)
-        restraint = instantiate(config.restraint).cost(kept) if config.restraint else RestraintCost()
+        restraint = build(config.restraint, "restraint").cost(kept) if config.restraint else RestraintCost()
         return cls(model, shape, cost, restraint, kept, counted)
 
     def memory(self) -> dict[str, float]:
