@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class RECT(Restraint):
     Raises:
         UserError: A share outside (0, 1].
     """
+
+    low_rank: ClassVar[bool] = False
 
     def __init__(self, keep: Share = 0.2, parameters: str | Sequence[str] | None = None) -> None:
         super().__init__(parameters)

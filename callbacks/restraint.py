@@ -55,6 +55,7 @@ class Restraint(L.Callback, ABC):
         every_n: Steps between two restraints under ``every_n``.
 
     Attributes:
+        low_rank: Whether a change of low rank stays one.
         matrices: The restrained matrices, by name.
         pending: Whether some steps are not restrained yet.
 
@@ -63,6 +64,7 @@ class Restraint(L.Callback, ABC):
     """
 
     place: ClassVar[Place] = Place.RESTRAINT
+    low_rank: ClassVar[bool] = True
 
     def __init__(
         self, parameters: str | Sequence[str] | None = None, schedule: str = "each", every_n: Count = 1

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from prune_lightning.evaluation.decoding import check_room
 from prune_lightning.evaluation.legacy_tasks import LegacyTask
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.evaluation.scoring import continue_greedily
 from prune_lightning.models.batching import TOKEN_BUDGET
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Count, Whole
+from prune_lightning.types import EditRequest
 
 
 class LegacyAbilities(Measurement):
@@ -54,6 +56,11 @@ class LegacyAbilities(Measurement):
         self.tasks = tuple(self.suite)
         self.token_budget = token_budget
         self._warned: set[str] = set()
+
+    def check(self, model: LanguageModel, requests: Sequence[EditRequest]) -> None:
+        """Check that the continuations fit the model's context."""
+        for name, task in self.suite.items():
+            check_room(f"evaluation.legacy.tasks.{name}.max_new_tokens", model, task.max_new_tokens)
 
     def jobs(self, model: LanguageModel, cases: Cases) -> Mapping[str, Callable[[], Measured]]:
         """Return one job per task."""

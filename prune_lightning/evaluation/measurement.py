@@ -59,6 +59,14 @@ class Measurement(ABC):
         self.enabled = enabled
         self.counts = None if counts is None else sorted(set(counts) - {0})
 
+    def check(self, model: LanguageModel, requests: Sequence[EditRequest]) -> None:  # noqa: B027 - few have to
+        """Raise what is known to prevent the measurement; called before anything is computed.
+
+        Args:
+            model: The unedited model.
+            requests: The stream's requests.
+        """
+
     def take_reference(self, model: LanguageModel, cases: Cases) -> None:  # noqa: B027 - few need one
         """Keep reference results of the unedited model. Called once, before the baseline.
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 
 from prune_lightning.errors import UserError, one_of
-from prune_lightning.evaluation.decoding import Continuation, decode
+from prune_lightning.evaluation.decoding import Continuation, check_room, decode
 from prune_lightning.evaluation.judging import Judge, judge_prompt, verdict
 from prune_lightning.evaluation.measurement import Cases
 from prune_lightning.evaluation.prompts import SampledMeasurement, comparable
@@ -131,6 +131,10 @@ class WildGeneration(SampledMeasurement):
         names = [f"{c}_{kind}_{measure}" for c in self.contexts for kind in KINDS for measure in measures]
         counts = ["num_nonfinite", *(["num_unparsable"] if self.judge else [])]
         return CaseMeans([*names, *(f"{context}_locality" for context in self.contexts)], counts)
+
+    def check(self, model: LanguageModel, requests: Sequence[EditRequest]) -> None:
+        """Check that the answers fit the model's context."""
+        check_room("evaluation.wild.max_new_tokens", model, self.max_new_tokens)
 
     def take_reference(self, model: LanguageModel, cases: Cases) -> None:
         """Keep the unedited model's answers to the locality questions."""

@@ -13,7 +13,10 @@ FORMATS = ("full", "lora", "delta")  # names of modules of this package
 
 
 class Format(Protocol):
-    """The functions of a format's module."""
+    """The contents of a format's module."""
+
+    LOW_RANK_ONLY: bool
+    """Whether it cannot hold changes that are not of low rank."""
 
     @staticmethod
     def write(source: ExportSource, folder: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from prune_lightning.errors import UserError
 from prune_lightning.export.lowrank import lowest_rank
 from prune_lightning.export.sources import ExportSource
 
+LOW_RANK_ONLY = True
+
 
 def write(source: ExportSource, folder: Path) -> dict[str, Any]:
     """Write the adapter and the tokenizer.

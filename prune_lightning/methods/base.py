@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -46,9 +46,12 @@ class EditingModule(L.LightningModule, ABC):
         clock: Measures the time of the run's phases; a new clock by default.
 
     Attributes:
+        low_rank: Whether updates are factors of low rank, and not whole matrices.
         facts: What the method reports of :meth:`prepare`, for the run's summary.
         run: The stream of edits on this module: its matrices, its position, what is pending.
     """
+
+    low_rank: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -73,8 +76,14 @@ class EditingModule(L.LightningModule, ABC):
         self._unused = nn.Parameter(torch.zeros(1))  # DDP wraps no module without a trainable parameter
 
     # -- what a method writes -------------------------------------------------------------------------------------
+    def check(self) -> None:
+        """Raise what is known to prevent the edits, such as a missing file; called before anything is computed."""
+
     def prepare(self) -> None:
-        """Compute, on the unedited model, what all edits need. It stays valid when the stream restarts."""
+        """Compute, on the unedited model, what all edits need. It stays valid when the stream restarts.
+
+        Called before the first evaluation, so that a failure costs no more than it has to.
+        """
 
     @classmethod
     def unusable(cls, request: EditRequest) -> str | None:
@@ -196,11 +205,14 @@ class EditingModule(L.LightningModule, ABC):
         """Requests are text: nothing to move."""
         return batch
 
-    def on_train_start(self) -> None:
+    def on_fit_start(self) -> None:
         """Keep the original weights and prepare; by now the Trainer has moved the model."""
         self.edited_matrices()
         with fail_together(), self.clock.phase("prepare"), self.language_model.frozen_mode():
             self.prepare()
+
+    def on_train_start(self) -> None:
+        """Restore a checkpoint."""
         self._load_checkpoint()
 
     def on_train_epoch_start(self) -> None:

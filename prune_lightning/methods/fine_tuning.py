@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class FineTuning(EditingModule):
     Raises:
         UserError: An unknown loss or anchor, or a number out of range.
     """
+
+    low_rank: ClassVar[bool] = False
 
     def __init__(
         self,

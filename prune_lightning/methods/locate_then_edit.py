@@ -56,6 +56,10 @@ class LocateThenEdit(EditingModule):
         self.prefixes: tuple[str, ...] = ("",)
         self.moments: dict[int, SecondMoment] = {}
 
+    def check(self) -> None:
+        """Raise if the second moments cannot be had."""
+        self.second_moments.check(self.language_model, self.layers)
+
     def prepare(self) -> None:
         """Sample the prefixes and compute the second moments on the unedited model."""
         if not self.moments:

@@ -121,7 +121,7 @@ def _files(path: str, revision: str | None) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": name,
         "revision": revision,
-        "local_files_only": local or _offline(),
+        "local_files_only": local or hub_is_out_of_reach(),
     }
 
 
@@ -183,7 +183,7 @@ def _one_line(path: str, what: str = "the model") -> Iterator[None]:
         raise UserError(f"model.path: {path!r}: {what} could not be loaded: {kind}{reason}") from error
 
 
-def _offline() -> bool:
+def hub_is_out_of_reach() -> bool:
     """Whether the hub's host name cannot be resolved. Otherwise its client would retry for a long time."""
     if getproxies():  # proxies resolve names themselves
         return False

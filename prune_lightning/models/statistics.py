@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -98,6 +98,15 @@ class SecondMoment:
         return torch.linalg.solve_triangular(self._cholesky.T, half, upper=True)
 
 
+@runtime_checkable
+class CheckedCorpus(Protocol):
+    """A corpus that can tell whether it can be read."""
+
+    def check(self) -> None:
+        """Raise a :class:`UserError` if it cannot."""
+        ...
+
+
 class SecondMoments:
     """Computes the second moments of a model's keys over a corpus, for all layers in one pass.
 
@@ -166,6 +175,28 @@ class SecondMoments:
             moments = self.take(model, layers, store, clock)
         precision = torch.float64 if self._is_exact(model) else torch.float32
         return {layer: SecondMoment(self._damped(moment), precision) for layer, moment in moments.items()}
+
+    def check(self, model: LanguageModel, layers: Sequence[int]) -> None:
+        """Raise if the second moments are not kept anywhere and cannot be computed; nothing is computed yet.
+
+        Args:
+            model: The unedited model.
+            layers: Layers.
+
+        Raises:
+            UserError: A file is damaged or missing, the corpus cannot be read, or the cache cannot be written.
+        """
+        if self.corpus is None:
+            return
+        if self.shipped and not self.shipped.is_dir():
+            raise UserError(f"model.second_moments.shipped: there is no folder {str(self.shipped)!r}")
+        manifest = self.manifest(model)
+        if any(StatisticsStore(folder, manifest).holds(layers) for folder in (self.shipped, self.cache) if folder):
+            return
+        if isinstance(self.corpus, CheckedCorpus):
+            self.corpus.check()
+        if self.cache:
+            StatisticsStore(self.cache, manifest).make_folder()
 
     def _is_exact(self, model: LanguageModel) -> bool:
         """Whether the moments are summed in fp64 and not stored, which would round them to fp32."""

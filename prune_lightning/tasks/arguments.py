@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prune_lightning.errors import UserError
 from prune_lightning.ranges import Count
-from prune_lightning.tasks.components import check_value
+from prune_lightning.tasks.values import check_value
 
 _LARGEST_SEED = 2**32 - 1  # of NumPy
 _SETTINGS = {
@@ -66,4 +66,4 @@ def check_settings(config: DictConfig) -> None:
     for name, kind in _SETTINGS.items():
         if name in config:
             value = config[name]
-            check_value(name, OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value, kind)
+            check_value(name, OmegaConf.to_object(value) if OmegaConf.is_config(value) else value, kind)

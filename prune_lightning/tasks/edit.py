@@ -14,7 +14,6 @@ from rich.console import Console
 from prune_lightning.atomic_files import write_json
 from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog, RunLog, RunProgress, spectra
 from prune_lightning.data.stream import EditStream
-from prune_lightning.errors import UserError
 from prune_lightning.evaluation.measurement import Measurement
 from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.ledger import Ledger
@@ -25,7 +24,8 @@ from prune_lightning.report.summary import RunSummary
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.components import build, check_arguments, check_components
 from prune_lightning.tasks.edit_report import report
-from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
+from prune_lightning.tasks.exporting import export_all, raise_failed
+from prune_lightning.tasks.preflight import check_bisection, check_run, formats_wanted
 from prune_lightning.tasks.presets import load_model, model_arguments, model_facts, settled
 from prune_lightning.tasks.resuming import check_stream, ledger_to_resume
 from prune_lightning.tasks.setup import (
@@ -58,7 +58,7 @@ def run(config: DictConfig) -> None:
             job = _load(config, folder, clock)
             loggers = build_loggers(config, folder, keep=sum(job.stream.done) if config.resume else None)
             trainer = build_trainer(config, [*job.callbacks(), run_log, *job.ledger_callback()], loggers, folder)
-        _check_bisection(config, job, trainer)
+        check_bisection(config, job.ledger, job.restraint, job.stream, trainer)
         with clock.phase("edit"):
             trainer.fit(job.module, datamodule=job.stream)
         with clock.phase("bisect"):
@@ -129,13 +129,13 @@ def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
     stream.fit(load_tokens(config.model.path, config.model.revision), usable_by(config.method))
     if ledger:
         check_stream(ledger, stream)
-    formats = formats_wanted(config, stream)
     module = _method(config, clock)
+    check_run(config, module, stream, restraint, measurements)
     scores = None if stream.protocol.from_base else StreamScores(stream.superseded())
     log = EditLog(folder / "edits.jsonl", scores)
     evaluation = _evaluation(config, measurements, stream=scores, cases_file=folder / "cases.jsonl", clock=clock)
     keeper = _ledger(config, folder, ledger) if config.ledger else None
-    return Job(module, stream, restraint, further, log, evaluation, keeper, formats)
+    return Job(module, stream, restraint, further, log, evaluation, keeper, formats_wanted(config))
 
 
 def _method(config: DictConfig, clock: PhaseClock) -> EditingModule:
@@ -195,16 +195,6 @@ def _share(summary: RunSummary) -> float:
     """Return the share of evaluation in edits and evaluation together."""
     spent = summary["evaluate_s"] + summary["edit_log_s"]
     return float(spent / ((spent + summary["edit_s"]) or 1.0))
-
-
-def _check_bisection(config: DictConfig, job: Job, trainer: L.Trainer) -> None:
-    """Refuse a bisection that cannot be done, before the first edit."""
-    if not config.bisect_collapse:
-        return
-    if job.ledger is None or getattr(job.restraint, "schedule", "") == "end":
-        raise UserError("bisect_collapse rebuilds earlier states: it needs ledger=true, and no restraint at the end")
-    if trainer.world_size > 1:
-        raise UserError("bisect_collapse runs in one process: leave it out, or use a trainer with one device")
 
 
 def _collapses(config: DictConfig, job: Job) -> dict[str, int]:
