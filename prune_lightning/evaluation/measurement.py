@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 from torchmetrics import Metric
 
 from prune_lightning.distributed import fail_together
-from prune_lightning.errors import UserError
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Whole
 from prune_lightning.types import EditRequest
+from prune_lightning.value_types import check_value
 
 Cases = Mapping[int, EditRequest]
 """Requests by their index in the stream, from 0."""
@@ -54,8 +54,7 @@ class Measurement(ABC):
     tasks: Sequence[str] = ()
 
     def __init__(self, enabled: bool = True, counts: Sequence[Whole] | None = None) -> None:
-        if counts is not None and any(not isinstance(count, int) or count < 0 for count in counts):
-            raise UserError(f"`counts` of {type(self).__name__} is expected to be edit counts, but got {list(counts)}")
+        check_value(f"`counts` of {type(self).__name__}", counts, Sequence[Whole] | None)
         self.enabled = enabled
         self.counts = None if counts is None else sorted(set(counts) - {0})
 

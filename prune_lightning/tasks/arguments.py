@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prune_lightning.errors import UserError
 from prune_lightning.ranges import Count
-from prune_lightning.tasks.values import check_value
+from prune_lightning.value_types import check_value
 
 _LARGEST_SEED = 2**32 - 1  # of NumPy
 _SETTINGS = {

@@ -14,7 +14,7 @@ from prune_lightning.data.rows import BadRow, Located
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.models.loading import load_tokens
-from prune_lightning.tasks.components import build, check_components
+from prune_lightning.tasks.components import build
 from prune_lightning.tasks.setup import quieten, run_folder, usable_by
 from prune_lightning.types import EditRequest
 
@@ -26,7 +26,6 @@ def run(config: DictConfig) -> None:
         UserError: A record cannot be used, or there is none; the command line then exits with 2.
     """
     quieten()
-    check_components(config)
     folder = run_folder()
     stream: EditStream = build(config.data, "data")
     usable, rejected = stream.read()

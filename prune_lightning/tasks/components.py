@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from prune_lightning.errors import UserError, near, shown
-from prune_lightning.tasks.values import check_value
+from prune_lightning.value_types import check_value
 
 _RESERVED = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")
 
@@ -49,10 +49,15 @@ def build(node: DictConfig, key: str, **further: Any) -> Any:
     Raises:
         UserError: One line that names the key of an unknown, missing or wrong argument, and what is expected.
     """
-    if not isinstance(node, DictConfig) or "_target_" not in node:
-        raise UserError(f"{key} is expected to be an entry with a _target_, but got {shown(node)}")
+    check_component(node, key)
     check(_plain(node), key, frozenset(further))
     return instantiate(node, _convert_="all", **further)
+
+
+def check_component(node: Any, key: str) -> None:
+    """Raise a :class:`UserError` if a node describes no component."""
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise UserError(f"{key} is expected to be an entry with a _target_, but got {shown(node)}")
 
 
 @contextmanager

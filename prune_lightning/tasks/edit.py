@@ -22,7 +22,7 @@ from prune_lightning.models.loading import load_tokens
 from prune_lightning.phases import PhaseClock
 from prune_lightning.report.summary import RunSummary
 from prune_lightning.tasks.collapse import bisect_collapses
-from prune_lightning.tasks.components import build, check_arguments, check_components
+from prune_lightning.tasks.components import build, check_arguments, check_component, check_components
 from prune_lightning.tasks.edit_report import report
 from prune_lightning.tasks.exporting import export_all, raise_failed
 from prune_lightning.tasks.preflight import check_bisection, check_run, formats_wanted
@@ -48,6 +48,7 @@ def run(config: DictConfig) -> None:
     settle_trainer(config)
     config = settled(config)
     check_components(config)
+    _callbacks(config)
     check_arguments(EditEvaluation, _evaluation_options(config), "evaluation")
     folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
@@ -122,7 +123,7 @@ class Job:
 def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
     """Build everything, so that configuration errors are found before anything is computed."""
     restraint = build(config.restraint, "restraint") if config.restraint else None
-    further = [build(callback, f"callbacks.{name}") for name, callback in (config.callbacks or {}).items()]
+    further = [build(entry, key) for key, entry in _callbacks(config).items()]
     measurements = _measurements(config)
     ledger = ledger_to_resume(config.resume, folder)
     stream: EditStream = build(config.data, "data", done=ledger.sizes if ledger else ())
@@ -156,6 +157,18 @@ def _ledger(config: DictConfig, folder: Path, ledger: Ledger | None) -> EditLedg
         "restraint_options": OmegaConf.to_container(config.restraint, resolve=True) if config.restraint else None,
     }
     return EditLedger(folder / "ledger", base, ledger, config.snapshot_every)
+
+
+def _callbacks(config: DictConfig) -> dict[str, DictConfig]:
+    """Return the entries of the callbacks that are not null, by key.
+
+    Raises:
+        UserError: One is no component.
+    """
+    found = {f"callbacks.{name}": entry for name, entry in (config.callbacks or {}).items() if entry is not None}
+    for key, entry in found.items():
+        check_component(entry, key)
+    return found
 
 
 def _is_measurement(entry: Any) -> bool:
