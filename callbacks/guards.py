@@ -80,9 +80,7 @@ class Guards(LightningCallback):
             one_of("guards.finite", finite, ("skip", "stop"))
         for name, guard in guards.items():
             if guard is not None and not isinstance(guard, UpdateGuard):
-                raise UserError(
-                    f"guards.{name} is expected to be a guard, such as NormGuard(), but got {kind_of(guard)}"
-                )
+                raise UserError(f"guards.{name} is expected to be a guard, e.g. NormGuard(), but got {kind_of(guard)}")
         if perplexity is not None and not isinstance(perplexity, Sentinel):
             raise UserError(f"guards.perplexity is expected to be a Sentinel, but got {kind_of(perplexity)}")
         self.policy, self.collapse, self.sentinel = policy, collapse, perplexity

@@ -47,15 +47,13 @@ class RestraintCallback(TrainerCallback):
 
     def __init__(self, restraint: Restraint, resume_from: str | Path | None = None) -> None:
         if not isinstance(restraint, Restraint):
-            raise UserError(
-                f"RestraintCallback is expected to get a restraint, such as PRUNE(base=1.2), but got {kind_of(restraint)}"
-            )
+            raise UserError(f"RestraintCallback expects a restraint, e.g. PRUNE(), but got {kind_of(restraint)}")
         self.restraint = restraint
         self.resume_from = Path(resume_from) if resume_from else None
 
     def __getattr__(self, name: str) -> Any:
         """Refuse Lightning's Trainer, which asks for hooks that a Hugging Face callback does not have."""
-        if hasattr(L.Callback, name):
+        if not name.startswith("__") and hasattr(L.Callback, name):
             held = vars(self).get("restraint")
             raise UserError(
                 "RestraintCallback is a callback for the Hugging Face Trainer. Give Lightning's Trainer the restraint "

@@ -122,9 +122,7 @@ class Restraint(LightningCallback, ABC):
                 originals.
         """
         if isinstance(module, type) or not isinstance(module, (nn.Module, HasEditedMatrices)):
-            raise UserError(
-                f"{type(self).__name__}.attach is expected to get the model, a torch.nn.Module, but got {kind_of(module)}"
-            )
+            raise UserError(f"{type(self).__name__}.attach expects a torch.nn.Module, but got {kind_of(module)}")
         self._originals.keep(self.matrices.values())
         self.matrices = {}
         if isinstance(module, HasEditedMatrices):

@@ -38,14 +38,14 @@ def kind_of(value: object) -> str:
     >>> kind_of(UserError)
     'the class UserError'
     >>> kind_of(UserError("a"))
-    'a UserError'
+    'an instance of UserError'
     >>> kind_of("a")
     "'a'"
     """
     if isinstance(value, type):
         return f"the class {value.__name__}"
     plain = value is None or isinstance(value, (str, int, float, list, tuple))
-    return shown(value) if plain else f"a {type(value).__name__}"
+    return shown(value) if plain else f"an instance of {type(value).__name__}"
 
 
 def near(name: str, options: Iterable[str], count: int = 3) -> str:
