@@ -251,7 +251,7 @@ def test_the_hugging_face_trainer_is_told_what_it_can_take(callback, tiny, tmp_p
 def test_lightning_is_told_of_the_restraint_itself():
     adapter = RestraintCallback(RECT())
     with pytest.raises(UserError, match=r"for the Hugging Face Trainer\. .* callbacks=\[RECT\(\.\.\.\)\]$"):
-        fit(Regression(), adapter)
+        fit(Regression(), regression_batches(2), adapter)
     assert copy.copy(adapter).restraint is adapter.restraint
     assert not hasattr(adapter, "on_something_else")
 
