@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from prune_lightning.errors import UserError, near
+from prune_lightning.errors import UserError, kind_of, near
 from prune_lightning.types import LowRankUpdate
 
 from ._adapted import AdaptedMatrix, adapted_layers, sharded_like, whole
@@ -160,8 +160,19 @@ class Originals:
 
 
 def as_patterns(parameters: str | Sequence[str] | None) -> list[str] | None:
-    """Return patterns as a list; a single string is one pattern."""
-    return [parameters] if isinstance(parameters, str) else None if parameters is None else list(parameters)
+    """Return patterns as a list; a single string is one pattern.
+
+    Raises:
+        UserError: They are not texts.
+    """
+    if parameters is None or isinstance(parameters, str):
+        return None if parameters is None else [parameters]
+    if not isinstance(parameters, Iterable) or not all(isinstance(pattern, str) for pattern in parameters):
+        raise UserError(
+            "`parameters` is expected to be names of parameters, or patterns such as '*.weight', but got "
+            f"{kind_of(parameters)}"
+        )
+    return list(parameters)
 
 
 def matching_matrices(

@@ -22,17 +22,20 @@ from prune_lightning.evaluation.measurement import Measured, Measurement, Stream
 from prune_lightning.evaluation.stream import FORMS, StreamScores
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.phases import PhaseClock
+from prune_lightning.ranges import Count, NonNegative, Whole
 from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories
 from prune_lightning.spectral import condition_number, sigma_max
 from prune_lightning.types import EditBatch, EditRequest
+from prune_lightning.value_types import check_value
 
 from ._editing import editing_module
+from ._lightning import LightningCallback
 from ._order import Place, check_order
 
 _SPECTRUM = {"sigma_max_delta": "largest σ of the change", "condition_number": "condition number"}
 
 
-class EditEvaluation(L.Callback):
+class EditEvaluation(LightningCallback):
     """Decides when an edited model is evaluated, and over which cases; an :class:`~.evaluator.Evaluator` does it.
 
     The baseline is measured on the unedited model over all cases that will be evaluated. Later scores are over the
@@ -60,18 +63,17 @@ class EditEvaluation(L.Callback):
 
     def __init__(
         self,
-        counts: Sequence[int],
+        counts: Sequence[Whole],
         measurements: Sequence[Measurement] = (),
         stream: StreamScores | None = None,
-        max_cases: int | None = None,
+        max_cases: Count | None = None,
         seed: int = 0,
         cases_file: Path | None = None,
-        max_case_mb: float | None = None,
+        max_case_mb: NonNegative | None = None,
         earlier: EditEvaluation | None = None,
         clock: PhaseClock | None = None,
     ) -> None:
-        if any(not isinstance(count, int) or count < 0 for count in counts):
-            raise UserError(f"evaluation.counts is expected to be edit counts, but got {list(counts)}")
+        check_value("evaluation.counts", counts, Sequence[Whole])
         self.counts = sorted(set(counts) - {0})
         self.max_cases, self.seed = max_cases, seed
         self.cases_file, self.max_case_mb = cases_file, max_case_mb

@@ -21,6 +21,7 @@ from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch
 
 from ._editing import editing_module, keepers, last_report
+from ._lightning import LightningCallback
 from ._order import Place, check_order
 from ._timing import part_of_phase
 from .restraint import Restraint
@@ -29,7 +30,7 @@ _SETTINGS = ("method_options", "restraint_options", "seed")
 _log = logging.getLogger(__name__)
 
 
-class EditLedger(L.Callback):
+class EditLedger(LightningCallback):
     """Writes every step into the ledger after all other callbacks have processed it; list it last.
 
     Each step is written when it is complete: its update, the corrections of restraints, and the method's memory of it.

@@ -18,10 +18,11 @@ from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch
 
 from ._editing import editing_module, last_report
+from ._lightning import LightningCallback
 from ._order import Place, check_order
 
 
-class EditLog(L.Callback):
+class EditLog(LightningCallback):
     """Logs every request with its success just before and just after the edit, its update's norm, and the seconds.
 
     List it after the restraint, so that "after" refers to the restrained model.

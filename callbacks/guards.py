@@ -16,13 +16,14 @@ from typing_extensions import override
 
 from prune_lightning.atomic_files import append_lines
 from prune_lightning.distributed import on_rank_zero
-from prune_lightning.errors import one_of
+from prune_lightning.errors import UserError, kind_of, one_of
 from prune_lightning.json_files import nan_to_null
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.run_parts import StepBackup
 from prune_lightning.types import EditBatch, EditRequest, EditStep
 
 from ._editing import editing_module, last_report
+from ._lightning import LightningCallback
 from ._order import Place, check_order
 from ._timing import part_of_phase
 from .sentinel import PerplexityReading, Sentinel
@@ -31,7 +32,7 @@ from .update_guards import POLICIES, Finding, UpdateGuard
 FINITE, PERPLEXITY, COLLAPSE = "finite", "perplexity", "collapse"
 
 
-class Guards(L.Callback):
+class Guards(LightningCallback):
     """Check each update before it is written, and the model's perplexity afterwards.
 
     ``warn`` writes the edit and logs a warning. ``skip`` does not write it. ``rollback`` does not write it either; an
@@ -77,6 +78,11 @@ class Guards(L.Callback):
         one_of("guards.collapse", collapse, ("warn", "stop"))
         if finite is not None:
             one_of("guards.finite", finite, ("skip", "stop"))
+        for name, guard in guards.items():
+            if guard is not None and not isinstance(guard, UpdateGuard):
+                raise UserError(f"guards.{name} is expected to be a guard, e.g. NormGuard(), but got {kind_of(guard)}")
+        if perplexity is not None and not isinstance(perplexity, Sentinel):
+            raise UserError(f"guards.perplexity is expected to be a Sentinel, but got {kind_of(perplexity)}")
         self.policy, self.collapse, self.sentinel = policy, collapse, perplexity
         self.finite = finite or ("stop" if policy == "stop" else "skip")
         self.path = None if path is None else Path(path)

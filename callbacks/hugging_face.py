@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import lightning as L
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 from typing_extensions import override
 
-from prune_lightning.errors import UserError
+from prune_lightning.errors import UserError, kind_of
 from prune_lightning.fingerprint import fingerprint
 
 from .restraint import Restraint
@@ -45,8 +46,20 @@ class RestraintCallback(TrainerCallback):
     """
 
     def __init__(self, restraint: Restraint, resume_from: str | Path | None = None) -> None:
+        if not isinstance(restraint, Restraint):
+            raise UserError(f"RestraintCallback expects a restraint, e.g. PRUNE(), but got {kind_of(restraint)}")
         self.restraint = restraint
         self.resume_from = Path(resume_from) if resume_from else None
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse Lightning's Trainer, which asks for hooks that a Hugging Face callback does not have."""
+        if not name.startswith("__") and hasattr(L.Callback, name):
+            held = vars(self).get("restraint")
+            raise UserError(
+                "RestraintCallback is a callback for the Hugging Face Trainer. Give Lightning's Trainer the restraint "
+                f"itself: callbacks=[{type(held).__name__}(...)]"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @override
     def on_train_begin(

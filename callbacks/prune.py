@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from prune_lightning.ranges import AboveOne, Count
 from prune_lightning.spectral import Logarithm
 
 from .spectral_restraint import SpectralRestraint
@@ -31,11 +32,11 @@ class PRUNE(SpectralRestraint):
 
     def __init__(
         self,
-        base: float = 1.2,
+        base: AboveOne = 1.2,
         guard: bool = True,
         parameters: str | Sequence[str] | None = None,
         schedule: str = "each",
-        every_n: int = 1,
+        every_n: Count = 1,
         accumulate: str | None = None,
         non_finite: str = "raise",
     ) -> None:

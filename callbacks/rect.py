@@ -11,7 +11,9 @@ from typing_extensions import override
 
 from prune_lightning.costs import Changes, RestraintCost, plain_restraint
 from prune_lightning.errors import UserError
+from prune_lightning.ranges import KeptShare
 from prune_lightning.spectral import RestrainedMatrix
+from prune_lightning.value_types import check_value
 
 from ._adapted import AdaptedMatrix
 from ._snapshot import SnapshotMatrix
@@ -35,12 +37,17 @@ class RECT(Restraint):
         UserError: A share outside (0, 1].
     """
 
-    def __init__(self, keep: float = 0.2, parameters: str | Sequence[str] | None = None) -> None:
+    def __init__(self, keep: KeptShare = 0.2, parameters: str | Sequence[str] | None = None) -> None:
         super().__init__(parameters)
-        if not 0 < keep <= 1:
-            raise UserError(f"restraint.keep is expected to be in (0, 1], but got {keep}")
+        check_value("restraint.keep", keep, KeptShare)
         self.keep = keep
         self._kept_shares: dict[str, float] = {}
+
+    @property
+    @override
+    def low_rank(self) -> bool:
+        """Only if every entry is kept."""
+        return self.keep == 1
 
     @override
     def attach(self, module: nn.Module, steps: int = 0, others: Sequence[Restraint] = ()) -> None:

@@ -22,18 +22,21 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from prune_lightning.costs import Changes, RestraintCost, plain_restraint
-from prune_lightning.errors import UserError, one_of
+from prune_lightning.errors import UserError, kind_of, one_of
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.ranges import Count
 from prune_lightning.spectral import HasEditedMatrices, RestrainedMatrix
 from prune_lightning.types import LowRankUpdate
+from prune_lightning.value_types import check_value
 
+from ._lightning import LightningCallback
 from ._logging import log_metrics
 from ._order import Place, check_one_withholds, check_order
 from ._snapshot import Originals, SnapshotMatrix, as_patterns, matching_matrices
 from ._timing import part_of_phase
 
 
-class Restraint(L.Callback, ABC):
+class Restraint(LightningCallback, ABC):
     """Restrains the change of weight matrices, after an edit or after a step of an optimizer.
 
     A restraint implements :meth:`restrain`. On an editing module the matrices are the edited ones. On any other module
@@ -63,10 +66,11 @@ class Restraint(L.Callback, ABC):
 
     place: ClassVar[Place] = Place.RESTRAINT
 
-    def __init__(self, parameters: str | Sequence[str] | None = None, schedule: str = "each", every_n: int = 1) -> None:
+    def __init__(
+        self, parameters: str | Sequence[str] | None = None, schedule: str = "each", every_n: Count = 1
+    ) -> None:
         one_of("restraint.schedule", schedule, ("each", "every_n", "end"))
-        if every_n < 1:
-            raise UserError(f"restraint.every_n is expected to be at least 1, but got {every_n}")
+        check_value("restraint.every_n", every_n, Count)
         self.parameters, self.schedule, self.every_n = as_patterns(parameters), schedule, every_n
         self.matrices: dict[str, RestrainedMatrix] = {}
         self._originals = Originals()
@@ -98,6 +102,9 @@ class Restraint(L.Callback, ABC):
     def withholds(self) -> bool:
         """Whether it withholds a part of the change. A matrix withholds one part, so only one restraint of it may."""
         return False
+    def low_rank(self) -> bool:
+        """Whether a change of low rank stays one."""
+        return True
 
     # -- for any loop ---------------------------------------------------------------------------------------------
     @property
@@ -117,8 +124,11 @@ class Restraint(L.Callback, ABC):
             others: Further restraints of the same module; matrices are shared with those attached before.
 
         Raises:
-            UserError: No matrix is found, or training resumes and the checkpoint does not hold the originals.
+            UserError: It is no module, no matrix is found, or training resumes and the checkpoint does not hold the
+                originals.
         """
+        if isinstance(module, type) or not isinstance(module, (nn.Module, HasEditedMatrices)):
+            raise UserError(f"{type(self).__name__}.attach expects a torch.nn.Module, but got {kind_of(module)}")
         self._originals.keep(self.matrices.values())
         self.matrices = {}
         if isinstance(module, HasEditedMatrices):
@@ -215,11 +225,11 @@ class Restraint(L.Callback, ABC):
             self.pending = states[-1]["pending"]
 
     # -- Hugging Face ---------------------------------------------------------------------------------------------
-    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a ``transformers.Trainer``, which calls this first."""
-        raise UserError(
-            f"{type(self).__name__} is a callback for Lightning. For the Hugging Face Trainer wrap it: "
-            f"callbacks=[RestraintCallback({type(self).__name__}(...))], from prune_lightning.callbacks.hugging_face"
+    @override
+    def _for_hugging_face(self) -> str:
+        return (
+            f"For the Hugging Face Trainer wrap it: callbacks=[RestraintCallback({type(self).__name__}(...))], from "
+            "prune_lightning.callbacks.hugging_face"
         )
 
     # -- Lightning ------------------------------------------------------------------------------------------------

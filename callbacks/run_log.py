@@ -14,12 +14,13 @@ from typing_extensions import override
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.phases import Phase, PhaseClock, duration
 
+from ._lightning import LightningCallback
 from .edit_evaluation import EditEvaluation
 
 SHOWN = ("efficacy", "efficacy_score", "retention")
 
 
-class RunLog(L.Callback):
+class RunLog(LightningCallback):
     """Logs a line when a phase ends, one per evaluated count, and one a minute inside a long phase.
 
     The lines go to Python's ``logging``, from rank 0 only. List it after the evaluation.

@@ -13,6 +13,7 @@ from prune_lightning.bundled.abilities import plain_text
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.scoring import token_nll
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Positive
 
 NUM_SENTENCES = 8  # of the bundled text: plain English without real people, so that no edit concerns it
 
@@ -51,9 +52,9 @@ class Sentinel:
 
     def __init__(
         self,
-        every_n: int = 10,
-        factor: float = 10.0,
-        readings: int = 3,
+        every_n: Count = 10,
+        factor: Positive = 10.0,
+        readings: Count = 3,
         path: str | None = None,
         policy: str | None = None,
     ) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 from typing_extensions import override
 
 from prune_lightning.costs import FP64, Changes, RestraintCost, Work
-from prune_lightning.errors import UserError, one_of
+from prune_lightning.errors import UserError, kind_of, one_of
 from prune_lightning.fingerprint import fingerprint
+from prune_lightning.ranges import Count
 from prune_lightning.spectral import (
     Guarded,
     HasEditedMatrices,
@@ -61,11 +62,13 @@ class SpectralRestraint(Restraint):
         law: RestraintLaw,
         parameters: str | Sequence[str] | None = None,
         schedule: str = "each",
-        every_n: int = 1,
+        every_n: Count = 1,
         accumulate: str | None = None,
         non_finite: str = "raise",
     ) -> None:
         super().__init__(parameters, schedule, every_n)
+        if isinstance(law, type) or not callable(law):
+            raise UserError(f"`law` is expected to be a law, such as HardClip(), but got {kind_of(law)}")
         if accumulate is not None:
             one_of("restraint.accumulate", accumulate, ("raw", "restrained"))
         one_of("restraint.non_finite", non_finite, ("raise", "skip"))

@@ -9,8 +9,8 @@ import lightning as L
 from torch import Tensor
 from typing_extensions import override
 
-from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.ranges import Count
 from prune_lightning.report.plots import Spectra, plot_spectra, show_figure
 from prune_lightning.report.trajectories import log_growth
 from prune_lightning.spectral import (
@@ -22,14 +22,16 @@ from prune_lightning.spectral import (
     singular_values,
     stable_rank,
 )
+from prune_lightning.value_types import check_value
 
+from ._lightning import LightningCallback
 from ._logging import axis, log_metrics
 from ._snapshot import Originals, SnapshotMatrix, as_patterns, matching_matrices
 from ._timing import part_of_phase
 from .restraint import Restraint
 
 
-class SpectrumMonitor(L.Callback):
+class SpectrumMonitor(LightningCallback):
     r"""Log figures of each matrix's singular values, and plot them.
 
     Under ``spectrum/NAME/``: ``sigma_max``, ``sigma_min`` and ``condition_number`` of the live weight, and
@@ -52,9 +54,8 @@ class SpectrumMonitor(L.Callback):
         curve: The figures of each reading, with its ``step``: the number of edits or of optimizer steps.
     """
 
-    def __init__(self, every_n: int = 10, parameters: str | Sequence[str] | None = None, draw: bool = True) -> None:
-        if every_n < 1:
-            raise UserError(f"SpectrumMonitor.every_n is expected to be at least 1, but got {every_n}")
+    def __init__(self, every_n: Count = 10, parameters: str | Sequence[str] | None = None, draw: bool = True) -> None:
+        check_value("SpectrumMonitor.every_n", every_n, Count)
         self.every_n, self.parameters, self.draw = every_n, as_patterns(parameters), draw
         self.matrices: dict[str, RestrainedMatrix] = {}
         self.curve: list[dict[str, float]] = []

@@ -12,6 +12,7 @@ from typing import Any
 from typing_extensions import override
 
 from prune_lightning.errors import UserError, one_of
+from prune_lightning.ranges import NonNegative, Positive, Share, Whole
 from prune_lightning.types import MatrixUpdate, norm_of_all
 
 POLICIES = ("warn", "skip", "rollback", "stop")
@@ -74,7 +75,7 @@ class NormGuard(UpdateGuard):
         UserError: ``factor`` is at most 1, or ``after`` is less than 1.
     """
 
-    def __init__(self, factor: float = 10.0, after: int = 10, policy: str | None = None) -> None:
+    def __init__(self, factor: Positive = 10.0, after: Whole = 10, policy: str | None = None) -> None:
         super().__init__(policy)
         if not (factor > 1 and after >= 1):
             raise UserError(f"guards.norm expects `factor` > 1 and `after` >= 1, but got {factor} and {after}")
@@ -109,7 +110,7 @@ class KeyGuard(UpdateGuard):
         policy: See :class:`UpdateGuard`.
     """
 
-    def __init__(self, least: float = 0.1, policy: str | None = None) -> None:
+    def __init__(self, least: NonNegative = 0.1, policy: str | None = None) -> None:
         super().__init__(policy)
         self.least = least
 
@@ -133,7 +134,7 @@ class ValueGuard(UpdateGuard):
         policy: See :class:`UpdateGuard`.
     """
 
-    def __init__(self, least_probability: float = 0.01, policy: str | None = None) -> None:
+    def __init__(self, least_probability: Share = 0.01, policy: str | None = None) -> None:
         super().__init__(policy)
         self.least_probability = least_probability
 

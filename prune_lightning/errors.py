@@ -32,6 +32,22 @@ def shown(value: object, limit: int = 80) -> str:
     return f"{text[: kept - kept // 2]} ... {text[len(text) - kept // 2 :]}"
 
 
+def kind_of(value: object) -> str:
+    """Return what a value is, for a message about one of the wrong kind.
+
+    >>> kind_of(UserError)
+    'the class UserError'
+    >>> kind_of(UserError("a"))
+    'an instance of UserError'
+    >>> kind_of("a")
+    "'a'"
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    plain = value is None or isinstance(value, (str, int, float, list, tuple))
+    return shown(value) if plain else f"an instance of {type(value).__name__}"
+
+
 def near(name: str, options: Iterable[str], count: int = 3) -> str:
     """Return a clause that names the closest of ``options``, or all of them if none is close.
 

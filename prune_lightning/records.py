@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prune_lightning.errors import UserError, near_path
+from prune_lightning.errors import UserError, near_path, shown
 
 Row = tuple[int, dict[str, Any] | str]
 """A line number, and the record that begins there or a text that describes what is wrong with it."""
@@ -84,17 +85,43 @@ def _byte(found: re.Match[str]) -> int:
     return ord(found.group()) - 0xDC00
 
 
-def _checked(line: int, record: Any, source: str) -> Row:
-    if bad := _FOREIGN.search(source):
-        return line + source.count("\n", 0, bad.start()), f"not UTF-8 text: it has the byte 0x{_byte(bad):02x}"
-    return line, record if isinstance(record, dict) else f"expected an object, but got {type(record).__name__}"
+class _Reader:
+    """Decodes one JSON value after another. An object with a key that occurs twice would lose one of the values."""
+
+    def __init__(self) -> None:
+        self._repeated: list[str] = []
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            self._repeated += [key for key, count in counts.items() if count > 1]
+        return found
+
+    def read(self, text: str, position: int, line: int) -> tuple[Row, int]:
+        """Return the value that begins at a position, as a row, and the position after it."""
+        self._repeated.clear()
+        record, end = self._decoder.raw_decode(text, position)
+        source = text[position:end]
+        if bad := _FOREIGN.search(source):
+            line += source.count("\n", 0, bad.start())
+            return (line, f"not UTF-8 text: it has the byte 0x{_byte(bad):02x}"), end
+        if not isinstance(record, dict):
+            return (line, f"expected an object, but got {shown(record)}"), end
+        if self._repeated:
+            return (line, f"the key {self._repeated[0]!r} occurs twice in one object"), end
+        return (line, record), end
 
 
 def _lines(text: str) -> Iterator[Row]:
+    reader = _Reader()
     for number, line in enumerate(text.split("\n"), start=1):  # JSONL has no other line separator
         if line.strip():
             try:
-                yield _checked(number, json.loads(line), line)
+                row, end = reader.read(line, len(line) - len(line.lstrip()), number)
+                rest = line[end:].strip()
+                yield (number, f"not JSON: {shown(rest, 40)} follows the end of the object") if rest else row
             except (ValueError, RecursionError) as error:
                 yield number, f"not JSON: {error}"
 
@@ -113,7 +140,7 @@ def _is_spread(text: str) -> bool:
 
 def _values(text: str, position: int, closing: str = "") -> Iterator[Row]:
     """Yield the objects of an array, or of a sequence without brackets (no ``closing``)."""
-    decoder = json.JSONDecoder()
+    reader = _Reader()
     line, counted = 1, 0
     while True:
         while position < len(text) and text[position] in " \t\r\n,":
@@ -124,11 +151,13 @@ def _values(text: str, position: int, closing: str = "") -> Iterator[Row]:
                 yield line, "the array is not closed: the file is cut off"
             return
         if closing and text[position] == closing:
+            if rest := text[position + 1 :].strip():
+                line += text.count("\n", position, text.index(rest, position + 1))
+                yield line, f"{shown(rest, 40)} follows the end of the array, and is not read"
             return
         try:
-            record, end = decoder.raw_decode(text, position)
+            row, position = reader.read(text, position, line)
         except (ValueError, RecursionError) as error:
             yield line, f"not JSON, and nothing after it can be read: {error}"
             return
-        yield _checked(line, record, text[position:end])
-        position = end
+        yield row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -101,12 +101,20 @@ class EditRequest:
         answers = (self.target_old, *(probe.answer for probe in (*self.locality, *self.portability)))
         if not all(text is None or (isinstance(text, str) and text.strip()) for text in answers):
             raise UserError("the old target and the answers of probes are expected to be non-empty texts, or absent")
-        texts = (*self.paraphrases, *self.generation_prompts, *self.references)
-        texts += tuple(probe.prompt for probe in (*self.locality, *self.portability))
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError("paraphrases, prompts and references are expected to be non-empty texts")
+        for name, text in self._texts():
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"`{name}` is expected to be a non-empty text, but got {shown(text)}")
         self._place_subject()
         object.__setattr__(self, "prompt", trimmed(self.prompt, self.target_new, self.separator))
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        """Yield the texts besides the edit's own, with their names."""
+        for name in ("paraphrases", "generation_prompts", "references"):
+            for place, text in enumerate(getattr(self, name)):
+                yield f"{name}[{place}]", text
+        for name in ("locality", "portability"):
+            for place, probe in enumerate(getattr(self, name)):
+                yield f"{name}[{place}].prompt", probe.prompt
 
     def _place_subject(self) -> None:
         subject, start = self.subject.strip(), self.subject_start

@@ -18,7 +18,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from prune_lightning.callbacks import PRUNE, RECT, SpectralRestraint, SpectrumMonitor
+from prune_lightning.callbacks import (
+    PRUNE,
+    RECT,
+    EditEvaluation,
+    EditLedger,
+    EditLog,
+    Guards,
+    SpectralRestraint,
+    SpectrumMonitor,
+)
 from prune_lightning.errors import UserError
 from prune_lightning.spectral import HardClip, Logarithm, ScaleFreeLogarithm, sigma_max
 
@@ -227,6 +236,60 @@ def test_the_hugging_face_trainer_is_told_of_its_adapter(tiny, tmp_path):
             UserError, match=r"RestraintCallback\(\w+\(\.\.\.\)\)\], from prune_lightning\.callbacks\.hug"
         ):
             Trainer(tiny("gpt2").model, arguments, callbacks=[callback])
+
+
+@pytest.mark.parametrize(
+    "callback", [Guards(), EditLog(None), EditEvaluation([1]), EditLedger("ledger"), SpectrumMonitor()]
+)
+def test_the_hugging_face_trainer_is_told_what_it_can_take(callback, tiny, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    name = type(callback).__name__
+    with pytest.raises(UserError, match=rf"^{name} is a callback for Lightning's Trainer\. .*RestraintCallback\(PRUNE"):
+        Trainer(tiny("gpt2").model, arguments, callbacks=[callback])
+
+
+def test_lightning_is_told_of_the_restraint_itself():
+    adapter = RestraintCallback(RECT())
+    with pytest.raises(UserError, match=r"for the Hugging Face Trainer\. .* callbacks=\[RECT\(\.\.\.\)\]$"):
+        fit(Regression(), regression_batches(2), adapter)
+    assert copy.copy(adapter).restraint is adapter.restraint
+    assert not hasattr(adapter, "on_something_else")
+
+
+@pytest.mark.parametrize("wrong", ["PRUNE", PRUNE, None, RestraintCallback(PRUNE())])
+def test_the_adapter_takes_restraints_only(wrong):
+    with pytest.raises(UserError, match="RestraintCallback expects a restraint"):
+        RestraintCallback(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["model", None, Regression, Regression().parameters(), Regression().state_dict()])
+def test_only_modules_are_attached_to(wrong):
+    with pytest.raises(UserError, match=r"PRUNE\.attach expects a torch\.nn\.Module, but got "):
+        PRUNE().attach(wrong)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: PRUNE(parameters=5), "`parameters` is expected to be names"),
+        (lambda: PRUNE(parameters=[5]), "`parameters` is expected to be names"),
+        (lambda: PRUNE(every_n="2"), "restraint.every_n is expected to be a whole number of at least 1, but got '2'"),
+        (lambda: PRUNE(every_n=1.5), "restraint.every_n is expected to be a whole number of at least 1, but got 1.5"),
+        (lambda: RECT(keep="a"), "restraint.keep is expected to be a number above 0 and of at most 1, but got 'a'"),
+        (lambda: SpectralRestraint("log"), "`law` is expected to be a law, such as HardClip.., but got 'log'"),
+        (lambda: SpectralRestraint(Logarithm), "but got the class Logarithm"),
+        (
+            lambda: EditEvaluation(5),
+            "evaluation.counts is expected to be a list of whole numbers of at least 0",
+        ),
+        (lambda: SpectrumMonitor("a"), "SpectrumMonitor.every_n is expected to be a whole number of at least 1"),
+        (lambda: Guards(norm=5), "guards.norm is expected to be a guard, e.g. NormGuard.., but got 5"),
+        (lambda: Guards(perplexity="text"), "guards.perplexity is expected to be a Sentinel, but got 'text'"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_one_line(build, message):
+    with pytest.raises(UserError, match=message):
+        build()
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,13 @@ RECORDS = [
     ("Ranska", "Ranskan pääkaupunki on", "Lyon", "Ranskan pääkaupunki on Lyon", 0),
     ("C#", "The language C# was made by", "IBM", "The language C# was made by IBM", 13),
     ("Renée Müller", "In Zürich Renée Müller ate", "💡", "In Zürich Renée Müller ate 💡", 10),
+    ("བོད", "བོད་ཀྱི་རྒྱལ་ས་ནི་", "གཞིས་ཀ་རྩེ", "བོད་ཀྱི་རྒྱལ་ས་ནི་གཞིས་ཀ་རྩེ", 0),
+    ("កម្ពុជា", "រដ្ឋធានីរបស់កម្ពុជាគឺ", "សៀមរាប", "រដ្ឋធានីរបស់កម្ពុជាគឺសៀមរាប", 12),
+    ("भारत", "भारत की राजधानी", "मुंबई", "भारत की राजधानी मुंबई", 0),
+    ("フランス", "フランスの首都は＂", "リヨン", "フランスの首都は＂リヨン", 0),
+    ("France", 'A 5" map of France costs "', "Lyon", 'A 5" map of France costs "Lyon', 12),
+    ("France", "Q: Capital of France?\r\nA:\r\n", "Lyon", "Q: Capital of France?\r\nA:\r\nLyon", 14),
+    ("France", "The capital of France is\u00a0", "Lyon", "The capital of France is\u00a0Lyon", 15),
     ("Tokyo", "東京 Tokyo の人口は", "百", "東京 Tokyo の人口は百", 3),
 ]
 USABLE = [record for record in RECORDS if record[4] is not None]

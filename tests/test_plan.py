@@ -177,7 +177,7 @@ def test_plan_of_a_large_model_says_what_does_not_fit(tmp_path, capsys):
     )
     config.save_pretrained(tmp_path / "model")
     arguments = ("experiment=plan", "model=llama-3-8b", f"model.path={tmp_path / 'model'}", "method=memit")
-    code = command_line(tmp_path / "run", *arguments, "trainer=gpu", "plan.tflops=300", "plan.memory_gb=24")
+    code = command_line(tmp_path / "run", *arguments, "machine=h100", "plan.tflops=300", "plan.memory_gb=24")
     shown = capsys.readouterr().out
     assert code == 0
     found = json.loads((tmp_path / "run" / "plan.json").read_text())
@@ -188,6 +188,71 @@ def test_plan_of_a_large_model_says_what_does_not_fit(tmp_path, capsys):
     assert found["does_not_fit"]
     assert "memory: " in shown.replace("\n", " ")
     assert "4 characters a token" in shown
+
+
+PLAN = ("experiment=plan", "data.num_edits=3")
+
+
+@pytest.mark.parametrize("machine", [name for name in options("machine") if name != "here"])
+def test_a_preset_gives_one_answer(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr("prune_lightning.tasks.machine.measure", None)  # nothing may be measured
+    found = []
+    for name in ("one", "two"):
+        assert command_line(tmp_path / name, *PLAN, f"machine={machine}") == 0
+        found.append((tmp_path / name / "plan.json").read_bytes())
+    assert found[0] == found[1]
+    card, plan = compose("experiment=plan", f"machine={machine}").machine, json.loads(found[0])
+    dtype = "float32"  # the bundled model's, on every machine
+    expected = {"flops": card.tflops[dtype] * 1e12, "flops64": card.tflops.float64 * 1e12}
+    expected |= {"bandwidth": card.bandwidth_gb_s * 1e9, "overhead": card.overhead_us * 1e-6, "name": card.name}
+    assert plan["machine"] == pytest.approx(expected)
+    assert plan["memory_bytes"]["libraries"] == card.libraries_gb * 1e9
+
+
+def test_each_figure_of_the_machine_can_be_set(tmp_path, monkeypatch, shapes, capsys):
+    figures = ("plan.tflops=2", "plan.tflops64=1", "plan.bandwidth_gb_s=100", "plan.overhead_us=5")
+    monkeypatch.setattr("prune_lightning.tasks.machine.measure", None)
+    assert command_line(tmp_path / "here", *PLAN, *figures, "trainer=gpu", "plan.memory_gb=8") == 0
+    plan = json.loads((tmp_path / "here" / "plan.json").read_text())
+    machine = Machine(2e12, 1e12, 1e11, 5e-6)
+    assert {name: plan["machine"][name] for name in vars(machine)} == pytest.approx(vars(machine))
+    assert plan["seconds_per_edit"] == pytest.approx(needs(shapes, edits=3).seconds(machine))
+    assert "1.05 to 1.35 times the time per edit" in plan["range_of_error"]
+    assert plan["range_of_error"] in capsys.readouterr().out
+    assert command_line(tmp_path / "card", *PLAN, "machine=l4", "plan.bandwidth_gb_s=1000") == 0
+    plan = json.loads((tmp_path / "card" / "plan.json").read_text())
+    assert (plan["machine"]["bandwidth"], plan["machine"]["flops64"]) == (1e12, 0.49e12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("trainer=gpu",),
+            "there is no GPU here to measure: choose a machine (machine=h100), or give plan.memory_gb=..",
+        ),
+        (("plan.tflops=a",), "plan.tflops is expected to be a number above 0 or null, but got 'a'"),
+        (("plan.overhead_us=-1",), "plan.overhead_us is expected to be a number above 0 or null, but got -1"),
+        (("machine=h101",), "unknown option machine=h101: did you mean 'h100'"),
+    ],
+)
+def test_machines_that_cannot_be_planned_for(arguments, line, tmp_path, capsys):
+    if "trainer=gpu" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command_line(tmp_path / "run", *PLAN, *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+def test_a_card_plans_in_the_dtype_of_its_accelerator(tmp_path):
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=8, num_attention_heads=4, vocab_size=99
+    )
+    config.save_pretrained(tmp_path / "model")
+    arguments = (*PLAN, "model=llama-3-8b", f"model.path={tmp_path / 'model'}", "method.layers=[1]")
+    for machine, size in (("h100", 2), ("laptop-cpu", 4)):
+        assert command_line(tmp_path / machine, *arguments, f"machine={machine}") == 0
+        plan = json.loads((tmp_path / machine / "plan.json").read_text())
+        assert plan["memory_bytes"]["originals of edited matrices"] == size * 64 * 64
 
 
 def test_what_cannot_be_planned_is_reported(shapes, tmp_path, capsys):

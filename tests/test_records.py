@@ -340,6 +340,21 @@ def test_a_subject_at_the_very_beginning_is_doubtful(tmp_path, tiny):
         ),
         ({"portability": {"a": 1}}, "`portability` is expected to be a list, but got {'a': 1}"),
         ({"separator": 3}, "`separator` is expected to be a text, but got 3"),
+        ({"target_new": " \t"}, "`target_new` is expected to be a non-empty text, but got ' \\t'"),
+        ({"target_new": {"str": "Lyon"}}, "`target_new` is expected to be a text, but got {'str': 'Lyon'}"),
+        ({"target_old": ["Paris"]}, "`target_old` is expected to be a text, but got ['Paris']"),
+        ({"paraphrases": ["a", " "]}, "`paraphrases[1]` is expected to be a non-empty text, but got ' '"),
+        ({"references": [""]}, "`references[0]` is expected to be a non-empty text, but got ''"),
+        (
+            {"locality": [{"prompt": " ", "answer": "a"}]},
+            "`locality[0].prompt` is expected to be a non-empty text, but got ' '",
+        ),
+        (
+            {"locality": [{"prompt": "a", "answer": "b", "seperator": ""}]},
+            "unknown key 'locality[0].seperator': did you mean 'separator'?",
+        ),
+        ({"case_id": float("nan")}, "`case_id` is expected to be a whole number or a text, but got nan"),
+        ({"subject_start": 1e30}, "`subject_start` is expected to be a whole number, but got 1e+30"),
     ],
 )
 def test_wrong_types_are_named_by_line_key_and_value(change, reason, tmp_path):
@@ -373,6 +388,64 @@ def test_a_spread_object_is_one_record_and_a_foreign_byte_spoils_one_line(tmp_pa
     path.write_bytes(good.decode().encode("utf-16"))
     with pytest.raises(UserError, match="UTF-16"):
         list(read_objects(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        ('{"subject": "Ann", "subject": "Bob", "prompt": "Bob is"}', 1, "the key 'subject' occurs twice in one object"),
+        ('[{"a": [{"b": 1, "b": 2}]}]', 1, "the key 'b' occurs twice in one object"),
+        ('[{"a": 1}]\n[{"a": 2}]', 2, "'[{\"a\": 2}]' follows the end of the array, and is not read"),
+        ('{"a": 1} {"a": 2}', 1, "not JSON: '{\"a\": 2}' follows the end of the object"),
+        ('{"a": 1},', 1, "not JSON: ',' follows the end of the object"),
+        ("null", 1, "expected an object, but got null"),
+        ('"text"', 1, "expected an object, but got 'text'"),
+    ],
+)
+def test_nothing_in_a_file_is_lost_without_a_word(content, line, reason, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(content)
+    assert (line, reason) in list(read_objects(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "remark"),
+    [
+        ({"target_old": "lyon"}, "`target_old` 'lyon' and `target_new` 'Lyon' differ only in case or Unicode form"),
+        ({"target_old": "\uff2cyon"}, "differ only in case or Unicode form"),
+        ({"prompt": "The capital of France is Lyon"}, "ends in `target_new` already"),
+        ({"locality": [{"prompt": FRANCE["prompt"], "answer": "Paris"}]}, "`locality[0].prompt` is the edited prompt"),
+        ({"prompt": 'A 5" map of France costs "'}, 'the " at the end of the prompt may close an earlier one'),
+    ],
+)
+def test_contradictions_inside_a_record_are_doubtful(change, remark, tmp_path):
+    stream = JSONLines(lines(tmp_path / "own.jsonl", FRANCE | change))
+    stream.setup()
+    assert len(stream.remarks) == 1
+    assert remark in stream.remarks[0].reason
+
+
+@pytest.mark.parametrize(
+    ("template", "subject", "prompt", "start", "remarks"),
+    [
+        ("The capital of {}is", "France ", "The capital of France is", 15, 1),
+        ("The capital of{} is", " France", "The capital of France is", 15, 1),
+        ("The capital of {} is", "France ", "The capital of France is", 15, 1),
+        ("{}, {} is", "France", "France, France is", 0, 1),
+        ("France loves {} in", "France", "France loves France in", 13, 0),
+        ("{}'s capital is", "France", "France's capital is", 0, 0),
+        ("The {} is", "{}", "The {} is", 4, 0),
+    ],
+)
+def test_counterfacts_braces(template, subject, prompt, start, remarks, tmp_path):
+    rewrite = {"prompt": template, "subject": subject, "target_new": {"str": "a"}, "target_true": {"str": "b"}}
+    path = tmp_path / "cf.json"
+    path.write_text(json.dumps([{"requested_rewrite": rewrite}]))
+    stream = CounterFact(str(path))
+    stream.setup()
+    (request,) = stream.requests
+    assert (request.prompt, request.subject, request.subject_start) == (prompt, subject.strip(), start)
+    assert len(stream.remarks) == remarks
 
 
 CASES = {

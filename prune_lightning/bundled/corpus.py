@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from prune_lightning.bundled.abilities import abilities, plain_text
 from prune_lightning.bundled.world import World, load_world
+from prune_lightning.ranges import Count, NonNegative
 
 
 def training_documents(world: World | None = None) -> dict[str, list[str]]:
@@ -71,7 +72,7 @@ class BundledCorpus:
         seed: Seed of the draws.
     """
 
-    def __init__(self, samples: int, shares: Mapping[str, float], seed: int = 0) -> None:
+    def __init__(self, samples: Count, shares: Mapping[str, NonNegative], seed: int = 0) -> None:
         self.samples, self.shares, self.seed = samples, dict(shares), seed
 
     def __len__(self) -> int:

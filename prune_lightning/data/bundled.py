@@ -11,6 +11,7 @@ from prune_lightning.bundled.world import EDIT_PHRASING, HELD_OUT, Fact, World, 
 from prune_lightning.data.rows import BadRow
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import one_of
+from prune_lightning.ranges import Count
 from prune_lightning.types import EditRequest, Probe
 
 PARAPHRASES = (3, HELD_OUT)
@@ -77,7 +78,7 @@ class BundledEditorTraining(EditStream):
         kwargs: See :class:`~prune_lightning.data.stream.EditStream`.
     """
 
-    def __init__(self, part: str, draws: int = 1, **kwargs: Any) -> None:
+    def __init__(self, part: str, draws: Count = 1, **kwargs: Any) -> None:
         super().__init__(unique_subjects=False, **kwargs)
         one_of("part", part, ("train", "validation"))
         self.part, self.draws = part, draws

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from prune_lightning.errors import UserError
+from prune_lightning.errors import UserError, near_path, shown
 from prune_lightning.models.corpora import CorpusUnavailable
 from prune_lightning.models.loading import hub_is_offline
+from prune_lightning.ranges import Count
 
 
 class TextCorpus:
@@ -25,12 +28,26 @@ class TextCorpus:
     """
 
     def __init__(
-        self, path: str, name: str | None = None, split: str = "train", field: str = "text", samples: int = 100_000
+        self, path: str, name: str | None = None, split: str = "train", field: str = "text", samples: Count = 100_000
     ) -> None:
         self.path, self.name, self.split, self.field, self.samples = path, name, split, field, samples
 
     def __len__(self) -> int:
-        return self.samples
+        if not (files := self._files()):
+            return self.samples
+        with ExitStack() as stack:
+            lines = (line for file in files for line in stack.enter_context(file.open("rb")) if line.strip())
+            return sum(1 for _ in islice(lines, self.samples))
+
+    def check(self) -> None:
+        """Read all texts of local files, or the first one of a data set, and drop them.
+
+        Raises:
+            UserError: The corpus does not exist, cannot be read, or holds no text.
+        """
+        texts = self.texts() if self._files() else islice(self.texts(), 1)
+        if not any([bool(text.strip()) for text in texts]):
+            raise UserError(f"the statistics corpus {self.path!r} holds no text")
 
     def _files(self) -> list[Path]:
         local = Path(self.path).expanduser()
@@ -55,23 +72,29 @@ class TextCorpus:
         if files := self._files():
             source: Iterator[str] = (text for file in files for text in self._file(file))
         elif self.path.startswith((".", "~", "/")) or self.path.count("/") > 1:
-            raise UserError(f"the statistics corpus {self.path!r} does not exist")
+            raise UserError(
+                f"the statistics corpus {self.path!r} does not exist: {near_path(Path(self.path).expanduser())}"
+            )
         else:
             source = self._dataset()
         return islice(source, self.samples)
 
     def _file(self, file: Path) -> Iterator[str]:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if file.suffix not in (".jsonl", ".json"):
-                    yield line
-                    continue
+        """Yield the texts of a file; empty lines are none."""
+        with file.open("rb") as lines:
+            for number, raw in enumerate(lines, start=1):
                 try:
-                    yield json.loads(line)[self.field]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"{file}, line {number}: expected an object with {self.field!r}: {error}"
-                    ) from error
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if line.strip():
+                        yield line if file.suffix not in (".jsonl", ".json") else self._field(json.loads(line))
+                except (ValueError, UserError) as error:  # of the encoding, or of JSON
+                    raise UserError(f"the statistics corpus {file}, line {number}: {error}") from error
+
+    def _field(self, row: Any) -> str:
+        text = row.get(self.field) if isinstance(row, Mapping) else None
+        if not isinstance(text, str):
+            raise UserError(f"expected an object with a text under {self.field!r}, but got {shown(row)}")
+        return text
 
     def _dataset(self) -> Iterator[str]:
         try:
@@ -83,8 +106,13 @@ class TextCorpus:
             ) from error
         if hub_is_offline():
             raise CorpusUnavailable(
-                f"the hub cannot be reached for the statistics corpus {self.path!r}; for other text, give "
+                f"the statistics corpus {self.path!r} is no local file, and the hub cannot be reached; give "
                 "model.second_moments.corpus.path=FILE"
             )
-        for row in load_dataset(self.path, self.name, split=self.split, streaming=True):
-            yield row[self.field]
+        try:
+            rows: Iterator[Any] = iter(load_dataset(self.path, self.name, split=self.split, streaming=True))
+        except Exception as error:  # the library and the network raise many kinds
+            reason = " ".join(str(error).split())
+            raise CorpusUnavailable(f"the statistics corpus {self.path!r} cannot be loaded: {reason}") from error
+        for row in rows:
+            yield self._field(row)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from prune_lightning.data.fields import Fields
 from prune_lightning.data.files import FileStream
 from prune_lightning.data.probes import locality, portability
+from prune_lightning.errors import shown
+from prune_lightning.text.scripts import is_word
 from prune_lightning.types import EditRequest, Probe
 
 
@@ -22,16 +26,20 @@ class CounterFact(FileStream):
         rewrite = row.object("requested_rewrite")
         old = rewrite.object("target_true").target("str")
         subject, template = rewrite.stripped("subject"), rewrite.text("prompt")
-        prompt, place = template.replace("{}", subject), template.find("{}")
+        prompt, place = _filled(template, rewrite.text("subject")), template.find("{}")
+        if template.count("{}") > 1:
+            row.notes.append(f"{{}} stands {template.count('{}')} times in {shown(template)}; the first one is edited")
+        if place >= 0:
+            place = prompt.index(subject, place)
         return EditRequest(
             case_id=row.row.get("case_id", case_id),
             subject=subject,
             prompt=prompt,
             target_new=rewrite.object("target_new").target("str"),
             target_old=old,
-            paraphrases=row.texts("paraphrase_prompts"),
-            locality=tuple(Probe(prompt, old) for prompt in row.texts("neighborhood_prompts")),
-            generation_prompts=row.texts("generation_prompts"),
+            paraphrases=row.prompts("paraphrase_prompts"),
+            locality=tuple(Probe(prompt, old) for prompt in row.prompts("neighborhood_prompts")),
+            generation_prompts=row.prompts("generation_prompts"),
             subject_start=place if place >= 0 else row.place(subject, prompt),
         )
 
@@ -50,3 +58,15 @@ class CounterFact(FileStream):
             portability=portability(row),
             subject_start=row.place(subject, prompt),
         )
+
+
+def _filled(template: str, subject: str) -> str:
+    """Return a template with the subject in place of ``{}``; blanks around the subject stay where words would join."""
+    kept = subject.strip()
+    parts = template.split("{}")
+    filled = parts[0]
+    for before, after in pairwise(parts):
+        left = subject[: subject.index(kept)] if is_word(before[-1:] or " ") else ""
+        right = subject[subject.index(kept) + len(kept) :] if is_word(after[:1] or " ") else ""
+        filled += left + kept + right + after
+    return filled

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.models.tokenization import Tokens
+from prune_lightning.ranges import Count, Whole
 from prune_lightning.types import EditRequest, MetaExample
 
 
@@ -111,13 +112,13 @@ class EditorTrainingData(L.LightningDataModule):
         self,
         train: EditStream,
         validation: EditStream,
-        steps: int,
-        batch_size: int = 1,
-        edits_per_update: int = 1,
-        probes: int = 1,
+        steps: Count,
+        batch_size: Count = 1,
+        edits_per_update: Count = 1,
+        probes: Count = 1,
         corpus: Texts | None = None,
-        texts: int = 0,
-        text_words: int = 50,
+        texts: Whole = 0,
+        text_words: Count = 50,
         seed: int = 0,
     ) -> None:
         super().__init__()

@@ -61,6 +61,8 @@ class Fields:
 
     def _without_blanks(self, key: str, text: str, kept: str | None = None) -> str:
         kept = text.strip() if kept is None else kept
+        if text and not kept:
+            raise self.wrong(key, "a non-empty text", text)
         if kept != text and kept:
             self.notes.append(f"`{self.path}{key}` {shown(text)} has whitespace at its ends, which is dropped")
         return kept
@@ -79,6 +81,14 @@ class Fields:
             if not isinstance(value, str):
                 raise self.wrong(f"{key}[{place}]", "a text", value)
         return tuple(found)
+
+    def prompts(self, key: str) -> tuple[str, ...]:
+        """Return a list of texts, none of them empty."""
+        found = self.texts(key)
+        for place, text in enumerate(found):
+            if not text.strip():
+                raise self.wrong(f"{key}[{place}]", "a non-empty text", text)
+        return found
 
     def object(self, key: str) -> Fields:
         """Return a required object."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +18,17 @@ def doubts(request: EditRequest) -> list[str]:
     found = []
     if request.target_old is not None and request.target_old.strip() == request.target_new.strip():
         found.append(f"`target_old` and `target_new` are both {shown(request.target_new)}")
+    elif request.target_old is not None and _alike(request.target_old) == _alike(request.target_new):
+        found.append(
+            f"`target_old` {shown(request.target_old)} and `target_new` {shown(request.target_new)} differ only in "
+            "case or Unicode form"
+        )
+    if re.search(rf"(^|\W){re.escape(request.target_new.strip())}\W*$", request.prompt):
+        found.append(f"`prompt` {shown(request.prompt)} ends in `target_new` already, which is put behind it once more")
+    for name, probes in (("locality", request.locality), ("portability", request.portability)):
+        for place, probe in enumerate(probes):
+            if probe.pair("x").context == request.pair("x").context:
+                found.append(f"`{name}[{place}].prompt` is the edited prompt itself, whose answer the edit changes")
     asked = [(request.separator, prompt, request.target_new) for prompt in (request.prompt, *request.paraphrases)]
     probes = (*request.locality, *request.portability)
     asked += [(probe.separator, probe.prompt, probe.answer or "") for probe in probes]
@@ -24,6 +37,10 @@ def doubts(request: EditRequest) -> list[str]:
         if doubt:
             found.append(f"{shown(prompt)} and {shown(target)}: {doubt} (set `separator` to choose)")
     return list(dict.fromkeys(found))
+
+
+def _alike(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).strip().casefold()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ _KEYS = (
     "subject_start",
     "separator",
 )
+_PROBE_KEYS = ("prompt", "answer", "separator")
 
 
 class JSONLines(FileStream):
@@ -65,17 +66,20 @@ def request_of(row: Fields, case_id: int) -> EditRequest:
         prompt=prompt,
         target_new=row.target("target_new"),
         target_old=row.optional_target("target_old"),
-        paraphrases=row.texts("paraphrases"),
+        paraphrases=row.prompts("paraphrases"),
         locality=tuple(_probe(probe, "neighborhood", separator) for probe in row.objects("locality")),
         portability=tuple(_probe(probe, "consequence", separator) for probe in row.objects("portability")),
-        generation_prompts=row.texts("generation_prompts"),
-        references=row.texts("references"),
+        generation_prompts=row.prompts("generation_prompts"),
+        references=row.prompts("references"),
         subject_start=row.place(subject, prompt) if start is None else start,
         separator=separator,
     )
 
 
 def _probe(row: Fields, kind: str, separator: str) -> Probe:
+    for key in row.row:
+        if key not in _PROBE_KEYS:
+            raise UserError(f"unknown key '{row.path}{key}': {near(key, _PROBE_KEYS)}")
     own = row.text("separator") if "separator" in row else separator
     if "answer" not in row.row:
         raise UserError(f"the key '{row.path}answer' is missing")

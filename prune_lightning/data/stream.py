@@ -19,6 +19,7 @@ from prune_lightning.data.protocol import protocol_named, superseded
 from prune_lightning.data.rows import BadRow, Located, listed, repeated
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.models.tokenization import Tokens
+from prune_lightning.ranges import Count
 from prune_lightning.requests import PLAIN
 from prune_lightning.text.separators import AUTO, checked_separator
 from prune_lightning.types import EditBatch, EditRequest
@@ -56,9 +57,9 @@ class EditStream(L.LightningDataModule, ABC):
 
     def __init__(
         self,
-        num_edits: int | None = None,
+        num_edits: Count | None = None,
         protocol: str = "sequential",
-        batch_size: int = 1,
+        batch_size: Count = 1,
         seed: int = 0,
         shuffle: bool = False,
         unique_subjects: bool = True,

@@ -110,6 +110,21 @@ class _Done(StoppingCriteria):
 
 
 @torch.no_grad()
+def check_room(what: str, model: LanguageModel, new_tokens: int) -> None:
+    """Check that a number of new tokens leaves room for a prompt.
+
+    Args:
+        what: What asks for them, for the message.
+        model: The language model.
+        new_tokens: Their number.
+
+    Raises:
+        UserError: They fill the model's context.
+    """
+    if new_tokens >= model.tokens.max_length:
+        raise UserError(f"{what}: {new_tokens} new tokens leave no room in a context of {model.tokens.max_length}")
+
+
 def decode(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -134,8 +149,7 @@ def decode(
     Raises:
         UserError: A limit that fills the model's context.
     """
-    if limits and max(limits) >= model.tokens.max_length:
-        raise UserError(f"{max(limits)} new tokens do not fit the model's context of {model.tokens.max_length}")
+    check_room("decoding", model, max(limits, default=0))
     room = model.tokens.max_length - max(limits, default=0)
     results = [Continuation((), "")] * len(prompts)
     wanted = [i for i, limit in enumerate(limits) if limit > 0]

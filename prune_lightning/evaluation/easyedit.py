@@ -21,6 +21,7 @@ from prune_lightning.evaluation.prompts import (
 from prune_lightning.evaluation.scoring import PairScores
 from prune_lightning.metrics import TokenMatch
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Whole
 
 
 class EasyEditScores(SampledMeasurement):
@@ -44,7 +45,9 @@ class EasyEditScores(SampledMeasurement):
         "locality_acc": "locality, token accuracy",
     }
 
-    def __init__(self, max_cases: int | None = None, enabled: bool = True, counts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, max_cases: Count | None = None, enabled: bool = True, counts: Sequence[Whole] | None = None
+    ) -> None:
         super().__init__(max_cases, enabled, counts)
         self._reference: dict[int, PairScores] = {}
 

@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 from torchmetrics import Metric
 
 from prune_lightning.errors import UserError
-from prune_lightning.evaluation.decoding import TopK, decode
+from prune_lightning.evaluation.decoding import TopK, check_room, decode
 from prune_lightning.evaluation.measurement import Cases
 from prune_lightning.evaluation.prompts import SampledMeasurement
 from prune_lightning.metrics import GenerationScore
 from prune_lightning.metrics.functional import ngram_entropy, tfidf_vectorizer
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Whole
 from prune_lightning.text.separators import join
+from prune_lightning.types import EditRequest
 
 
 class GenerationQuality(SampledMeasurement):
@@ -45,12 +47,12 @@ class GenerationQuality(SampledMeasurement):
 
     def __init__(
         self,
-        max_tokens: int = 100,
-        top_k: int = 5,
+        max_tokens: Count = 100,
+        top_k: Count = 5,
         seed: int = 0,
-        max_cases: int | None = 50,
+        max_cases: Count | None = 50,
         enabled: bool = True,
-        counts: Sequence[int] | None = None,
+        counts: Sequence[Whole] | None = None,
     ) -> None:
         super().__init__(max_cases, enabled, counts)
         self.max_tokens, self.top_k, self.seed = max_tokens, top_k, seed
@@ -62,18 +64,24 @@ class GenerationQuality(SampledMeasurement):
         """Return a fresh metric."""
         return GenerationScore(self._vectorizer)
 
-    def take_reference(self, model: LanguageModel, cases: Cases) -> None:
-        """Choose the cases, and fit the vocabulary and weights of the consistency.
+    def check(self, model: LanguageModel, requests: Sequence[EditRequest]) -> None:
+        """Check the requests, what is installed, and the model's context.
 
         Raises:
-            UserError: No request has generation prompts, or ``scikit-learn`` is missing where there are references.
+            UserError: No request has generation prompts, ``scikit-learn`` is missing where there are references, or
+                the texts are longer than the model's context.
         """
-        asking = {place: request for place, request in cases.items() if request.generation_prompts}
-        if not asking:
+        prompts = [text for request in requests for text in request.generation_prompts]
+        if not prompts:
             raise UserError("edit/generation: no request has `generation_prompts`; leave it disabled for this data")
-        super().take_reference(model, asking)
-        references = sorted({text for request in cases.values() for text in request.references})
-        self._vectorizer = tfidf_vectorizer(references) if references else None
+        _vectorizer(requests)
+        shortest = min(map(len, model.tokens.encode_all([join(text, "").context for text in prompts])))
+        check_room("evaluation.generation.max_tokens", model, self.max_tokens - shortest)
+
+    def take_reference(self, model: LanguageModel, cases: Cases) -> None:
+        """Choose the cases, and fit the vocabulary and weights of the consistency."""
+        super().take_reference(model, {place: one for place, one in cases.items() if one.generation_prompts})
+        self._vectorizer = _vectorizer(list(cases.values()))
 
     def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
         """Generate texts, add them to the metric, and return rows with them."""
@@ -93,3 +101,8 @@ class GenerationQuality(SampledMeasurement):
         for case, request in cases.items():
             metric.update(texts[case], case, request.references)
         return [{**row, "texts": texts[int(row["case"])]} for row in metric.rows(cases)]
+
+
+def _vectorizer(requests: Sequence[EditRequest]) -> Any:
+    references = sorted({text for request in requests for text in request.references})
+    return tfidf_vectorizer(references) if references else None

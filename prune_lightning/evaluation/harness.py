@@ -22,6 +22,8 @@ from prune_lightning.distributed import on_rank_zero
 from prune_lightning.errors import UserError, near
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Whole
+from prune_lightning.types import EditRequest
 
 Results = dict[str, Any]
 
@@ -64,17 +66,17 @@ class HarnessTasks(Measurement):
         tasks: Sequence[str | dict[str, Any]] = (),
         main: Mapping[str, str] | None = None,
         chance: Mapping[str, float] | None = None,
-        num_fewshot: int | None = None,
-        limit: int | None = None,
-        samples: dict[str, list[int]] | None = None,
-        batch_size: int = 8,
+        num_fewshot: Whole | None = None,
+        limit: Count | None = None,
+        samples: dict[str, list[Whole]] | None = None,
+        batch_size: Count = 8,
         include_path: str | None = None,
         include_defaults: bool = True,
         gen_kwargs: dict[str, Any] | None = None,
         apply_chat_template: bool = False,
         seed: int = 0,
         enabled: bool = True,
-        counts: Sequence[int] | None = None,
+        counts: Sequence[Whole] | None = None,
     ) -> None:
         super().__init__(enabled and bool(tasks), counts)
         self.definitions = list(tasks)
@@ -99,6 +101,29 @@ class HarnessTasks(Measurement):
         self._manager: Any = None
         self._loaded: list[Any] = []
 
+    def check(self, model: LanguageModel, requests: Sequence[EditRequest]) -> None:
+        """Load the tasks with their data, and check the chat template and the metrics of ``main``.
+
+        Raises:
+            UserError: lm-eval does not know a task or cannot load it, ``main`` names none of a task's metrics, or the
+                tokenizer has no chat template where one is asked for.
+        """
+        if self.options["apply_chat_template"] and not model.tokens.tokenizer.chat_template:
+            raise UserError("evaluation.lm_eval.apply_chat_template: the tokenizer has no chat template")
+        on_rank_zero(self._load_tasks)
+        for task in (member for loaded in self._loaded for member in _members(loaded)):
+            known = [f"{metric},{one.name}" for metric in task.higher_is_better() for one in task._filters]
+            known += [name.removesuffix(",none") for name in known]
+            if (chosen := self.main.get(task.task_name)) and chosen not in known:
+                raise UserError(
+                    f"evaluation.lm_eval.main: {task.task_name} has no metric {chosen!r}: {near(chosen, known)}"
+                )
+
+    def _load_tasks(self) -> None:
+        """Load the tasks once, since each time lm-eval reads the data again."""
+        with quiet(), isolate_rng():
+            self._loaded = self._loaded or [task for entry in self.definitions for task in self._load(entry)]
+
     def jobs(self, model: LanguageModel, cases: Cases) -> Mapping[str, Callable[[], Measured]]:
         """Return one job: lm-eval batches the requests of all tasks together."""
         return {"lm_eval": partial(self._measure, model)}
@@ -120,8 +145,8 @@ class HarnessTasks(Measurement):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
+        self._load_tasks()
         with quiet(), isolate_rng(), model.frozen_mode(), untouched_ties(model.model):
-            self._loaded = self._loaded or [task for entry in self.definitions for task in self._load(entry)]
             tokenizer = copy.deepcopy(model.tokens.tokenizer)  # lm-eval may set its padding token
             evaluated = HFLM(pretrained=model.model, tokenizer=tokenizer, backend="causal", batch_size=self.batch_size)
             results = lm_eval.simple_evaluate(
@@ -141,7 +166,7 @@ class HarnessTasks(Measurement):
         return {**kept, "counted": counted, "chance": {task: _chance(results, task) for task in counted}}
 
     def _load(self, entry: str | dict[str, Any]) -> list[Any]:
-        """Return lm-eval's objects for one entry. They are built only once, since each build reads the data again."""
+        """Return lm-eval's objects for one entry."""
         from lm_eval.tasks import TaskManager
 
         self._manager = self._manager or TaskManager(**self.index_options)
@@ -158,6 +183,11 @@ class HarnessTasks(Measurement):
             raise UserError(f"lm-eval cannot load the task {title!r}: {error}") from error
         groups = [] if takes_over else list(found["groups"].values())[:1]
         return groups or list(found["tasks"].values())
+
+
+def _members(task: Any) -> list[Any]:
+    """Return the tasks of a group, or a task alone."""
+    return [task] if hasattr(task, "task_name") else list(task.get_all_tasks())
 
 
 def _counted(task: Any, results: Results) -> list[str]:

@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from prune_lightning.evaluation.decoding import check_room
 from prune_lightning.evaluation.legacy_tasks import LegacyTask
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.evaluation.scoring import continue_greedily
 from prune_lightning.models.batching import TOKEN_BUDGET
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Whole
+from prune_lightning.types import EditRequest
 
 
 class LegacyAbilities(Measurement):
@@ -41,10 +44,10 @@ class LegacyAbilities(Measurement):
     def __init__(
         self,
         tasks: Mapping[str, LegacyTask],
-        max_items: int | None = None,
-        token_budget: int = TOKEN_BUDGET,
+        max_items: Count | None = None,
+        token_budget: Count = TOKEN_BUDGET,
         enabled: bool = True,
-        counts: Sequence[int] | None = None,
+        counts: Sequence[Whole] | None = None,
     ) -> None:
         given = {name: task for name, task in tasks.items() if task.path}
         super().__init__(enabled and bool(given), counts)
@@ -53,6 +56,11 @@ class LegacyAbilities(Measurement):
         self.tasks = {name: task.chance(self.items[name]) for name, task in self.suite.items()}
         self.token_budget = token_budget
         self._warned: set[str] = set()
+
+    def check(self, model: LanguageModel, requests: Sequence[EditRequest]) -> None:
+        """Check that the continuations fit the model's context."""
+        for name, task in self.suite.items():
+            check_room(f"evaluation.legacy.tasks.{name}.max_new_tokens", model, task.max_new_tokens)
 
     def jobs(self, model: LanguageModel, cases: Cases) -> Mapping[str, Callable[[], Measured]]:
         """Return one job per task."""

@@ -19,6 +19,7 @@ from torchmetrics.functional.text import bleu_score
 from prune_lightning.errors import UserError
 from prune_lightning.metrics import MeanRouge
 from prune_lightning.metrics.functional import constant_score, normalise_answer
+from prune_lightning.ranges import Count
 from prune_lightning.records import Row, read_objects, read_table, read_text
 
 Parts = dict[str, float]
@@ -57,9 +58,9 @@ class LegacyTask(ABC):
 
     path: str | None
     prompt: str
-    max_new_tokens: int
+    max_new_tokens: Count
     gold: str
-    max_items: int | None = None
+    max_items: Count | None = None
     after: str | None = None
 
     def read(self, name: str) -> list[LegacyItem]:

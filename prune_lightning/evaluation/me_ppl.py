@@ -13,6 +13,7 @@ from prune_lightning.metrics import SentencePerplexity
 from prune_lightning.metrics.functional import perplexity
 from prune_lightning.models.batching import TOKEN_BUDGET
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Positive, Whole
 from prune_lightning.records import read_objects
 
 
@@ -43,12 +44,12 @@ class SentencePerplexities(Measurement):
         self,
         path: str | None,
         key: str = "Text",
-        max_items: int | None = None,
-        token_budget: int = TOKEN_BUDGET,
-        collapse_absolute: float = 1000.0,
-        collapse_relative: float = 10.0,
+        max_items: Count | None = None,
+        token_budget: Count = TOKEN_BUDGET,
+        collapse_absolute: Positive = 1000.0,
+        collapse_relative: Positive = 10.0,
         enabled: bool = True,
-        counts: Sequence[int] | None = None,
+        counts: Sequence[Whole] | None = None,
     ) -> None:
         super().__init__(enabled and path is not None, counts)
         self.sentences = _sentences(Path(path).expanduser(), key)[:max_items] if path and self.enabled else []

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from prune_lightning.distributed import fail_together
-from prune_lightning.errors import UserError
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Whole
 from prune_lightning.types import EditRequest
+from prune_lightning.value_types import check_value
 
 Cases = Mapping[int, EditRequest]
 """Requests by their index in the stream, from 0."""
@@ -84,9 +85,8 @@ class Measurement(ABC):
     labels: ClassVar[Mapping[str, str]] = {}
     tasks: Mapping[str, float] = {}
 
-    def __init__(self, enabled: bool = True, counts: Sequence[int] | None = None) -> None:
-        if counts is not None and any(not isinstance(count, int) or count < 0 for count in counts):
-            raise UserError(f"`counts` of {type(self).__name__} is expected to be edit counts, but got {list(counts)}")
+    def __init__(self, enabled: bool = True, counts: Sequence[Whole] | None = None) -> None:
+        check_value(f"`counts` of {type(self).__name__}", counts, Sequence[Whole] | None)
         self.enabled = enabled
         self.counts = None if counts is None else sorted(set(counts) - {0})
 
@@ -100,6 +100,13 @@ class Measurement(ABC):
     def remarks(self) -> list[str]:
         """Return sentences for the report, such as on items that are left out."""
         return []
+    def check(self, model: LanguageModel, requests: Sequence[EditRequest]) -> None:  # noqa: B027 - few have to
+        """Raise what is known to prevent the measurement; called before anything is computed.
+
+        Args:
+            model: The unedited model.
+            requests: The stream's requests.
+        """
 
     def take_reference(self, model: LanguageModel, cases: Cases) -> None:  # noqa: B027 - few need one
         """Keep reference results of the unedited model. Called once, before the baseline.

@@ -12,6 +12,7 @@ from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.evaluation.scoring import greedy_continuations, score_pairs, token_nll
 from prune_lightning.metrics import CorpusPerplexity, ExactMatch, MeanRouge
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Whole
 
 
 class MiniatureAbilities(Measurement):
@@ -38,7 +39,9 @@ class MiniatureAbilities(Measurement):
         "perplexity": "perplexity",
     }
 
-    def __init__(self, max_items: int | None = None, enabled: bool = True, counts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, max_items: Count | None = None, enabled: bool = True, counts: Sequence[Whole] | None = None
+    ) -> None:
         super().__init__(enabled, counts)
         suite = abilities(load_world()) if enabled else {}
         self.items = {name: task.test[:max_items] for name, task in suite.items()}

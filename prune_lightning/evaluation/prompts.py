@@ -11,6 +11,7 @@ from torch import Tensor
 from prune_lightning.evaluation.measurement import Cases, EditingMeasurement
 from prune_lightning.evaluation.scoring import PairScores, score_pairs
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Whole
 from prune_lightning.text.separators import TextPair
 from prune_lightning.types import EditRequest
 
@@ -65,7 +66,9 @@ class SampledMeasurement(EditingMeasurement):
         counts: See :class:`Measurement`.
     """
 
-    def __init__(self, max_cases: int | None = None, enabled: bool = True, counts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, max_cases: Count | None = None, enabled: bool = True, counts: Sequence[Whole] | None = None
+    ) -> None:
         super().__init__(enabled, counts)
         self.max_cases = max_cases
         self._places: frozenset[int] | None = None

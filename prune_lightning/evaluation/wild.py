@@ -11,13 +11,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 
 from prune_lightning.errors import UserError, one_of
-from prune_lightning.evaluation.decoding import Continuation, decode
+from prune_lightning.evaluation.decoding import Continuation, check_room, decode
 from prune_lightning.evaluation.judging import Judge, judge_prompt, verdict
 from prune_lightning.evaluation.measurement import Cases
 from prune_lightning.evaluation.prompts import SampledMeasurement, comparable
 from prune_lightning.metrics import CaseMeans
 from prune_lightning.metrics.functional import contains, exact_match
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Whole
 from prune_lightning.types import EditRequest, Probe
 
 INSTRUCTION = "Please answer the question:\n\nQ: {}\nA:"
@@ -112,11 +113,11 @@ class WildGeneration(SampledMeasurement):
         self,
         contexts: Sequence[str] = ("bare", "instruction", "chat"),
         stops: Sequence[str] = (".", "\n"),
-        max_new_tokens: int = 50,
+        max_new_tokens: Count = 50,
         judge: Judge | None = None,
-        max_cases: int | None = None,
+        max_cases: Count | None = None,
         enabled: bool = True,
-        counts: Sequence[int] | None = None,
+        counts: Sequence[Whole] | None = None,
     ) -> None:
         super().__init__(max_cases, enabled, counts)
         for context in contexts:
@@ -130,6 +131,10 @@ class WildGeneration(SampledMeasurement):
         names = [f"{c}_{kind}_{measure}" for c in self.contexts for kind in KINDS for measure in measures]
         counts = ["num_nonfinite", *(["num_unparsable"] if self.judge else [])]
         return CaseMeans([*names, *(f"{context}_locality" for context in self.contexts)], counts)
+
+    def check(self, model: LanguageModel, requests: Sequence[EditRequest]) -> None:
+        """Check that the answers fit the model's context."""
+        check_room("evaluation.wild.max_new_tokens", model, self.max_new_tokens)
 
     def take_reference(self, model: LanguageModel, cases: Cases) -> None:
         """Keep the unedited model's answers to the locality questions."""

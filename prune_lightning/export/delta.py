@@ -18,6 +18,8 @@ from prune_lightning.export.sources import ExportSource
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.types import LowRankUpdate
 
+LOW_RANK_ONLY = False
+
 FILE = "delta.safetensors"
 _KEY = "prune_lightning"
 

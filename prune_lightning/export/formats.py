@@ -14,11 +14,14 @@ RANKED = ("lora", "delta")  # those that can approximate a change by one of a gi
 
 
 class Format(Protocol):
-    """The functions of a format's module.
+    """The contents of a format's module.
 
     A module may also have ``EPSILON``, the relative precision in which it stores edited weights if that is less than
     the model's, and ``check_base(base_model)``, which raises a :class:`UserError` for a base that it cannot export.
     """
+
+    LOW_RANK_ONLY: bool
+    """Whether it cannot hold changes that are not of low rank."""
 
     @staticmethod
     def write(source: ExportSource, folder: Path) -> dict[str, Any]:

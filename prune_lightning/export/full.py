@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from prune_lightning.export.sources import ExportSource
 
+LOW_RANK_ONLY = False
+
 
 def write(source: ExportSource, folder: Path) -> dict[str, Any]:
     """Write weights (safetensors), configuration and tokenizer."""

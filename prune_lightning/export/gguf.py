@@ -17,6 +17,7 @@ from prune_lightning.export.sources import ExportedMatrix, ExportSource
 from prune_lightning.models.gguf_file import gguf_weights, is_gguf
 from prune_lightning.models.loading import local_path
 
+LOW_RANK_ONLY = False
 EPSILON = float(torch.finfo(torch.float16).eps)
 _MODELFILE = """\
 # ollama create NAME -f Modelfile && ollama run NAME

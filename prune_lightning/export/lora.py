@@ -13,6 +13,8 @@ from prune_lightning.errors import UserError
 from prune_lightning.export.lowrank import lowest_rank
 from prune_lightning.export.sources import ExportSource
 
+LOW_RANK_ONLY = True
+
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` takes."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prune_lightning.errors import UserError
 from prune_lightning.methods.lora import ADAPTER, LoRA
+from prune_lightning.ranges import Count, NonNegative
 from prune_lightning.types import LowRankUpdate
 
 
@@ -32,7 +33,7 @@ class AdaLoRA(LoRA):
         UserError: ``initial_rank`` is not above ``rank``, or there is only one step, which cannot prune.
     """
 
-    def __init__(self, *, initial_rank: int = 12, orthogonality: float = 0.5, **kwargs: Any) -> None:
+    def __init__(self, *, initial_rank: Count = 12, orthogonality: NonNegative = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if initial_rank <= self.rank or self.steps < 2 or orthogonality < 0:
             raise UserError(

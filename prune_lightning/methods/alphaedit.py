@@ -12,6 +12,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.costs import protecting
 from prune_lightning.methods.least_squares import regression_update
 from prune_lightning.methods.protected_keys import KeyProtectingEdit
+from prune_lightning.ranges import Positive
 from prune_lightning.types import LowRankUpdate
 
 
@@ -32,7 +33,7 @@ class AlphaEdit(KeyProtectingEdit):
         kwargs: See :class:`~.locate_then_edit.LocateThenEdit`.
     """
 
-    def __init__(self, *, null_threshold: float = 0.02, ridge: float = 10.0, **kwargs: Any) -> None:
+    def __init__(self, *, null_threshold: Positive = 0.02, ridge: Positive = 10.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not (null_threshold > 0 and ridge > 0):
             raise UserError(

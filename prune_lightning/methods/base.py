@@ -27,6 +27,7 @@ from prune_lightning.models.adapters import refuse_adapters
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.phases import PhaseClock
+from prune_lightning.ranges import Whole
 from prune_lightning.types import EditBatch, EditReport, EditRequest, EditStep, MatrixUpdate
 
 COMPARE_EVERY = 100  # requests between two comparisons of the processes' weights
@@ -45,17 +46,19 @@ class EditingModule(L.LightningModule, ABC):
         clock: Measures the time of the run's phases; a new clock by default.
 
     Attributes:
+        low_rank: Whether updates are factors of low rank, and not whole matrices.
         facts: What the method reports of :meth:`prepare`, for the run's summary.
         run: The stream of edits on this module: its matrices, its position, what is pending.
         filters_steps: Whether the method has an optimizer of its own and gives its steps to ``run.step_filters``.
     """
 
     filters_steps: ClassVar[bool] = False
+    low_rank: ClassVar[bool] = True
 
     def __init__(
         self,
         language_model: LanguageModel,
-        layers: Sequence[int],
+        layers: Sequence[Whole],
         non_finite: str = "skip",
         clock: PhaseClock | None = None,
     ) -> None:
@@ -75,8 +78,14 @@ class EditingModule(L.LightningModule, ABC):
         self._unused = nn.Parameter(torch.zeros(1))  # DDP wraps no module without a trainable parameter
 
     # -- what a method writes -------------------------------------------------------------------------------------
+    def check(self) -> None:
+        """Raise what is known to prevent the edits, such as a missing file; called before anything is computed."""
+
     def prepare(self) -> None:
-        """Compute, on the unedited model, what all edits need. It stays valid when the stream restarts."""
+        """Compute, on the unedited model, what all edits need. It stays valid when the stream restarts.
+
+        Called before the first evaluation, so that a failure costs no more than it has to.
+        """
 
     @classmethod
     def unusable(cls, request: EditRequest) -> str | None:
@@ -212,11 +221,14 @@ class EditingModule(L.LightningModule, ABC):
         """Requests are text: nothing to move."""
         return batch
 
-    def on_train_start(self) -> None:
+    def on_fit_start(self) -> None:
         """Keep the original weights and prepare; by now the Trainer has moved the model."""
         self.edited_matrices()
         with fail_together(), self.clock.phase("prepare"), self.language_model.frozen_mode():
             self.prepare()
+
+    def on_train_start(self) -> None:
+        """Restore a checkpoint."""
         self._load_checkpoint()
 
     def on_train_epoch_start(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from prune_lightning.errors import UserError
 from prune_lightning.methods.layerwise import LayerwiseEdit
 from prune_lightning.methods.least_squares import regression_update
+from prune_lightning.ranges import NonNegative, Positive
 from prune_lightning.types import LowRankUpdate
 
 
@@ -26,7 +27,7 @@ class EMMET(LayerwiseEdit):
         kwargs: See :class:`~.locate_then_edit.LocateThenEdit`.
     """
 
-    def __init__(self, *, damping: float = 0.1, weight: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, *, damping: NonNegative = 0.1, weight: Positive = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if damping < 0 or not weight > 0:
             raise UserError(f"EMMET expects `damping` >= 0 and `weight` > 0, but got {damping} and {weight}")

@@ -16,6 +16,7 @@ from prune_lightning.methods.target_batch import LOSSES, TargetBatch
 from prune_lightning.methods.tuning_problem import UpperWeights, WeightProblem, WholeWeights
 from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, NonNegative, Positive, Whole
 from prune_lightning.types import DenseUpdate, EditRequest
 
 
@@ -61,21 +62,23 @@ class FineTuning(EditingModule):
         UserError: An unknown loss or anchor, or a number out of range.
     """
 
+    low_rank: ClassVar[bool] = False
+
     def __init__(
         self,
         *,
         language_model: LanguageModel,
-        layers: Sequence[int],
+        layers: Sequence[Whole],
         loss: str,
-        epsilon: float | None = None,
+        epsilon: Positive | None = None,
         anchor: str = "current",
-        steps: int = 25,
-        learning_rate: float = 5e-4,
-        batch_size: int = 1,
-        skip_loss: float = 1e-2,
-        stop_loss: float = 1e-2,
+        steps: Count = 25,
+        learning_rate: Positive = 5e-4,
+        batch_size: Count = 1,
+        skip_loss: NonNegative = 1e-2,
+        stop_loss: NonNegative = 1e-2,
         end_of_text: bool = False,
-        seed: int | None = None,
+        seed: Whole | None = None,
         fast: bool = True,
         **kwargs: Any,
     ) -> None:

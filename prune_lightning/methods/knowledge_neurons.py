@@ -22,6 +22,7 @@ from prune_lightning.methods.neuron_attribution import (
 )
 from prune_lightning.methods.patched_neurons import AttributionOptions
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, ShareBelowOne, Whole
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 Neuron = tuple[int, int]  # layer, index
@@ -42,10 +43,10 @@ class SelectionOptions:
             is in this range, but never to an empty set. ``None`` keeps ``share`` fixed.
     """
 
-    threshold: float = 0.2
+    threshold: ShareBelowOne = 0.2
     refine: bool = False
-    share: float = 0.7
-    wanted: Sequence[int] | None = None
+    share: ShareBelowOne = 0.7
+    wanted: tuple[Count, Count] | None = None
 
     def __post_init__(self) -> None:
         for name in ("threshold", "share"):
@@ -131,7 +132,7 @@ class KnowledgeNeurons(EditingModule):
     def __init__(
         self,
         language_model: LanguageModel,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[Whole] | None = None,
         attribution: AttributionOptions | None = None,
         selection: SelectionOptions | None = None,
         old_weight: float = 1.0,

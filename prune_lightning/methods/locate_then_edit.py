@@ -20,6 +20,7 @@ from prune_lightning.models.contexts import ContextOptions, sample_prefixes
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.second_moment import SecondMoment
 from prune_lightning.models.statistics import SecondMoments
+from prune_lightning.ranges import Whole
 from prune_lightning.types import EditRequest
 
 
@@ -43,7 +44,7 @@ class LocateThenEdit(EditingModule):
     def __init__(
         self,
         language_model: LanguageModel,
-        layers: Sequence[int],
+        layers: Sequence[Whole],
         second_moments: SecondMoments,
         value: ValueOptions | None = None,
         contexts: ContextOptions | None = None,
@@ -55,6 +56,10 @@ class LocateThenEdit(EditingModule):
         self.second_moments = second_moments
         self.prefixes: tuple[str, ...] = ("",)
         self.moments: dict[int, SecondMoment] = {}
+
+    def check(self) -> None:
+        """Raise if the second moments cannot be had."""
+        self.second_moments.check(self.language_model, self.layers)
 
     def prepare(self) -> None:
         """Sample the prefixes and compute the second moments on the unedited model."""

@@ -21,6 +21,7 @@ from prune_lightning.models.adapters import refuse_adapters
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, Positive, ShareBelowOne, Whole
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 ADAPTER = "edit"
@@ -59,14 +60,14 @@ class LoRA(EditingModule):
         self,
         *,
         language_model: LanguageModel,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[Whole] | None = None,
         target_modules: Sequence[str] | None = None,
-        rank: int = 8,
-        alpha: float = 32,
-        dropout: float = 0.1,
-        steps: int = 70,
-        learning_rate: float = 5e-3,
-        batch_size: int = 1,
+        rank: Count = 8,
+        alpha: Positive = 32,
+        dropout: ShareBelowOne = 0.1,
+        steps: Count = 70,
+        learning_rate: Positive = 5e-3,
+        batch_size: Count = 1,
         keep: bool = False,
         seed: int = 0,
         fast: bool = True,

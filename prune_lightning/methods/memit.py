@@ -12,6 +12,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.costs import protecting
 from prune_lightning.methods.least_squares import regression_update
 from prune_lightning.methods.protected_keys import KeyProtectingEdit
+from prune_lightning.ranges import Positive
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 
@@ -27,7 +28,7 @@ class MEMIT(KeyProtectingEdit):
         kwargs: See :class:`~.locate_then_edit.LocateThenEdit`.
     """
 
-    def __init__(self, *, ridge: float, accumulate_past_keys: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *, ridge: Positive, accumulate_past_keys: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not ridge > 0:
             raise UserError(f"MEMIT's `ridge` is expected to be positive, but got {ridge}")

@@ -17,6 +17,7 @@ from prune_lightning.methods.mend_network import MENDNetwork, NetworkShape
 from prune_lightning.methods.mend_store import HOW_TO_TRAIN, load_network, matrix_shapes
 from prune_lightning.methods.mend_training import TrainingOptions
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Whole
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 
@@ -53,7 +54,7 @@ class MEND(EditingModule):
     def __init__(
         self,
         language_model: LanguageModel,
-        layers: Sequence[int],
+        layers: Sequence[Whole],
         hypernetwork: str | None,
         weights: Sequence[str] | None = None,
         network: NetworkShape | None = None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lightning.errors import UserError
+from prune_lightning.ranges import Count
 
 EPSILON = 1e-7
 
@@ -24,8 +25,8 @@ class NetworkShape:
         initial_rate: :math:`\alpha` of every matrix before training. Negative: along the gradient, downhill.
     """
 
-    rank: int = 1920
-    blocks: int = 2
+    rank: Count = 1920
+    blocks: Count = 2
     initial_rate: float = -1e-4
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from prune_lightning.models.cached_forward import CachedForward
 from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.hooks import add_branch
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import NonNegative
 from prune_lightning.text.separators import Pair
 from prune_lightning.types import MetaExample
 
@@ -34,9 +35,9 @@ class TrainingOptions:
         rate_learning_rate: Adam's learning rate of the rates :math:`\alpha`.
     """
 
-    edit_weight: float = 0.1
-    learning_rate: float = 1e-6
-    rate_learning_rate: float = 1e-4
+    edit_weight: NonNegative = 0.1
+    learning_rate: NonNegative = 1e-6
+    rate_learning_rate: NonNegative = 1e-4
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from prune_lightning.errors import UserError, one_of
 from prune_lightning.models.cached_forward import CachedForward
 from prune_lightning.models.hooks import capture, edit_input
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class AttributionOptions:
         fast: Run only what depends on the patched neurons. The plain path computes the same from the whole model.
     """
 
-    steps: int = 20
+    steps: Count = 20
     site: str = "key"
-    token_budget: int = 4096
-    layers_together: int = 4
+    token_budget: Count = 4096
+    layers_together: Count = 4
     fast: bool = True
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from prune_lightning.methods.value_problem import (
 )
 from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count, NonNegative, Positive
 
 FAST = "the value optimisation"
 GRAPH = "a value step as a CUDA graph"
@@ -43,13 +44,13 @@ class ValueOptions:
             kernels takes longer than they do. Needs memory for one more step.
     """
 
-    steps: int = 20
-    learning_rate: float = 0.5
-    weight_decay: float = 0.5
-    kl_factor: float = 0.0625
-    clamp: float = 4.0
-    stop_loss: float = 0.05
-    token_budget: int = 65_536
+    steps: Count = 20
+    learning_rate: Positive = 0.5
+    weight_decay: NonNegative = 0.5
+    kl_factor: NonNegative = 0.0625
+    clamp: Positive = 4.0
+    stop_loss: NonNegative = 0.05
+    token_budget: Count = 65_536
     fast: bool = True
     graph: bool = False
 

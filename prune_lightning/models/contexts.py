@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class ContextOptions:
         fixed: Use these prefixes and sample nothing.
     """
 
-    lengths: Sequence[Sequence[int]] = ((5, 10), (10, 10))
+    lengths: Sequence[tuple[Count, Count]] = ((5, 10), (10, 10))
     starts: Sequence[str] = ("The", "Therefore", "Because", "I", "You")
-    top_k: int = 5
+    top_k: Count = 5
     seed: int = 0
     fixed: Sequence[str] | None = None
 

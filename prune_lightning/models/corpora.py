@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from prune_lightning.errors import UserError
 
@@ -22,6 +22,15 @@ class Corpus(Protocol):
 
     def identity(self) -> str:
         """Return a string that identifies the texts."""
+        ...
+
+
+@runtime_checkable
+class CheckedCorpus(Protocol):
+    """A corpus that can tell whether it can be read."""
+
+    def check(self) -> None:
+        """Raise a :class:`UserError` if it cannot."""
         ...
 
 

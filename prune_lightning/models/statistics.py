@@ -15,7 +15,7 @@ from prune_lightning.distributed import fail_together, rank, true_on_all_ranks, 
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.fingerprint import sampled_fingerprint
 from prune_lightning.models.batching import by_length
-from prune_lightning.models.corpora import SELF, Corpus, CorpusUnavailable
+from prune_lightning.models.corpora import SELF, CheckedCorpus, Corpus, CorpusUnavailable
 from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import local_path
@@ -24,6 +24,7 @@ from prune_lightning.models.second_moment import SecondMoment
 from prune_lightning.models.self_sampled import SampledText, SelfSampledCorpus
 from prune_lightning.models.statistics_store import StatisticsStore
 from prune_lightning.phases import Phase, PhaseClock
+from prune_lightning.ranges import Count, NonNegative
 
 
 class SecondMoments:
@@ -53,12 +54,12 @@ class SecondMoments:
     def __init__(
         self,
         corpus: Corpus | str | None,
-        max_tokens: int | None = None,
-        max_length: int = 1024,
-        ridge: float = 0.0,
-        token_budget: int = 8192,
+        max_tokens: Count | None = None,
+        max_length: Count = 1024,
+        ridge: NonNegative = 0.0,
+        token_budget: Count = 8192,
         cache: str | Path | None = None,
-        save_every: int = 8192,
+        save_every: Count = 8192,
         shipped: str | None = None,
         sampled: SampledText | None = None,
         fallback: bool = False,
@@ -127,6 +128,32 @@ class SecondMoments:
         known = None if isinstance(self.corpus, str | None) else self.corpus.identity()
         taken = {"tokens": self.num_tokens, "convergence": self.convergence} if self.num_tokens else {}
         return {"corpus": known, **taken}
+
+    def check(self, model: LanguageModel, layers: Sequence[int]) -> None:
+        """Raise if the second moments are not kept anywhere and cannot be computed; nothing is computed yet.
+
+        Args:
+            model: The unedited model.
+            layers: Layers.
+
+        Raises:
+            UserError: A file is damaged or missing, the corpus cannot be read, or the cache cannot be written.
+        """
+        if isinstance(self.corpus, str | None):  # nothing to read
+            return
+        if self.shipped and not self.shipped.is_dir():
+            raise UserError(f"model.second_moments.shipped: there is no folder {str(self.shipped)!r}")
+        manifest = self.manifest(model)
+        if any(StatisticsStore(folder, manifest).holds(layers) for folder in (self.shipped, self.cache) if folder):
+            return
+        if isinstance(self.corpus, CheckedCorpus):
+            try:
+                self.corpus.check()
+            except CorpusUnavailable:
+                if not self.fallback:
+                    raise
+        if self.cache:
+            StatisticsStore(self.cache, manifest).make_folder()
 
     def _is_exact(self, model: LanguageModel) -> bool:
         """Whether the moments are summed in fp64 and not stored, which would round them to fp32."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,42 @@ class StatisticsStore:
             return None
         return {layer: self._read(self._path(layer))["second_moment"].to(device).double() for layer in layers}
 
-    def _read(self, path: Path) -> dict[str, Tensor]:
+    def holds(self, layers: Sequence[int]) -> bool:
+        """Whether the second moments of all layers are there; only the files' headers are read.
+
+        Raises:
+            UserError: See :meth:`load`.
+        """
+        if not all(self._path(layer).exists() for layer in layers):
+            return False
+        return all(self._read(self._path(layer), headers=True) == {} for layer in layers)
+
+    def make_folder(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: It cannot be made or written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise UserError(f"model.second_moments.cache: {str(self.folder)!r} cannot be written: {error}") from error
+
+    def _read(self, path: Path, headers: bool = False) -> dict[str, Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
                 manifest = (file.metadata() or {}).get("manifest")
                 if manifest != self.manifest:
                     raise UserError(f"{path} was taken from another model or corpus: {manifest}; delete it")
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+                names = [] if headers else file.keys()
+                return {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}); delete it to compute it again") from error
 
     def _write(self, path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.make_folder()
         write_tensors(path, tensors, {"manifest": self.manifest, "facts": json.dumps(dict(facts))})
 
     def save(self, moments: Mapping[int, Tensor], facts: Mapping[str, Any]) -> None:

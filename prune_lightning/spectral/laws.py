@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from prune_lightning.errors import UserError
+from prune_lightning.ranges import AboveOne, Share
 
 
 class RestraintLaw(Protocol):
@@ -36,7 +37,7 @@ class Guarded:
         UserError: The base is not a finite number greater than 1.
     """
 
-    base: float
+    base: AboveOne
     guard: bool = True
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ class Linear:
     tensor([5.])
     """
 
-    slope: float = 0.5
+    slope: Share = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.slope <= 1:

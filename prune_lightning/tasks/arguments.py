@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Le
 from omegaconf import DictConfig, OmegaConf
 
-from prune_lightning.errors import UserError, shown
+from prune_lightning.errors import UserError
+from prune_lightning.ranges import Count
+from prune_lightning.value_types import check_value
 
-_FLAGS = ("control", "ledger", "bisect_collapse", "progress")
 _LARGEST_SEED = 2**32 - 1  # of NumPy
+_SETTINGS = {
+    "task": str,
+    "seed": Annotated[int, Ge(0), Le(_LARGEST_SEED)],
+    "control": bool,
+    "non_finite": Literal["skip", "raise"],
+    "ledger": bool,
+    "resume": str | None,
+    "snapshot_every": Count | None,
+    "bisect_collapse": bool,
+    "progress": bool,
+    "export": str | list[str] | None,
+}
 _RESUME = "resume="
 
 
@@ -48,15 +63,7 @@ def check_settings(config: DictConfig) -> None:
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise UserError("these settings need a value: " + ", ".join(f"{key}=..." for key in missing))
-    for name in _FLAGS:
-        if name in config and not isinstance(config[name], bool):
-            raise UserError(f"{name}={shown(config[name])} must be true or false")
-    if not _whole(config.seed, 0, _LARGEST_SEED):
-        raise UserError(f"seed={shown(config.seed)} must be a whole number from 0 to {_LARGEST_SEED}")
-    every = config.get("snapshot_every")
-    if every is not None and not _whole(every, 1):
-        raise UserError(f"snapshot_every={shown(every)} must be null or a whole number of at least 1")
-
-
-def _whole(value: object, least: int, largest: float = float("inf")) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= largest
+    for name, kind in _SETTINGS.items():
+        if name in config:
+            value = config[name]
+            check_value(name, OmegaConf.to_object(value) if OmegaConf.is_config(value) else value, kind)

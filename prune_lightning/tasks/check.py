@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +14,7 @@ from prune_lightning.data.rows import BadRow, Located
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.models.loading import load_tokens
+from prune_lightning.tasks.components import build
 from prune_lightning.tasks.setup import quieten, run_folder, usable_by
 from prune_lightning.types import EditRequest
 
@@ -27,7 +27,7 @@ def run(config: DictConfig) -> None:
     """
     quieten()
     folder = run_folder()
-    stream: EditStream = instantiate(config.data)
+    stream: EditStream = build(config.data, "data")
     usable, rejected = stream.read()
     out = Console(markup=False, highlight=False, soft_wrap=True)
     usable, misfits = _fitting(config, stream, usable, out)

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from prune_lightning.atomic_files import write_json
 from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog, RunLog, RunProgress, spectra
 from prune_lightning.data.stream import EditStream
-from prune_lightning.errors import UserError
 from prune_lightning.evaluation.measurement import Measurement
 from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.ledger import Ledger
@@ -24,9 +22,11 @@ from prune_lightning.models.loading import load_tokens
 from prune_lightning.phases import PhaseClock
 from prune_lightning.report.summary import RunSummary
 from prune_lightning.tasks.collapse import bisect_collapses
+from prune_lightning.tasks.components import build, check_arguments, check_component, check_components
 from prune_lightning.tasks.edit_report import report
-from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
+from prune_lightning.tasks.exporting import export_all, raise_failed
 from prune_lightning.tasks.knowing import select_records
+from prune_lightning.tasks.preflight import check_bisection, check_run, formats_wanted
 from prune_lightning.tasks.presets import load_model, model_facts, settled
 from prune_lightning.tasks.recipe import Recipe
 from prune_lightning.tasks.resuming import check_stream, ledger_to_resume
@@ -50,6 +50,9 @@ def run(config: DictConfig) -> None:
     quieten()
     settle_trainer(config)
     config = settled(config)
+    check_components(config)
+    _callbacks(config)
+    check_arguments(EditEvaluation, _evaluation_options(config), "evaluation")
     folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
     out = Console()
@@ -59,7 +62,7 @@ def run(config: DictConfig) -> None:
             job = _load(config, folder, clock)
             loggers = build_loggers(config, folder, keep=sum(job.stream.done) if config.resume else None)
             trainer = build_trainer(config, [*job.callbacks(), run_log, *job.ledger_callback()], loggers, folder)
-        _check_bisection(config, job, trainer)
+        check_bisection(config, job.ledger, job.restraint, job.stream, trainer)
         with clock.phase("edit"):
             fit(trainer, job.module, job.stream)
         with clock.phase("bisect"):
@@ -122,16 +125,16 @@ class Job:
 
 def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
     """Build everything, so that configuration errors are found before anything is computed."""
-    restraint = instantiate(config.restraint) if config.restraint else None
-    further = [instantiate(callback) for callback in (config.callbacks or {}).values()]
+    restraint = build(config.restraint, "restraint") if config.restraint else None
+    further = [build(entry, key) for key, entry in _callbacks(config).items()]
     measurements = _measurements(config)
     ledger = ledger_to_resume(config.resume, folder)
-    stream: EditStream = instantiate(config.data, done=ledger.sizes if ledger else ())
+    stream: EditStream = build(config.data, "data", done=ledger.sizes if ledger else ())
     stream.fit(load_tokens(config.model.path, config.model.revision), usable_by(config.method))
     if ledger and not stream.rule.needs_model:
         check_stream(ledger, stream)
-    formats = formats_wanted(config, stream)
     module = _method(config, clock)
+    check_run(config, module, stream, restraint, measurements)
     select_records(config, stream, module.language_model, folder, clock)
     if ledger and stream.rule.needs_model:
         check_stream(ledger, stream)
@@ -139,13 +142,12 @@ def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
     log = EditLog(folder / "edits.jsonl", scores)
     evaluation = _evaluation(config, measurements, stream=scores, cases_file=folder / "cases.jsonl", clock=clock)
     keeper = _ledger(config, folder, ledger) if config.ledger else None
-    return Job(module, stream, restraint, further, log, evaluation, keeper, formats)
+    return Job(module, stream, restraint, further, log, evaluation, keeper, formats_wanted(config))
 
 
 def _method(config: DictConfig, clock: PhaseClock) -> EditingModule:
-    module = instantiate(
-        config.method, language_model=load_model(config), non_finite=config.non_finite, clock=clock, _convert_="all"
-    )
+    model = load_model(config)
+    module = build(config.method, "method", language_model=model, non_finite=config.non_finite, clock=clock)
     assert isinstance(module, EditingModule)
     return module
 
@@ -155,20 +157,37 @@ def _ledger(config: DictConfig, folder: Path, ledger: Ledger | None) -> EditLedg
     return EditLedger(folder / "ledger", base, ledger, config.snapshot_every)
 
 
+def _callbacks(config: DictConfig) -> dict[str, DictConfig]:
+    """Return the entries of the callbacks that are not null, by key.
+
+    Raises:
+        UserError: One is no component.
+    """
+    found = {f"callbacks.{name}": entry for name, entry in (config.callbacks or {}).items() if entry is not None}
+    for key, entry in found.items():
+        check_component(entry, key)
+    return found
+
+
 def _is_measurement(entry: Any) -> bool:
     return isinstance(entry, DictConfig) and "_target_" in entry
 
 
 def _measurements(config: DictConfig) -> list[Measurement]:
-    return [instantiate(entry, _convert_="all") for entry in config.evaluation.values() if _is_measurement(entry)]
+    return [build(entry, f"evaluation.{name}") for name, entry in config.evaluation.items() if _is_measurement(entry)]
+
+
+def _evaluation_options(config: DictConfig) -> dict[str, Any]:
+    """Return the entries of the evaluation's configuration that are not measurements."""
+    options = OmegaConf.to_container(config.evaluation, resolve=True)
+    assert isinstance(options, dict)
+    return {str(name): options[name] for name, entry in config.evaluation.items() if not _is_measurement(entry)}
 
 
 def _evaluation(config: DictConfig, measurements: Sequence[Measurement], **further: Any) -> EditEvaluation:
     """Return the evaluation. Entries of its configuration that are not measurements are its arguments."""
-    options = OmegaConf.to_container(config.evaluation, resolve=True)
-    assert isinstance(options, dict)
-    own = {str(name): options[name] for name, entry in config.evaluation.items() if not _is_measurement(entry)}
-    return EditEvaluation(measurements=measurements, seed=config.seed, **own, **further)
+    options = _evaluation_options(config)
+    return EditEvaluation(measurements=measurements, seed=config.seed, **options, **further)
 
 
 def _about(config: DictConfig, job: Job) -> dict[str, Any]:
@@ -187,16 +206,6 @@ def _share(summary: RunSummary) -> float:
     """Return the share of evaluation in edits and evaluation together."""
     spent = summary["evaluate_s"] + summary["edit_log_s"]
     return float(spent / ((spent + summary["edit_s"]) or 1.0))
-
-
-def _check_bisection(config: DictConfig, job: Job, trainer: L.Trainer) -> None:
-    """Refuse a bisection that cannot be done, before the first edit."""
-    if not config.bisect_collapse:
-        return
-    if job.ledger is None or getattr(job.restraint, "schedule", "") == "end":
-        raise UserError("bisect_collapse rebuilds earlier states: it needs ledger=true, and no restraint at the end")
-    if trainer.world_size > 1:
-        raise UserError("bisect_collapse runs in one process: leave it out, or use a trainer with one device")
 
 
 def _collapses(config: DictConfig, job: Job) -> dict[str, int]:

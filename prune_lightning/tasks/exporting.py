@@ -10,29 +10,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from prune_lightning.data.stream import EditStream
-from prune_lightning.errors import UserError, one_of
+from prune_lightning.errors import UserError
 from prune_lightning.export.exporting import as_json, export
-from prune_lightning.export.formats import FORMATS, check_base
 from prune_lightning.export.sources import ExportSource, Provenance
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.tasks.setup import choice
-
-
-def formats_wanted(config: DictConfig, stream: EditStream) -> list[str]:
-    """Return the formats of ``config.export``; called before the first edit to find errors early.
-
-    Raises:
-        UserError: An unknown format, one that cannot export this model, or a protocol that restores the unedited model.
-    """
-    wanted = [config.export] if isinstance(config.export, str) else list(config.export or ())
-    for name in wanted:
-        one_of("export", str(name), FORMATS)
-        check_base(str(name), str(config.model.path))
-    if wanted and stream.protocol.from_base:
-        raise UserError(
-            f"data.protocol={stream.protocol.value} leaves no edited model; export belongs to sequential protocols"
-        )
-    return wanted
 
 
 def export_all(

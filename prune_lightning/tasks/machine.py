@@ -1,15 +1,113 @@
-"""Measures the speed and the free memory of this machine, in about a second."""
+"""Speed and memory of the machine that a plan is for: this one, measured in about a second, or a card of a preset."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
 from prune_lightning.costs import Machine
+from prune_lightning.errors import UserError
+from prune_lightning.ranges import NonNegative, Positive
 from prune_lightning.tasks.counting import Counter
+
+# See the table in docs/export.md.
+RANGE_OF_ERROR = (
+    "Runs took 1.05 to 1.4 times the memory and 1.05 to 1.35 times the time per edit of their plans, on the CPU that "
+    "was measured (docs/export.md)."
+)
+_CUDA_CONTEXT = 0.6e9
+Product = tuple[int, int, int]
+"""``(tokens, in, out)`` of a typical matrix product of a run."""
+
+
+class PlannedMachine(Protocol):
+    """A machine to plan for."""
+
+    name: str
+    range_of_error: str
+
+    @property
+    def accelerator(self) -> str | None:
+        """The Trainer's accelerator; ``None`` for the configured one."""
+
+    def speed(self, device: torch.device, dtype: torch.dtype, product: Product) -> Machine:
+        """Return its speed."""
+
+    def memory(self, device: torch.device) -> float:
+        """Return the bytes of memory that a run can have."""
+
+    def libraries(self, device: torch.device) -> float:
+        """Return the bytes that the interpreter and its libraries take there."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A machine that is not this one, by figures of its data sheet; the same plan gives the same answer every time.
+
+    Args:
+        name: Its name.
+        accelerator: The Trainer's accelerator on it.
+        tflops: 10^12 operations per second, by dtype.
+        bandwidth_gb_s: 10^9 bytes of memory read or written per second.
+        overhead_us: Microseconds per operation, regardless of its size.
+        memory_gb: Memory of the device, in 10^9 bytes.
+        libraries_gb: What of it the libraries take.
+        range_of_error: How far such plans are from runs, in a sentence.
+    """
+
+    name: str
+    accelerator: Literal["cpu", "gpu"]
+    tflops: Mapping[str, Positive]
+    bandwidth_gb_s: Positive
+    overhead_us: NonNegative
+    memory_gb: Positive
+    libraries_gb: NonNegative
+    range_of_error: str = f"The speed is that of a data sheet; no run there was measured. {RANGE_OF_ERROR}"
+
+    def speed(self, device: torch.device, dtype: torch.dtype, product: Product) -> Machine:
+        """Return the speed that the figures give.
+
+        Raises:
+            UserError: There is no figure for the dtype.
+        """
+        name = str(dtype).removeprefix("torch.")
+        if missing := {name, "float64"} - set(self.tflops):
+            raise UserError(f"machine.tflops of {self.name} has no figure for {min(missing)}; plan.tflops gives one")
+        flops, flops64 = self.tflops[name] * 1e12, self.tflops["float64"] * 1e12
+        return Machine(flops, flops64, self.bandwidth_gb_s * 1e9, self.overhead_us * 1e-6)
+
+    def memory(self, device: torch.device) -> float:
+        """Return the whole memory of the card."""
+        return self.memory_gb * 1e9
+
+    def libraries(self, device: torch.device) -> float:
+        """Return the libraries' share."""
+        return self.libraries_gb * 1e9
+
+
+class Here:
+    """This machine."""
+
+    name = "this machine, measured"
+    accelerator = None
+    range_of_error = RANGE_OF_ERROR
+
+    def speed(self, device: torch.device, dtype: torch.dtype, product: Product) -> Machine:
+        """Measure the speed."""
+        return measure(device, dtype, product)
+
+    def memory(self, device: torch.device) -> float:
+        """Return the free memory."""
+        return free_memory(device)
+
+    def libraries(self, device: torch.device) -> float:
+        """Return what this process holds, or CUDA's context."""
+        return _CUDA_CONTEXT if device.type == "cuda" else resident()
 
 
 def _best(work: Callable[[], object], device: torch.device, seconds: float = 0.25) -> float:
@@ -29,13 +127,13 @@ def _best(work: Callable[[], object], device: torch.device, seconds: float = 0.2
     return min(times)
 
 
-def measure(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> Machine:
+def measure(device: torch.device, dtype: torch.dtype, shape: Product) -> Machine:
     """Measure matrix products, memory traffic and the overhead of a small operation.
 
     Args:
         device: The device.
         dtype: Dtype of the weights.
-        shape: ``(tokens, in, out)`` of a typical product of the run.
+        shape: A typical product of the run.
     """
     tokens, inner, outer = shape
     left, right = torch.randn(tokens, inner).to(device, dtype), torch.randn(inner, outer).to(device, dtype)

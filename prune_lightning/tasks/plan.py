@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,45 +10,57 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from prune_lightning.atomic_files import write_json
 from prune_lightning.costs import Changes, Cost, Machine, RestraintCost, StreamShape
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.models.loading import dtype_named, load_config, load_tokens
+from prune_lightning.ranges import Positive
 from prune_lightning.tasks import costs
+from prune_lightning.tasks.components import build, check_components
 from prune_lightning.tasks.counting import ShapeModel
-from prune_lightning.tasks.machine import free_memory, measure, resident
+from prune_lightning.tasks.machine import PlannedMachine
+from prune_lightning.tasks.plan_table import print_machine, print_plan, size
 from prune_lightning.tasks.presets import model_arguments, settled
 from prune_lightning.tasks.setup import choice, quieten, run_folder
 from prune_lightning.types import EditRequest
+from prune_lightning.value_types import check_value
 
 CHARACTERS_PER_TOKEN = 4  # if the tokenizer is not available
-_CUDA_CONTEXT = 0.6e9
+_UNITS = {
+    "flops": ("tflops", 1e12),
+    "flops64": ("tflops64", 1e12),
+    "bandwidth": ("bandwidth_gb_s", 1e9),
+    "overhead": ("overhead_us", 1e-6),
+}
+KEYS = ("memory_gb", *(key for key, _ in _UNITS.values()))
 
 
 def run(config: DictConfig) -> None:
     """Predict, print, and write the figures to `plan.json`."""
     quieten()
+    planned = _planned_for(config)
     config = settled(config)
+    check_components(config)
     folder = run_folder()
-    libraries = resident()
-    stream: EditStream = instantiate(config.data)
+    stream: EditStream = build(config.data, "data")
     stream.setup()
     loaded = load_config(config.model.path, config.model.revision)
     model = ShapeModel(loaded, dtype_named(config.model.dtype), model_arguments(config)["family"])
     needs = Needs.of(config, model, stream)
     device = torch.device("cuda" if config.trainer.accelerator == "gpu" and torch.cuda.is_available() else "cpu")
-    machine = _machine(config, model, needs, device)
-    memory = {"libraries": _CUDA_CONTEXT if config.trainer.accelerator == "gpu" else libraries}
+    memory = {"libraries": planned.libraries(device)}  # before the others are used
+    machine = _speed(config, planned, model, needs, device)
     memory |= needs.memory()
     disk, seconds, once = needs.disk(), needs.seconds(machine), machine.seconds(needs.cost.once)
-    problems = misfits(config, sum(memory.values()), sum(disk.values()), device, folder)
+    available = planned.memory(device) if config.plan.memory_gb is None else config.plan.memory_gb * 1e9
+    problems = misfits(sum(memory.values()), available, sum(disk.values()), folder)
     if needs.cost.unknown:
         problems.append(f"method={choice('method')} has no cost estimate; its own computations are not included")
-    _print(memory, disk, seconds, once, needs, problems)
+    rows = f"Rows of {needs.cost.length} tokens ({needs.counted}). Evaluations come on top."
+    print_plan(memory, disk, seconds, once, needs.stream, rows, problems)
+    print_machine(planned.name, machine, planned.range_of_error)
     plan = {
         "memory_bytes": memory,
         "disk_bytes": disk,
@@ -58,7 +69,8 @@ def run(config: DictConfig) -> None:
         "seconds_of_edits": sum(seconds.values()) * needs.stream.edits,
         "stream": asdict(needs.stream),
         "matrices": [list(shape) for shape in needs.cost.matrices],
-        "machine": asdict(machine),
+        "machine": {"name": planned.name, **asdict(machine)},
+        "range_of_error": planned.range_of_error,
         "token_counts": needs.counted,
         "does_not_fit": problems,
     }
@@ -100,7 +112,7 @@ class Needs:
         method = instantiate(config.method, _partial_=True, _convert_="all")
         cost = costs.method_cost(method.func, model, shape, method.keywords)
         kept = costs.changes(cost, model, shape)
-        restraint = instantiate(config.restraint).cost(kept) if config.restraint else RestraintCost()
+        restraint = build(config.restraint, "restraint").cost(kept) if config.restraint else RestraintCost()
         return cls(model, shape, cost, restraint, kept, counted)
 
     def memory(self) -> dict[str, float]:
@@ -136,64 +148,53 @@ def _token_counts(config: DictConfig, requests: list[EditRequest]) -> tuple[floa
     return means[0], means[1], means[2], how
 
 
-def _machine(config: DictConfig, model: ShapeModel, needs: Needs, device: torch.device) -> Machine:
-    out, inner = needs.cost.matrices[-1]
-    measured = measure(device, model.dtype, (max(1, needs.cost.length), inner, out))
-    given = config.plan.tflops
-    if given is None:
-        return measured
-    return Machine(given * 1e12, measured.flops64, measured.bandwidth, measured.overhead)
+def _planned_for(config: DictConfig) -> PlannedMachine:
+    """Return the machine to plan for; its accelerator becomes the Trainer's, on which the dtype depends.
+
+    Raises:
+        UserError: It is this machine with a GPU that is not there, and not all of its figures are given.
+    """
+    for key in KEYS:
+        check_value(f"plan.{key}", config.plan[key], Positive | None)
+    planned: PlannedMachine = build(config.machine, "machine")
+    if planned.accelerator is not None:
+        config.trainer.accelerator = planned.accelerator
+    elif config.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        open_figures = [name for name in KEYS if config.plan.get(name) is None]
+        if open_figures:
+            raise UserError(
+                "there is no GPU here to measure: choose a machine (machine=h100), or give "
+                + ", ".join(f"plan.{name}=..." for name in open_figures)
+            )
+    return planned
 
 
-def misfits(config: DictConfig, memory: float, disk: float, device: torch.device, folder: Path) -> list[str]:
-    """Return one sentence for each need that does not fit."""
+def _speed(
+    config: DictConfig, planned: PlannedMachine, model: ShapeModel, needs: Needs, device: torch.device
+) -> Machine:
+    """Return the machine's speed, with the figures that the configuration sets; nothing is measured if it sets all."""
+    given = {name: config.plan.get(key) for name, (key, _) in _UNITS.items()}
+    found = {name: value * _UNITS[name][1] for name, value in given.items() if value is not None}
+    if len(found) < len(_UNITS):
+        out, inner = needs.cost.matrices[-1]
+        own = asdict(planned.speed(device, model.dtype, (max(1, needs.cost.length), inner, out)))
+        found = own | found
+    return Machine(**found)
+
+
+def misfits(memory: float, available: float, disk: float, folder: Path) -> list[str]:
+    """Return one sentence for each need that does not fit.
+
+    Args:
+        memory: Bytes on the device.
+        available: Its free bytes.
+        disk: Bytes on disk.
+        folder: Where they are written.
+    """
     problems = []
-    available = free_memory(device) if config.plan.memory_gb is None else config.plan.memory_gb * 1e9
-    elsewhere = config.trainer.accelerator == "gpu" and device.type == "cpu" and config.plan.memory_gb is None
-    if elsewhere:
-        problems.append("no GPU here: the memory was not compared with anything (plan.memory_gb=80 gives a size)")
-    elif memory > available:
-        problems.append(f"memory: {_size(memory)} are needed, {_size(available)} are free")
+    if memory > available:
+        problems.append(f"memory: {size(memory)} are needed, {size(available)} are free")
     free = shutil.disk_usage(folder).free
     if disk > free:
-        problems.append(f"disk: {_size(disk)} are needed, {_size(free)} are free at {folder}")
+        problems.append(f"disk: {size(disk)} are needed, {size(free)} are free at {folder}")
     return problems
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def _span(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.1f} ms"
-    return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
-
-
-def _print(
-    memory: Mapping[str, float],
-    disk: Mapping[str, float],
-    seconds: Mapping[str, float],
-    once: float,
-    needs: Needs,
-    problems: list[str],
-) -> None:
-    out = Console()
-    table = Table(title=f"Plan: {needs.stream.edits} edits, {needs.stream.batch} at a time", title_justify="left")
-    table.add_column("")
-    table.add_column("predicted", justify="right")
-    for title, parts, text in (
-        ("memory, peak", memory, _size),
-        ("disk", disk, _size),
-        ("time per edit", seconds, _span),
-    ):
-        table.add_row(f"[bold]{title}[/bold]", f"[bold]{text(sum(parts.values()))}[/bold]")
-        for name, amount in parts.items():
-            table.add_row(f"  {name}", text(amount))
-    table.add_row("[bold]all edits[/bold]", _span(sum(seconds.values()) * needs.stream.edits))
-    if once:
-        table.add_row("[bold]statistics, at most, if not kept yet[/bold]", _span(once))
-    out.print(table)
-    out.print(f"Rows of {needs.cost.length} tokens ({needs.counted}). Evaluations come on top.", highlight=False)
-    for problem in problems or ["Everything fits."]:
-        out.print(problem, markup=False, highlight=False)

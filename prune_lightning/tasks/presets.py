@@ -14,11 +14,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import PretrainedConfig
 
-from prune_lightning.errors import UserError, near, one_of
+from prune_lightning.errors import UserError, near, one_of, shown
 from prune_lightning.models.depth import FROM_DEPTH
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_config, load_language_model
 from prune_lightning.tasks.hparams import apply_hparams, compare_model, leaves, overrides, source_of
+from prune_lightning.tasks.components import check_arguments
 from prune_lightning.tasks.setup import choice, first_process
 
 SOURCES = ("published", "tuned", "default")
@@ -45,6 +46,7 @@ def settled(config: DictConfig, loaded: PretrainedConfig | None = None) -> DictC
             of the method.
     """
     config = copy.deepcopy(config)
+    _check_model(config)
     _check_section(config)
     apply_hparams(config)
     moments = config.model.get("second_moments") or {}
@@ -64,6 +66,14 @@ def settled(config: DictConfig, loaded: PretrainedConfig | None = None) -> DictC
         if loaded is not None and open_layers:
             _fill_layers(config, open_layers, int(loaded.num_hidden_layers))
     return config
+
+
+def _check_model(config: DictConfig) -> None:
+    """Raise if the model's entries have values of a wrong type."""
+    if not isinstance(config.model, DictConfig):
+        raise UserError(f"model is expected to be an option, or a mapping, but got {shown(config.model)}")
+    given = {name: value for name, value in model_arguments(config).items() if value is not None or name == "path"}
+    check_arguments(load_language_model, given, "model")
 
 
 def _on_cpu(config: DictConfig) -> bool:

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import lightning as L
-from hydra.utils import instantiate
 from jinja2 import Environment, PackageLoader
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -18,22 +17,24 @@ from prune_lightning.bundled.world import EDIT_PHRASING, HELD_OUT, load_world
 from prune_lightning.evaluation.miniature import MiniatureAbilities
 from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.tasks.components import build, check_components
 from prune_lightning.tasks.setup import build_loggers, build_trainer, close_loggers, quieten, run_folder
 
 
 def run(config: DictConfig) -> None:
     """Train from scratch and write `model/` into the run folder."""
     quieten()
+    check_components(config)
     folder = run_folder()
     L.seed_everything(config.seed, verbose=False)
     started = time.perf_counter()
-    module: Pretraining = instantiate(config.pretraining.module)
+    module: Pretraining = build(config.pretraining.module, "pretraining.module")
     if config.pretraining.start_from:
         module.model = GPT2LMHeadModel.from_pretrained(config.pretraining.start_from).train()
     for number, stage in enumerate(config.pretraining.stages[config.pretraining.first_stage :]):
         seed = config.seed + config.pretraining.first_stage + number
         windows = {key: stage[key] for key in ("shares", "steps", "length", "batch_size")}
-        data: PretrainingData = instantiate(config.pretraining.data, **windows, seed=seed)
+        data: PretrainingData = build(config.pretraining.data, "pretraining.data", **windows, seed=seed)
         module.steps, module.learning_rate = stage.steps, stage.learning_rate
         loggers = build_loggers(config, folder / f"stage_{number}")
         build_trainer(config, [], loggers).fit(module, datamodule=data)

@@ -13,7 +13,6 @@ import lightning as L
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -24,6 +23,7 @@ from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.trainer_checks import check_trainer, weights_dtype
 from prune_lightning.phases import PhaseClock, process_age
 from prune_lightning.report.csv_logger import StepCSVLogger
+from prune_lightning.tasks.components import build, in_one_line, located
 from prune_lightning.tasks.tracking import RUN_ID, hyperparameters, wandb_arguments
 from prune_lightning.types import EditRequest
 
@@ -85,13 +85,7 @@ def usable_by(method: DictConfig | None) -> Callable[[EditRequest], str | None] 
         UserError: The method's class does not exist.
     """
     target = method.get("_target_") if method else None
-    if target is None:
-        return None
-    try:
-        kind = get_class(target)
-    except Exception as error:  # hydra raises any error of the import
-        raise UserError(f"method._target_: {target!r} is no class: {error}") from error
-    return getattr(kind, "unusable", None)
+    return None if target is None else getattr(located(target, "method._target_"), "unusable", None)
 
 
 def quieten() -> None:
@@ -121,11 +115,13 @@ def build_loggers(config: DictConfig, folder: Path, keep: int | None = None) -> 
     loggers: list[Logger] = [StepCSVLogger(folder, keep)]
     if config.logger:
         own: dict[str, Any] = {}
-        if issubclass(get_class(config.logger._target_), WandbLogger):
+        kind = located(config.logger.get("_target_"), "logger._target_")
+        if isinstance(kind, type) and issubclass(kind, WandbLogger):
             own = wandb_arguments(config, folder, resumed=keep is not None, write=first_process())
-        loggers.append(instantiate(config.logger, **own))
-    for logger in loggers:
-        logger.log_hyperparams(hyperparameters(config))
+        with in_one_line("logger: it cannot be started"):
+            loggers.append(build(config.logger, "logger", **own))
+            loggers[-1].log_hyperparams(hyperparameters(config))
+    loggers[0].log_hyperparams(hyperparameters(config))
     return loggers
 
 
@@ -156,11 +152,8 @@ def build_trainer(
         if name in config.trainer:
             raise UserError(f"trainer.{name} is chosen by {instead}")
     own = {"callbacks": list(callbacks), "logger": list(loggers) or False, "default_root_dir": folder}
-    try:
-        trainer: Any = instantiate(config.trainer, **own, **further)
-    except Exception as error:  # Hydra's error around any error of Lightning about its arguments
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"trainer: Lightning does not take these arguments: {reason}") from error
+    with in_one_line("trainer: Lightning does not take these arguments"):
+        trainer = build(config.trainer, "trainer", **own, **further)
     assert isinstance(trainer, L.Trainer)
     return trainer
 

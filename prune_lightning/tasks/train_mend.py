@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -19,6 +18,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.mend import MEND
 from prune_lightning.methods.mend_store import save_network
 from prune_lightning.methods.mend_training import MENDTraining
+from prune_lightning.tasks.components import build, check_components
 from prune_lightning.tasks.presets import load_model, model_label, settled
 from prune_lightning.tasks.setup import build_loggers, build_trainer, close_loggers, quieten, run_folder
 
@@ -27,13 +27,14 @@ def run(config: DictConfig) -> None:
     """Train, and write the best network to `hypernetwork/` in the run folder."""
     quieten()
     config = settled(config)
+    check_components(config)
     folder, settings = run_folder(), config.mend_training
     L.seed_everything(config.seed, verbose=False)
     started = time.perf_counter()
-    data: EditorTrainingData = instantiate(config.editor_data, _convert_="all")
+    data: EditorTrainingData = build(config.editor_data, "editor_data")
     model = load_model(config)
     data.fit(model.tokens)
-    editor: MEND = instantiate(config.method, language_model=model, hypernetwork=None, _convert_="all")
+    editor: MEND = build(config.method, "method", language_model=model, hypernetwork=None)
     module = MENDTraining(model, editor.edited_modules(), editor.layers[0], editor.network, editor.options)
     best = ModelCheckpoint(
         folder / "checkpoints", "best", "val/loss", save_last=True, save_on_train_epoch_end=True, mode="min"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import unicodedata
 
-_UNSPACED_NAMES = ("THAI ", "LAO ", "KHMER ", "MYANMAR ", "HALFWIDTH KATAKANA", "HALFWIDTH IDEOGRAPHIC")
+_UNSPACED_NAMES = (
+    *("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "JAVANESE ", "BALINESE "),
+    *("TAI LE ", "NEW TAI LUE ", "TAI THAM ", "TAI VIET ", "HALFWIDTH KATAKANA", "HALFWIDTH IDEOGRAPHIC"),
+)
 
 
 def is_unspaced(char: str) -> bool:

@@ -122,7 +122,7 @@ def infer(prompt: str, target: str) -> Inferred:
     if target[:1].isspace() or prompt[-1:].isspace():
         return Inferred("", _whitespace_doubt(prompt, target))
     if not prompt or _opens(prompt):
-        return Inferred("")
+        return Inferred("", _quote_doubt(prompt))
     if target and (_CLOSING_TARGET.match(target) or unicodedata.category(target[0]) == "Pe"):
         return Inferred("", "the target begins with closing punctuation, so no blank is put before it")
     last = next((char for char in reversed(prompt) if char.isalpha()), prompt[-1])
@@ -146,6 +146,25 @@ def _whitespace_doubt(prompt: str, target: str) -> str | None:
     return None
 
 
+def _quote_doubt(prompt: str) -> str | None:
+    if prompt and prompt[-1] in _PAIRED and not _unpaired(prompt):
+        return (
+            f"the {prompt[-1]} at the end of the prompt may close what an earlier one opens; nothing is put behind it"
+        )
+    return None
+
+
+def _unpaired(prompt: str) -> bool:
+    """Whether the mark at the end of a prompt occurs an odd number of times."""
+    return len(re.findall(f"{re.escape(prompt[-1])}+", prompt)) % 2 == 1
+
+
+def _stands_free(prompt: str) -> bool:
+    """Whether there is whitespace before the mark at the end of a prompt, as before one that opens."""
+    before = prompt.rstrip(prompt[-1])
+    return bool(before) and before[-1].isspace()
+
+
 def _opens(prompt: str) -> bool:
     """Whether the end of a prompt attaches to the next word."""
     last, before = prompt[-1], prompt[:-1]
@@ -155,7 +174,7 @@ def _opens(prompt: str) -> bool:
     if last in _PARTNERS:  # „a“ and »a« close with a mark that opens in other languages
         return before.count(_PARTNERS[last]) <= before.count(last)
     if last in _PAIRED:
-        return len(re.findall(f"{re.escape(last)}+", prompt)) % 2 == 1
+        return _unpaired(prompt) or _stands_free(prompt)
     free = not before or before[-1].isspace() or unicodedata.category(before[-1]) in ("Ps", "Pi")
     if last in _HYPHENS:
         return not free
