@@ -52,22 +52,34 @@ class Restraint(L.Callback, ABC):
             matrix is the merged weight, its original the base layer's weight.
         schedule: ``each`` step, ``every_n`` steps, or at the ``end``.
         every_n: Steps between two restraints under ``every_n``.
+        feedback: Have later edits make up for what is withheld from the weights now, so that the sum of all updates is
+            the one without a restraint, for the same values; for the restraint of an editing module, if there is one
+            restraint only.
 
     Attributes:
         matrices: The restrained matrices, by name.
         pending: Whether some steps are not restrained yet.
 
     Raises:
-        UserError: An unknown schedule.
+        UserError: An unknown schedule, or feedback of what is only withheld at the end.
     """
 
     place: ClassVar[Place] = Place.RESTRAINT
 
-    def __init__(self, parameters: str | Sequence[str] | None = None, schedule: str = "each", every_n: int = 1) -> None:
+    def __init__(
+        self,
+        parameters: str | Sequence[str] | None = None,
+        schedule: str = "each",
+        every_n: int = 1,
+        feedback: bool = False,
+    ) -> None:
         one_of("restraint.schedule", schedule, ("each", "every_n", "end"))
         if every_n < 1:
             raise UserError(f"restraint.every_n is expected to be at least 1, but got {every_n}")
+        if feedback and schedule == "end":
+            raise UserError("restraint.feedback: with restraint.schedule=end nothing is withheld before the end")
         self.parameters, self.schedule, self.every_n = as_patterns(parameters), schedule, every_n
+        self.feedback = feedback
         self.matrices: dict[str, RestrainedMatrix] = {}
         self._originals = Originals()
         self._restored: dict[str, dict[str, Tensor]] = {}
@@ -109,11 +121,17 @@ class Restraint(L.Callback, ABC):
             others: Further restraints of the same module; matrices are shared with those attached before.
 
         Raises:
-            UserError: No matrix is found, or training resumes and the checkpoint does not hold the originals.
+            UserError: No matrix is found, training resumes and the checkpoint does not hold the originals, or there is
+                nothing that feedback could go to.
         """
+        if others and any(restraint.feedback for restraint in (self, *others)):
+            raise UserError("restraint.feedback is for a single restraint: with several, set it to false in each")
+        if self.feedback and not isinstance(module, HasEditedMatrices):
+            raise UserError("restraint.feedback is for editing modules: an optimizer does not know what a weight lacks")
         self._originals.keep(self.matrices.values())
         self.matrices = {}
         if isinstance(module, HasEditedMatrices):
+            module.feed_back(self.feedback)
             self.matrices = dict(module.edited_matrices())
             module.register_restraint(self)
         else:

@@ -18,8 +18,8 @@ from prune_lightning.methods.fine_tuning import FineTuning
 from prune_lightning.methods.lora import LoRA
 from prune_lightning.methods.memit import MEMIT
 from prune_lightning.methods.mend import MEND
-from prune_lightning.methods.ultraedit import UltraEdit
 from prune_lightning.methods.rome import ROME
+from prune_lightning.methods.ultraedit import UltraEdit
 from prune_lightning.methods.value import ValueOptions
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.statistics import SecondMoments

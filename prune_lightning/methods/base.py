@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -47,7 +47,11 @@ class EditingModule(L.LightningModule, ABC):
     Attributes:
         facts: What the method reports of :meth:`prepare`, for the run's summary.
         run: The stream of edits on this module: its matrices, its position, what is pending.
+        takes_feedback: Whether updates are computed from what the outputs lack, with :meth:`.EditedMatrix.withheld_on`
+            as a part of the outputs.
     """
+
+    takes_feedback: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -142,6 +146,16 @@ class EditingModule(L.LightningModule, ABC):
     def edited_matrices(self) -> Mapping[str, EditedMatrix]:
         """Return the matrices under edit, by the name of their weight."""
         return self.run.matrices
+
+    def feed_back(self, on: bool) -> None:
+        """Have the next updates make up for what a restraint withholds, or no longer; see :attr:`takes_feedback`."""
+        if on and not self.takes_feedback:
+            raise UserError(
+                f"restraint.feedback: {type(self).__name__} does not compute its updates from what the weights lack, "
+                "so nothing can be fed back. Use restraint.feedback=false"
+            )
+        for matrix in self.edited_matrices().values():
+            matrix.feeds_back = on
 
     def register_restraint(self, restraint: AttachedRestraint) -> None:
         """Let a restraint of these matrices take part in the run; see :meth:`.EditRun.register_restraint`."""

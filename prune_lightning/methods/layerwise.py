@@ -22,7 +22,9 @@ class LayerwiseEdit(LocateThenEdit):
     .. math:: R_l = (Z - H)/(q - l + 1),
 
     the residual of the present hidden states, divided among the remaining layers, and by the constant by which the
-    architecture multiplies the MLP's output, if there is one.
+    architecture multiplies the MLP's output, if there is one. Under a restraint with feedback, what it withholds on
+    :math:`K_l` is subtracted from :math:`R_l`, so that the sum of the updates is the one that the values would have
+    given without a restraint. That is exact with one layer; with several, each layer answers for its own share only.
     """
 
     one_by_one: ClassVar[bool] = False
@@ -53,7 +55,7 @@ class LayerwiseEdit(LocateThenEdit):
                     keys = mixed(keys, prefixed.keys(layer).view(len(requests), -1, keys.shape[1]))
                 assert clean.hidden is not None
                 residual = (values.target.double() - clean.hidden).T / (len(self.layers) - position) / multiplier
-                updates[name] = self.solve(layer, keys.T, residual)
+                updates[name] = self.solve(layer, keys.T, residual - matrix.withheld_on(keys.T))
                 if layer != self.layers[-1]:  # nothing is read after the last one
                     matrix.add_provisionally(updates[name])
         return updates, values.details

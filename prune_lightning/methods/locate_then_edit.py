@@ -37,6 +37,7 @@ class LocateThenEdit(EditingModule):
         one_by_one: Whether each request and each layer has its own value optimisation.
     """
 
+    takes_feedback: ClassVar[bool] = True
     one_by_one: ClassVar[bool] = True
 
     def __init__(
