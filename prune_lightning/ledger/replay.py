@@ -6,8 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from prune_lightning.errors import UserError
 from prune_lightning.ledger.record import FinishRecord, StepRecord
 from prune_lightning.methods.base import EditingModule
@@ -128,8 +126,5 @@ def _updates(record: StepRecord) -> Mapping[str, list[MatrixUpdate]]:
 @contextmanager
 def base_model(module: EditingModule) -> Iterator[None]:
     """Restore the unedited model inside the block, then the edited one bit for bit."""
-    with module.provisional():
-        with torch.no_grad():
-            for matrix in module.edited_matrices().values():
-                matrix.weight().copy_(matrix.original())
+    with module.unedited():
         yield

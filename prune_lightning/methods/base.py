@@ -128,6 +128,10 @@ class EditingModule(L.LightningModule, ABC):
                 return window
         return [request]
 
+    def coming_requests(self, count: int) -> list[EditRequest]:
+        """Return the first requests of the stream, none without a data module."""
+        return list(getattr(getattr(self._trainer, "datamodule", None), "requests", ())[:count])
+
     # -- the matrices ---------------------------------------------------------------------------------------------
     def edited_modules(self) -> Mapping[str, nn.Module]:
         """Return the modules whose weight is edited, by the weight's qualified name in the ``transformers`` model.
@@ -177,6 +181,15 @@ class EditingModule(L.LightningModule, ABC):
             with torch.no_grad():
                 for parameter, value in zip(parameters, saved, strict=True):
                     parameter.copy_(value)
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Restore the unedited weights inside the block, then the present ones bit for bit."""
+        with self.provisional():
+            with torch.no_grad():
+                for matrix in self.edited_matrices().values():
+                    matrix.weight().copy_(matrix.original())
+            yield
 
     def edit(self, requests: Sequence[EditRequest]) -> EditReport:
         """Compute the update of some requests and write it, unless it is refused.

@@ -37,6 +37,12 @@ class ValueOptions:
         stop_loss: Stop a request whose loss falls below this.
         token_budget: Padded tokens of the requests that are optimised together; halved when memory runs out.
         fast: Run only what depends on the shift. The plain path computes the same from the whole model.
+        anchor: Rescale each solved value: ``none``; ``mean``, to the mean norm of values solved on the unedited model;
+            ``cap``, to that norm at most; ``own``, to the norm that the same shift gives on the unedited model.
+        anchor_norm: That mean norm; ``None`` to measure it on the stream's first ``pilots`` requests before any edit.
+        pilots: Number of these requests. They are solved without prefixes.
+        early_stop: Stop a request after so many steps in which the target is the most probable answer after every
+            prefix; ``None`` to rely on ``stop_loss`` alone (ENCORE has 2 to 4).
     """
 
     steps: int = 20
@@ -47,6 +53,10 @@ class ValueOptions:
     stop_loss: float = 0.05
     token_budget: int = 65_536
     fast: bool = True
+    anchor: str = "none"
+    anchor_norm: float | None = None
+    pilots: int = 100
+    early_stop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,7 @@ class _Optimisation:
         self.nll = torch.full((count,), torch.nan, dtype=torch.float64, device=model.device)
         self.updates = torch.zeros(count, dtype=torch.long, device=model.device)
         self.losses: list[Tensor] = []  # per step, NaN for requests that are done
+        self.hits = torch.zeros_like(self.updates)  # steps in which every label was the most probable token
 
     def _logits(self, shift: Tensor) -> Tensor:
         """Return the logits that the layout reads.
@@ -172,13 +183,16 @@ class _Optimisation:
         for step in range(1, self.options.steps + 1):
             shift = self.delta[self.current].requires_grad_()
             with torch.enable_grad():
-                loss, nll = self._loss(shift)
+                loss, nll, hit = self._loss(shift)
             active = self.active[self.current]
             row = torch.full_like(self.nll, torch.nan)
             row[self.current[active]] = loss.detach()[active].double()
             self.losses.append(row)
             self.nll[self.current[active]] = nll.detach()[active].double()
             active &= loss.detach() >= self.options.stop_loss
+            self.hits[self.current] += hit
+            if self.options.early_stop is not None:
+                active &= self.hits[self.current] < self.options.early_stop
             self.active[self.current] = active
             if step == self.options.steps or not active.any():
                 break
@@ -187,8 +201,8 @@ class _Optimisation:
             self._compact()
         return Values(self.reference + self.delta, self.reference, self._details())
 
-    def _loss(self, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Return loss and negative log-likelihood of the target of each current request."""
+    def _loss(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, the target's negative log-likelihood, and whether all labels are on top, by request."""
         layout, options = self.layout, self.options
         log_p = self._log_p(self._logits(shift))
         labels = -log_p[: len(layout.label)].gather(1, layout.label[:, None])[:, 0]
@@ -196,8 +210,10 @@ class _Optimisation:
         nll = zeros.index_add(0, layout.label_owner, labels * layout.label_weight.to(labels))
         kl_log_p = log_p[len(layout.label) :]
         kl = (kl_log_p.exp() * (kl_log_p - self.base_log_p[self.current])).sum(-1)
+        missed = (log_p[: len(layout.label)].argmax(-1) != layout.label).to(zeros)
+        hit = zeros.detach().index_add(0, layout.label_owner, missed) == 0
         decay = shift.norm(dim=1) / self.reference[self.current].norm(dim=1) ** 2
-        return nll + options.kl_factor * kl + options.weight_decay * decay, nll
+        return nll + options.kl_factor * kl + options.weight_decay * decay, nll, hit
 
     @torch.no_grad()
     def _adam(self, who: Tensor, gradient: Tensor, step: int) -> None:
