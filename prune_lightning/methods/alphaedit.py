@@ -27,9 +27,9 @@ class AlphaEdit(KeyProtectingEdit):
     K`.
 
     Two options are BetaEdit's. ``preserve``, :math:`\lambda_1`, also keeps the preserved knowledge inside the null
-    space: the bracket becomes :math:`P\,(K K^\top + A + \lambda_1 C) + \rho I`. ``refresh_every`` counts the edits after
-    which :math:`P` is found again, for the eigenvalues of :math:`(A/t + \lambda_1 C)/(1 + \lambda_1)` with the :math:`t`
-    edits so far; with a large :math:`\lambda_1` that is the same space.
+    space: the bracket becomes :math:`P\,(K K^\top + A + \lambda_1 C) + \rho I`. Every ``refresh_every`` edits,
+    :math:`P` is found again from the eigenvalues of :math:`(A/t + \lambda_1 C)/(1 + \lambda_1)`, after :math:`t` edits.
+    With the published :math:`\lambda_1` that hardly changes it.
 
     Args:
         null_threshold: :math:`\tau`, in the units of :math:`C`; the projector's rank depends on it and on the
@@ -80,9 +80,8 @@ class AlphaEdit(KeyProtectingEdit):
     def _find_null_space(self, layer: int, moment: Tensor) -> int:
         """Keep the basis of a layer's null space and return its dimension."""
         values, vectors = torch.linalg.eigh(moment)
-        rounding = (
-            64 * torch.finfo(values.dtype).eps * values.max()
-        )  # of eigenvalues; one at the threshold is not below
+        # An eigenvalue at the threshold is not below it, whatever its rounding.
+        rounding = 64 * torch.finfo(values.dtype).eps * values.max()
         null = vectors[:, values < self.null_threshold - rounding]
         if not null.shape[1]:
             raise UserError(
@@ -97,7 +96,7 @@ class AlphaEdit(KeyProtectingEdit):
         return regression_update(residual, keys, self.protected[layer].solve(keys), damping=1.0)
 
     def unprotected_inverse(self, layer: int) -> Tensor:
-        r"""Return :math:`P/\rho`, or :math:`N (\lambda_1 N^\top C N + \rho I)^{-1} N^\top` with :math:`P = N N^\top`."""
+        r"""Return :math:`N (\lambda_1 N^\top C N + \rho I)^{-1} N^\top` with :math:`P = N N^\top`."""
         null = self._null[layer]
         if not self.preserve:
             return null @ null.T / self.ridge
@@ -117,8 +116,8 @@ class AlphaEdit(KeyProtectingEdit):
             self._past[layer] = self._past.get(layer, 0) + keys @ keys.T
         before, self._edits = self._edits, self._edits + next(iter(observed.values())).shape[1]
         if before // self.refresh_every != self._edits // self.refresh_every:
-            for layer in self.layers:
-                self._refresh(layer)
+            for edited in self.layers:
+                self._refresh(edited)
 
     def _refresh(self, layer: int) -> None:
         past, moment = self._past[str(layer)], self.moments[layer].matrix
