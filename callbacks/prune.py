@@ -24,6 +24,7 @@ class PRUNE(SpectralRestraint):
         every_n: See :class:`Restraint`.
         accumulate: See :class:`SpectralRestraint`.
         non_finite: See :class:`SpectralRestraint`.
+        feedback: See :class:`SpectralRestraint`.
 
     Example:
         >>> import lightning as L
@@ -39,5 +40,6 @@ class PRUNE(SpectralRestraint):
         every_n: Count = 1,
         accumulate: str | None = None,
         non_finite: str = "raise",
+        feedback: bool = False,
     ) -> None:
-        super().__init__(Logarithm(base, guard), parameters, schedule, every_n, accumulate, non_finite)
+        super().__init__(Logarithm(base, guard), parameters, schedule, every_n, accumulate, non_finite, feedback)

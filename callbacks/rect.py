@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from prune_lightning.costs import Changes, RestraintCost, plain_restraint
 from prune_lightning.errors import UserError
+from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.ranges import KeptShare
 from prune_lightning.spectral import RestrainedMatrix
 from prune_lightning.value_types import check_value
@@ -32,13 +33,17 @@ class RECT(Restraint):
     Args:
         keep: Share of the entries to keep, in (0, 1]. Published: 0.2 (RECT's code), 0.4 (AlphaEdit's comparison).
         parameters: See :class:`Restraint`.
+        feedback: Withhold what is set to zero in place of subtracting it: the next step is its update plus what is
+            withheld, and the share of that with the largest relative change is kept. See :class:`Restraint`.
 
     Raises:
         UserError: A share outside (0, 1].
     """
 
-    def __init__(self, keep: KeptShare = 0.2, parameters: str | Sequence[str] | None = None) -> None:
-        super().__init__(parameters)
+    def __init__(
+        self, keep: KeptShare = 0.2, parameters: str | Sequence[str] | None = None, feedback: bool = False
+    ) -> None:
+        super().__init__(parameters, feedback=feedback)
         check_value("restraint.keep", keep, KeptShare)
         self.keep = keep
         self._kept_shares: dict[str, float] = {}
@@ -65,12 +70,16 @@ class RECT(Restraint):
     @override
     def restrain(self, matrix: RestrainedMatrix) -> None:
         """Set the entries of the step with the smaller relative change to zero."""
-        step = matrix.step()
-        before = matrix.original().to(step) + matrix.delta() - step
-        dropped = step.masked_fill(largest_relative_change(step, before, self.keep), 0.0)
+        update = matrix.step()
+        before = matrix.original().to(update) + matrix.delta() - update
+        step = matrix.step_with_withheld() if self.feedback and isinstance(matrix, EditedMatrix) else update
+        kept = largest_relative_change(step, before, self.keep)
         norm = float(torch.linalg.matrix_norm(step))
-        self._kept_shares[matrix.name] = float(torch.linalg.matrix_norm(step - dropped)) / norm if norm else 1.0
-        matrix.subtract(dropped)
+        self._kept_shares[matrix.name] = float(torch.linalg.matrix_norm(step[kept][None])) / norm if norm else 1.0
+        if self.feedback and isinstance(matrix, EditedMatrix):
+            matrix.drop(~kept)
+        else:
+            matrix.subtract(step.masked_fill(kept, 0.0))
 
     @override
     def cost(self, changes: Changes) -> RestraintCost:

@@ -55,23 +55,33 @@ class Restraint(LightningCallback, ABC):
             matrix is the merged weight, its original the base layer's weight.
         schedule: ``each`` step, ``every_n`` steps, or at the ``end``.
         every_n: Steps between two restraints under ``every_n``.
+        feedback: Have later edits make up for what is withheld from the weights now, so that the sum of all updates is
+            the one without a restraint, for the same values; for the restraint of an editing module, if there is one
+            restraint only.
 
     Attributes:
         matrices: The restrained matrices, by name.
         pending: Whether some steps are not restrained yet.
 
     Raises:
-        UserError: An unknown schedule.
+        UserError: An unknown schedule, or feedback of what is only withheld at the end.
     """
 
     place: ClassVar[Place] = Place.RESTRAINT
 
     def __init__(
-        self, parameters: str | Sequence[str] | None = None, schedule: str = "each", every_n: Count = 1
+        self,
+        parameters: str | Sequence[str] | None = None,
+        schedule: str = "each",
+        every_n: Count = 1,
+        feedback: bool = False,
     ) -> None:
         one_of("restraint.schedule", schedule, ("each", "every_n", "end"))
         check_value("restraint.every_n", every_n, Count)
+        if feedback and schedule == "end":
+            raise UserError("restraint.feedback: with restraint.schedule=end nothing is withheld before the end")
         self.parameters, self.schedule, self.every_n = as_patterns(parameters), schedule, every_n
+        self.feedback = feedback
         self.matrices: dict[str, RestrainedMatrix] = {}
         self._originals = Originals()
         self._restored: dict[str, dict[str, Tensor]] = {}
@@ -102,6 +112,8 @@ class Restraint(LightningCallback, ABC):
     def withholds(self) -> bool:
         """Whether it withholds a part of the change. A matrix withholds one part, so only one restraint of it may."""
         return False
+
+    @property
     def low_rank(self) -> bool:
         """Whether a change of low rank stays one."""
         return True
@@ -124,14 +136,19 @@ class Restraint(LightningCallback, ABC):
             others: Further restraints of the same module; matrices are shared with those attached before.
 
         Raises:
-            UserError: It is no module, no matrix is found, or training resumes and the checkpoint does not hold the
-                originals.
+            UserError: It is no module, no matrix is found, training resumes and the checkpoint does not hold the
+                originals, or there is nothing that feedback could go to.
         """
         if isinstance(module, type) or not isinstance(module, (nn.Module, HasEditedMatrices)):
             raise UserError(f"{type(self).__name__}.attach expects a torch.nn.Module, but got {kind_of(module)}")
+        if others and any(restraint.feedback for restraint in (self, *others)):
+            raise UserError("restraint.feedback is for a single restraint: with several, set it to false in each")
+        if self.feedback and not isinstance(module, HasEditedMatrices):
+            raise UserError("restraint.feedback is for editing modules: an optimizer does not know what a weight lacks")
         self._originals.keep(self.matrices.values())
         self.matrices = {}
         if isinstance(module, HasEditedMatrices):
+            module.feed_back(self.feedback)
             self.matrices = dict(module.edited_matrices())
             module.register_restraint(self)
         else:

@@ -52,9 +52,10 @@ class SpectralRestraint(Restraint):
             know each update, and ``restrained`` elsewhere, where the optimizer continues from the restrained weight.
         non_finite: What to do with a change that holds NaN or infinity: ``raise``, or ``skip`` the matrix this time
             with a warning. (Editing modules never write a non-finite update.)
+        feedback: See :class:`Restraint`. The weight is then the law applied to the solution for all values at once.
 
     Raises:
-        UserError: An unknown schedule, ``accumulate`` or policy.
+        UserError: An unknown schedule, ``accumulate`` or policy, or feedback with ``accumulate=restrained``.
     """
 
     def __init__(
@@ -65,12 +66,17 @@ class SpectralRestraint(Restraint):
         every_n: Count = 1,
         accumulate: str | None = None,
         non_finite: str = "raise",
+        feedback: bool = False,
     ) -> None:
-        super().__init__(parameters, schedule, every_n)
+        super().__init__(parameters, schedule, every_n, feedback)
         if isinstance(law, type) or not callable(law):
             raise UserError(f"`law` is expected to be a law, such as HardClip(), but got {kind_of(law)}")
         if accumulate is not None:
             one_of("restraint.accumulate", accumulate, ("raw", "restrained"))
+        if feedback and accumulate == "restrained":
+            raise UserError(
+                "restraint.feedback keeps the sum of all updates: use restraint.accumulate=raw, which comes to the same"
+            )
         one_of("restraint.non_finite", non_finite, ("raise", "skip"))
         self.law, self.accumulate, self.non_finite = law, accumulate, non_finite
         self._raw = True

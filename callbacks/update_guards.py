@@ -123,6 +123,30 @@ class KeyGuard(UpdateGuard):
         return Finding(f"the key is ill-posed: u'k is {ratio:.3g} of what it should be", {"key_ratio": ratio})
 
 
+class AnchorGuard(UpdateGuard):
+    """Finds a value whose norm is many times that of the unedited model, which announces a collapse.
+
+    Only for values with an anchor (``method.value.anchor``); the norm is that before the rescaling. NAS leaves out such
+    edits: ``policy=skip``.
+
+    Args:
+        most: Largest ``norm_ratio`` that passes.
+        policy: See :class:`UpdateGuard`.
+    """
+
+    def __init__(self, most: float = 2.0, policy: str | None = None) -> None:
+        super().__init__(policy)
+        self.most = most
+
+    @override
+    def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
+        """Check the largest ratio of the step."""
+        ratio = max((detail["norm_ratio"] for detail in details if "norm_ratio" in detail), default=0.0)
+        if ratio <= self.most:
+            return None
+        return Finding(f"the value's norm is {ratio:.3g} times that of the unedited model", {"norm_ratio": ratio})
+
+
 class ValueGuard(UpdateGuard):
     """Finds a value optimisation that failed: the loss did not fall, or the target is still improbable.
 

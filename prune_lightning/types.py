@@ -92,6 +92,10 @@ class LowRankUpdate:
         """Return the update as a matrix ``(out_features, in_features)``."""
         return self.left @ self.right.T
 
+    def times(self, keys: Tensor) -> Tensor:
+        r"""Return :math:`A B^\top K` for keys ``(in_features, b)``, shape ``(out_features, b)``."""
+        return self.left.to(keys) @ (self.right.to(keys).T @ keys)
+
     def add_to(self, matrix: Tensor) -> None:
         """Add the update in place, in the precision of ``matrix``.
 
@@ -144,6 +148,10 @@ class DenseUpdate:
     def dense(self) -> Tensor:
         """Return the update as a matrix ``(out_features, in_features)``."""
         return self.matrix
+
+    def times(self, keys: Tensor) -> Tensor:
+        r"""Return :math:`\Delta K` for keys ``(in_features, b)``, shape ``(out_features, b)``."""
+        return self.matrix.to(keys) @ keys
 
     def add_to(self, matrix: Tensor) -> None:
         """Add the update in place, in the precision of ``matrix``."""

@@ -7,6 +7,7 @@ What a method computes is compared with dense references in `test_reference_edit
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,14 +47,18 @@ def read(path: Path) -> DictConfig:
     config = OmegaConf.load(path)
     for entry in config.pop("defaults", ["_self_"]):
         if entry != "_self_":
-            config = OmegaConf.merge(read(path.parent / f"{entry.split('@')[0]}.yaml"), config)
+            if not isinstance(entry, str):  # a group, with the default choice
+                ((group, choice),) = entry.items()
+                entry = f"{choice}@{group.partition('@')[2]}"
+            file, _, package = entry.partition("@")
+            base = read(path.parent / f"{file}.yaml")
+            config = OmegaConf.merge(base if package in ("", "_here_") else {package: base}, config)
     return config
 
 
-def build(name: str, language_model) -> EditingModule:
-    folder = ROOT / "configs" / "method"
-    config = read(folder / f"{name}.yaml")
-    settings = OmegaConf.to_container(config, resolve=False) | {"layers": [1]}
+def small(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's settings for a random model of three layers."""
+    settings = settings | {"layers": [1]}
     if "contexts" in settings:
         settings["contexts"] = {"_target_": settings["contexts"]["_target_"], "fixed": PREFIXES}
     if "value" in settings:
@@ -68,10 +73,18 @@ def build(name: str, language_model) -> EditingModule:
         settings["steps"] = 5
     if "hypernetwork" in settings:  # there is no trained one for a random model
         settings["hypernetwork"] = None
-    given = {"language_model": language_model}
-    if settings.pop("second_moments", None):
-        given["second_moments"] = SecondMoments(SentenceCorpus(), ridge=1.0)
-    module = instantiate(settings, _convert_="all", **given).to(language_model.device)
+    if settings.get("second_moments"):
+        settings["second_moments"] = SecondMoments(SentenceCorpus(), ridge=1.0)
+    if "editor" in settings:
+        settings["editor"] = small(settings["editor"])
+    return settings
+
+
+def build(name: str, language_model) -> EditingModule:
+    folder = ROOT / "configs" / "method"
+    config = read(folder / f"{name}.yaml")
+    settings = small(OmegaConf.to_container(config, resolve=False))
+    module = instantiate(settings, _convert_="all", language_model=language_model).to(language_model.device)
     module.prepare()
     return module
 

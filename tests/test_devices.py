@@ -19,6 +19,7 @@ from prune_lightning.methods.lora import LoRA
 from prune_lightning.methods.memit import MEMIT
 from prune_lightning.methods.mend import MEND
 from prune_lightning.methods.rome import ROME
+from prune_lightning.methods.ultraedit import UltraEdit
 from prune_lightning.methods.value import ValueOptions
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.statistics import SecondMoments
@@ -65,6 +66,7 @@ METHODS = {
     "ft": lambda model: FineTuning(language_model=model, layers=[0], loss="prompt_last", steps=1),
     "lora": lambda model: LoRA(language_model=model, layers=[0], target_modules=["c_attn"], steps=1, keep=True),
     "mend": lambda model: MEND(language_model=model, layers=[0], hypernetwork=None),
+    "ultraedit": lambda model: UltraEdit(model, layers=[0], rate=3e-4),
 }
 
 

@@ -94,9 +94,9 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     path = tiny_file(tmp_path)
     model = load_language_model(str(path))
     weight = model.rewrite_module(0).weight.detach().clone()
-    change = LowRankUpdate(torch.ones(32, 1), torch.ones(32, 1))
+    change, edited = LowRankUpdate(torch.ones(32, 1), torch.ones(32, 1)), model.rewrite_name(0)
 
-    def source(name=model.rewrite_name(0), original=weight, base=path):
+    def source(name=edited, original=weight, base=path):
         return ExportSource(model, [ExportedMatrix(name, original, change)], Provenance(str(base)))
 
     for broken, message in (

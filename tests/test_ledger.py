@@ -617,6 +617,7 @@ METHODS = {
     "alphaedit": ("method.value.steps=3", "method.layers=[0]"),
     "memit": ("method.value.steps=3", "method.layers=[0]", "method.accumulate_past_keys=true"),
     "mend": ("method.restart_norm_stats=true",),
+    "ultraedit": ("method.rate=3e-4",),
     "lora": ("method.steps=4", "method.keep=true"),
 }
 

@@ -21,9 +21,10 @@ from prune_lightning.errors import UserError
 from prune_lightning.evaluation.counterfact import CounterFactScores
 from prune_lightning.methods.mend import MEND
 from prune_lightning.methods.mend_gradients import LabelledRows, edit_gradients
-from prune_lightning.methods.mend_network import GradientNet, NetworkShape, RunningMoments
+from prune_lightning.methods.mend_network import GradientNet, NetworkShape
 from prune_lightning.methods.mend_store import load_network, save_network
 from prune_lightning.methods.mend_training import MENDTraining, TrainingOptions
+from prune_lightning.methods.standardisation import RunningMoments
 from prune_lightning.metrics import CounterFactScore
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.loading import load_language_model

@@ -18,7 +18,7 @@ from prune_lightning.ledger import edited_run
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.types import EditRequest, LowRankUpdate
+from prune_lightning.types import DenseUpdate, EditRequest, LowRankUpdate
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class ExportedMatrix:
     @classmethod
     def of(cls, matrix: EditedMatrix) -> ExportedMatrix:
         """Return an edited matrix with its change: the sum of its updates minus what a restraint withholds."""
-        factored = matrix.change.factored()
+        factored = None if isinstance(matrix.withheld, DenseUpdate) else matrix.change.factored()
         change: LowRankUpdate | Tensor = matrix.delta()
         if factored is not None:
             parts = [LowRankUpdate(factored.left.vectors @ factored.core, factored.right.vectors)]
-            if matrix.withheld is not None:
+            if isinstance(matrix.withheld, LowRankUpdate):
                 parts.append(LowRankUpdate(-matrix.withheld.left.double(), matrix.withheld.right.double()))
             change = LowRankUpdate.sum(parts)
         return cls(matrix.name, matrix.original(), change, matrix.transposed)

@@ -24,7 +24,7 @@ def flatten_events(
         forms: list[list[str]] = []
         latest: MatrixUpdate | None = None
         for number, event in enumerate(events):
-            form, parts = ("recomputed", {}) if _is_large(event, latest) else _pack(event.change, latest)
+            form, parts = ("recomputed", {}) if _is_large(event, latest) else _pack(event, latest)
             forms.append([event.kind, form])
             tensors |= {f"{name}/{number}/{part}": stored(tensor) for part, tensor in parts.items()}
             latest = event.change if event.kind == "add" else latest
@@ -66,12 +66,16 @@ def _is_large(event: MatrixEvent, update: MatrixUpdate | None) -> bool:
     return event.change.left.shape[1] > _KEPT_RANK * known
 
 
-def _pack(change: MatrixUpdate | None, update: MatrixUpdate | None) -> tuple[str, dict[str, Tensor]]:
-    """Return the form in which a change is stored, and its tensors.
+def _pack(event: MatrixEvent, update: MatrixUpdate | None) -> tuple[str, dict[str, Tensor]]:
+    """Return the form in which the change of an event is stored, and its tensors.
 
     If a dense correction equals some entries of the step's update, only their positions are stored, one bit each:
-    ``entries``.
+    ``entries``. Of a mask of entries these are all there is: ``mask``.
     """
+    change = event.change
+    if event.kind == "drop":
+        assert isinstance(change, DenseUpdate)
+        return "mask", {"taken": _bits(change.matrix), "shape": torch.tensor(change.shape)}
     if change is None:
         return "nothing", {}
     if isinstance(change, LowRankUpdate):
@@ -79,8 +83,7 @@ def _pack(change: MatrixUpdate | None, update: MatrixUpdate | None) -> tuple[str
     if update is not None:
         taken = change.matrix != 0
         if torch.equal(_entries(update, taken, change.matrix), change.matrix):
-            bits = torch.from_numpy(np.packbits(taken.cpu().numpy()))
-            return "entries", {"taken": bits, "like": change.matrix.new_empty(0)}
+            return "entries", {"taken": _bits(taken), "like": change.matrix.new_empty(0)}
     return "dense", {"matrix": change.matrix}
 
 
@@ -91,12 +94,20 @@ def _unpack(form: str, parts: Mapping[str, Tensor], update: MatrixUpdate | None)
         return LowRankUpdate(parts["left"], parts["right"])
     if form == "dense":
         return DenseUpdate(parts["matrix"])
+    if form == "mask":
+        rows, columns = parts["shape"].tolist()
+        return DenseUpdate(_mask(parts["taken"], (rows, columns)))
     assert update is not None
-    like = parts["like"]
-    rows, columns = update.shape
-    bits = np.unpackbits(parts["taken"].cpu().numpy(), count=rows * columns)
-    taken = torch.from_numpy(bits).view(rows, columns).bool().to(like.device)
-    return DenseUpdate(_entries(update, taken, like))
+    return DenseUpdate(_entries(update, _mask(parts["taken"], update.shape), parts["like"]))
+
+
+def _bits(taken: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(taken.cpu().numpy()))
+
+
+def _mask(bits: Tensor, shape: tuple[int, int]) -> Tensor:
+    unpacked = np.unpackbits(bits.cpu().numpy(), count=shape[0] * shape[1])
+    return torch.from_numpy(unpacked).view(shape).bool().to(bits.device)
 
 
 def _entries(update: MatrixUpdate, taken: Tensor, like: Tensor) -> Tensor:

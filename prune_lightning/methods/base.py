@@ -50,10 +50,13 @@ class EditingModule(L.LightningModule, ABC):
         facts: What the method reports of :meth:`prepare`, for the run's summary.
         run: The stream of edits on this module: its matrices, its position, what is pending.
         filters_steps: Whether the method has an optimizer of its own and gives its steps to ``run.step_filters``.
+        takes_feedback: Whether updates are computed from what the outputs lack, with :meth:`.EditedMatrix.withheld_on`
+            as a part of the outputs.
     """
 
     filters_steps: ClassVar[bool] = False
     low_rank: ClassVar[bool] = True
+    takes_feedback: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -141,6 +144,10 @@ class EditingModule(L.LightningModule, ABC):
         """Device of the model, which may have been there before this module was built around it."""
         return self.language_model.device
 
+    def coming_requests(self, count: int) -> list[EditRequest]:
+        """Return the first requests of the stream, none without a data module."""
+        return list(getattr(getattr(self._trainer, "datamodule", None), "requests", ())[:count])
+
     # -- the matrices ---------------------------------------------------------------------------------------------
     def edited_modules(self) -> Mapping[str, nn.Module]:
         """Return the modules whose weight is edited, by the weight's qualified name in the ``transformers`` model.
@@ -159,6 +166,16 @@ class EditingModule(L.LightningModule, ABC):
     def edited_matrices(self) -> Mapping[str, EditedMatrix]:
         """Return the matrices under edit, by the name of their weight."""
         return self.run.matrices
+
+    def feed_back(self, on: bool) -> None:
+        """Have the next updates make up for what a restraint withholds, or no longer; see :attr:`takes_feedback`."""
+        if on and not self.takes_feedback:
+            raise UserError(
+                f"restraint.feedback: {type(self).__name__} does not compute its updates from what the weights lack, "
+                "so nothing can be fed back. Use restraint.feedback=false"
+            )
+        for matrix in self.edited_matrices().values():
+            matrix.feeds_back = on
 
     def register_restraint(self, restraint: AttachedRestraint) -> None:
         """Let a restraint of these matrices take part in the run; see :meth:`.EditRun.register_restraint`."""

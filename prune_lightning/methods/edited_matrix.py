@@ -20,9 +20,9 @@ class MatrixEvent:
     """One change of an edited matrix.
 
     Args:
-        kind: ``add`` an update, ``subtract`` a correction permanently, or ``withhold`` one from the weight (replacing
-            the previously withheld one).
-        change: The update or correction; ``None`` if nothing is withheld any more.
+        kind: ``add`` an update, ``subtract`` a correction permanently, ``withhold`` one from the weight (replacing the
+            previously withheld one), or ``drop`` entries of the update and of what was withheld (replacing that).
+        change: The update or correction, or the mask of the entries; ``None`` if nothing is withheld any more.
         recomputed: The correction was not stored; a replay has the restraint compute it again.
     """
 
@@ -49,19 +49,21 @@ class EditedMatrix:
 
     Attributes:
         change: :math:`\Delta`, the sum of the updates, less what a restraint has subtracted.
-        withheld: :math:`A B^\top`, or ``None``.
+        withheld: :math:`A B^\top`, or a dense matrix, or ``None``.
+        feeds_back: Whether :meth:`withheld_on` counts what is withheld.
         journal: The events of this step, in order.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, transposed: bool) -> None:
         self.name, self.parameter, self.transposed = name, parameter, transposed
         self._original = parameter.detach().clone()
+        self.feeds_back = False
         self._start()
 
     def _start(self) -> None:
         self.journal: list[MatrixEvent] = []
         self.change = AccumulatedChange(self.original())
-        self.withheld: LowRankUpdate | None = None
+        self.withheld: MatrixUpdate | None = None
         self._last: MatrixUpdate | None = None
 
     def to(self, device: torch.device) -> EditedMatrix:
@@ -113,6 +115,31 @@ class EditedMatrix:
         if correction is not None or self.withheld is not None:
             self._do(MatrixEvent("withhold", correction))
 
+    def drop(self, entries: Tensor) -> None:
+        """Withhold entries of :meth:`step_with_withheld`, in place of what was withheld before the step.
+
+        Args:
+            entries: Mask, ``out_features x in_features``.
+        """
+        self._do(MatrixEvent("drop", DenseUpdate(entries)))
+
+    def step_with_withheld(self) -> Tensor:
+        """Return :meth:`step` plus what was withheld before it: the whole change that a restraint decides on."""
+        return self.step() if self.withheld is None else self.step() + self.withheld.dense().to(self.change.master)
+
+    def withheld_on(self, keys: Tensor) -> Tensor:
+        """Return what a restraint with feedback withholds from the outputs; zero without feedback.
+
+        Args:
+            keys: Inputs of the matrix, shape ``(in_features, b)``.
+
+        Returns:
+            Shape ``(out_features, b)``, in the dtype of ``keys``.
+        """
+        if not self.feeds_back or self.withheld is None:
+            return keys.new_zeros(self.original().shape[0], keys.shape[1])
+        return self.withheld.times(keys)
+
     @contextmanager
     def withholding(self, correction: LowRankUpdate | None) -> Iterator[None]:
         """Write the weight without ``correction`` inside the block, then restore it bit for bit."""
@@ -138,8 +165,10 @@ class EditedMatrix:
 
     def _apply(self, event: MatrixEvent) -> None:
         if event.kind == "withhold":
-            assert not isinstance(event.change, DenseUpdate)
             self.withheld = event.change
+        elif event.kind == "drop":
+            assert isinstance(event.change, DenseUpdate)
+            self.withheld = DenseUpdate(torch.where(event.change.matrix, self.step_with_withheld(), 0))
         elif event.kind == "add":
             assert event.change is not None
             self.change.add(event.change)
@@ -184,8 +213,11 @@ class EditedMatrix:
         differently in another process.
         """
         state = {f"change.{name}": tensor for name, tensor in self.change.state_dict().items()}
-        if self.withheld is not None:
+        if isinstance(self.withheld, DenseUpdate):
+            state["withheld.matrix"] = self.withheld.matrix
+        elif self.withheld is not None:
             state |= {"withheld.left": self.withheld.left, "withheld.right": self.withheld.right}
+        if self.withheld is not None:
             state["weight"] = self.weight()
         return state
 
@@ -197,6 +229,9 @@ class EditedMatrix:
         if "withheld.left" in state:
             device = fp64(self.change.master[:0]).device
             self.withheld = LowRankUpdate(state["withheld.left"].to(device), state["withheld.right"].to(device))
+        elif "withheld.matrix" in state:
+            self.withheld = DenseUpdate(state["withheld.matrix"].to(self.change.master.device))
+        if self.withheld is not None:
             with torch.no_grad():
                 self.weight().copy_(state["weight"])
         else:

@@ -38,14 +38,15 @@ class LayerwiseKeyReader:
         self.hidden: Tensor | None = None
 
     @torch.no_grad()
-    def keys(self, layer: int) -> Tensor:
+    def keys(self, layer: int, until: int | None = None) -> Tensor:
         """Return the input of the down-projection of ``layer`` at the subject, shape ``(rows, in_features)``, fp64.
 
         Args:
             layer: Must be above the layer of the previous call.
+            until: The block whose output :attr:`hidden` is, in place of the reader's own.
         """
-        model = self.model
-        outputs: list[nn.Module] = [] if self.until is None else [model.block(self.until)]
+        model, until = self.model, self.until if until is None else until
+        outputs: list[nn.Module] = [] if until is None else [model.block(until)]
         wanted: list[nn.Module] = [model.block(layer), model.rewrite_module(layer)]
         rows = len(self._inputs["input_ids"])
         with self._beginning(), capture(wanted, outputs, rows=rows) as seen:

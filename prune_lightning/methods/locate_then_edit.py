@@ -10,11 +10,13 @@ from torch import Tensor
 
 from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.distributed import broadcast, map_over_ranks
+from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.costs import locating_cost
 from prune_lightning.methods.layerwise_keys import LayerwiseKeyReader
 from prune_lightning.methods.prompts import key_row, kl_row, target_row
 from prune_lightning.methods.value import ValueOptions, Values, optimise_values
+from prune_lightning.methods.value_anchor import ANCHORS, mean_norm, rescaled, written_values
 from prune_lightning.methods.value_problem import RequestRows, ShiftSite
 from prune_lightning.models.contexts import ContextOptions, sample_prefixes
 from prune_lightning.models.language_model import LanguageModel
@@ -33,12 +35,14 @@ class LocateThenEdit(EditingModule):
         second_moments: Where the keys' second moments come from.
         value: Hyper-parameters of the value optimisation.
         contexts: Which prefixes to sample.
+        tokens_per_feature: Tokens for the second moments, as a multiple of the keys' width; ``None`` for the corpus.
         kwargs: See :class:`~.base.EditingModule`.
 
     Attributes:
         one_by_one: Whether each request and each layer has its own value optimisation.
     """
 
+    takes_feedback: ClassVar[bool] = True
     one_by_one: ClassVar[bool] = True
 
     def __init__(
@@ -48,14 +52,17 @@ class LocateThenEdit(EditingModule):
         second_moments: SecondMoments,
         value: ValueOptions | None = None,
         contexts: ContextOptions | None = None,
+        tokens_per_feature: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(language_model, layers, **kwargs)
         self.value = value or ValueOptions()
+        one_of("method.value.anchor", self.value.anchor, ANCHORS)
         self.contexts = contexts or ContextOptions()
-        self.second_moments = second_moments
+        self.second_moments, self.tokens_per_feature = second_moments, tokens_per_feature
         self.prefixes: tuple[str, ...] = ("",)
         self.moments: dict[int, SecondMoment] = {}
+        self._anchors: dict[int, float] = {}
 
     def check(self) -> None:
         """Raise if the second moments cannot be had."""
@@ -66,7 +73,11 @@ class LocateThenEdit(EditingModule):
         if not self.moments:
             # Every process samples with the same seed, but rounding can differ, so all use those of rank 0.
             self.prefixes = ("", *broadcast(sample_prefixes(self.language_model, self.contexts)))
-            self.moments = self.second_moments.compute(self.language_model, self.layers, self.clock)
+            self.moments = self.second_moments.compute(
+                self.language_model, self.layers, self.clock, self.tokens_per_feature
+            )
+            if self.value.anchor in ("mean", "cap"):
+                self._measure_anchors()
 
     def summary(self) -> dict[str, Any]:
         """Return the summary with the sampled prefixes and the text of the second moments."""
@@ -83,9 +94,13 @@ class LocateThenEdit(EditingModule):
         second_moments: SecondMoments,
         value: ValueOptions | None = None,
         contexts: ContextOptions | None = None,
+        tokens_per_feature: float | None = None,
         **options: Any,
     ) -> Cost:
         """Return the costs; see :func:`~.costs.locating_cost`."""
+        if tokens_per_feature is not None:
+            widest = max(model.edited_shape(layer)[1] for layer in layers)
+            second_moments = second_moments.limited(tokens_per_feature * widest)
         return locating_cost(
             model,
             stream,
@@ -117,19 +132,56 @@ class LocateThenEdit(EditingModule):
         model = self.language_model
         return LayerwiseKeyReader(model, [key_row(model, request, p) for request in requests for p in prefixes], until)
 
-    def rows(self, requests: Sequence[EditRequest]) -> list[RequestRows]:
+    def value_sites(self) -> list[ShiftSite]:
+        """Return where values are optimised."""
+        return [ShiftSite(layer, "mlp") for layer in self.layers]
+
+    def rows(self, requests: Sequence[EditRequest], prefixes: Sequence[str] | None = None) -> list[RequestRows]:
         """Return the token rows on which the values of the requests are optimised."""
-        model = self.language_model
+        model, prefixes = self.language_model, self.prefixes if prefixes is None else prefixes
         return [
-            RequestRows(tuple(target_row(model, request, prefix) for prefix in self.prefixes), kl_row(model, request))
+            RequestRows(tuple(target_row(model, request, prefix) for prefix in prefixes), kl_row(model, request))
             for request in requests
         ]
 
     def optimise(self, requests: Sequence[EditRequest], site: ShiftSite) -> Values:
-        """Optimise the value of each request with a shift at ``site``, divided among the processes."""
+        """Optimise the value of each request with a shift at ``site``, and rescale it to its anchor."""
+        values, anchor = self._solved(requests, site, self.prefixes), self.value.anchor
+        if anchor == "none":
+            return values
+        multiplier = 1.0 if site.at == "mlp" else self.language_model.multiplier
+        written = written_values(values, self._outputs(requests, site.layer), multiplier)
+        if anchor == "own":
+            with self.unedited():
+                norms = written_values(values, self._outputs(requests, site.layer), multiplier).norm(dim=1)
+        else:
+            norms = written.new_full((len(requests),), self._anchors[site.layer])
+        return rescaled(values, written, norms, anchor == "cap", multiplier)
+
+    def _outputs(self, requests: Sequence[EditRequest], layer: int) -> Tensor:
+        """Return the present outputs of the edited matrix at the subject, ``(b, width)``."""
+        return self.language_model.rewrite_output(layer, self.walk(requests, self.prefixes[:1]).keys(layer))
+
+    def _measure_anchors(self) -> None:
+        """Set the anchor of each site: the mean norm of the values of the stream's first requests."""
+        given, requests = self.value.anchor_norm, self.coming_requests(self.value.pilots)
+        if given is None and not requests:
+            raise UserError("method.value.anchor needs requests to measure the norm on: give method.value.anchor_norm")
+        for site in self.value_sites():
+            multiplier = 1.0 if site.at == "mlp" else self.language_model.multiplier
+            if given is None:
+                values = self._solved(requests, site, self.prefixes[:1])
+                written = written_values(values, self._outputs(requests, site.layer), multiplier)
+                self._anchors[site.layer] = mean_norm(list(written))
+            else:
+                self._anchors[site.layer] = given
+            self.facts[f"anchor_norm/{site.layer}"] = self._anchors[site.layer]
+
+    def _solved(self, requests: Sequence[EditRequest], site: ShiftSite, prefixes: Sequence[str]) -> Values:
+        """Optimise values as they are, divided among the processes."""
 
         def work(part: Sequence[EditRequest]) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-            values = optimise_values(self.language_model, self.rows(part), site, self.value)
+            values = optimise_values(self.language_model, self.rows(part, prefixes), site, self.value)
             return list(zip(values.target.cpu(), values.reference.cpu(), values.details, strict=True))
 
         target, reference, details = zip(*map_over_ranks(requests, work), strict=True)

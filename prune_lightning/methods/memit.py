@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prune_lightning.costs import Cost, Shapes, StreamShape
@@ -12,7 +13,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.costs import protecting
 from prune_lightning.methods.least_squares import regression_update
 from prune_lightning.methods.protected_keys import KeyProtectingEdit
-from prune_lightning.ranges import Positive
+from prune_lightning.ranges import NonNegative, Positive
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 
@@ -21,28 +22,43 @@ class MEMIT(KeyProtectingEdit):
 
     .. math:: \Delta = R K^\top (\lambda C + K K^\top)^{-1} = R\,(\lambda I + K^\top C^{-1} K)^{-1} K^\top C^{-1}
 
+    With a norm penalty :math:`\lambda_n` the bracket is :math:`\lambda C + \lambda_n I + K K^\top` (ENCORE).
+
     Args:
         ridge: :math:`\lambda`, the weight of the second moment (``mom2_update_weight``).
         accumulate_past_keys: Protect earlier edits: add :math:`\sum \tilde K \tilde K^\top` over the keys of all
             batches so far, read after their batch was written ("MEMIT-seq" in AlphaEdit's comparison).
+        norm_penalty: :math:`\lambda_n`, the weight of :math:`\lVert\Delta\rVert_F^2`.
         kwargs: See :class:`~.locate_then_edit.LocateThenEdit`.
     """
 
-    def __init__(self, *, ridge: Positive, accumulate_past_keys: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *, ridge: Positive, accumulate_past_keys: bool = False, norm_penalty: NonNegative = 0.0, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        if norm_penalty < 0:
+            raise UserError(f"MEMIT's `norm_penalty` is expected not to be negative, but got {norm_penalty}")
         if not ridge > 0:
             raise UserError(f"MEMIT's `ridge` is expected to be positive, but got {ridge}")
-        self.ridge, self.accumulate_past_keys = ridge, accumulate_past_keys
+        self.ridge, self.accumulate_past_keys, self.norm_penalty = ridge, accumulate_past_keys, norm_penalty
 
     @classmethod
-    def cost(cls, model: Shapes, stream: StreamShape, *, accumulate_past_keys: bool = False, **options: Any) -> Cost:
-        """Return the costs; with past keys, an inverse per layer grows."""
+    def cost(
+        cls,
+        model: Shapes,
+        stream: StreamShape,
+        *,
+        accumulate_past_keys: bool = False,
+        norm_penalty: float = 0.0,
+        **options: Any,
+    ) -> Cost:
+        """Return the costs; with past keys or a norm penalty, there is an inverse per layer."""
         found = super().cost(model, stream, **options)
-        return protecting(found, 1, stream.batch) if accumulate_past_keys else found
+        return protecting(found, 1, stream.batch) if accumulate_past_keys or norm_penalty else found
 
     def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
         """Solve the ``b x b`` system."""
-        if layer in self.protected:
+        if self.norm_penalty or layer in self.protected:
             return regression_update(residual, keys, self.protected[layer].solve(keys), damping=1.0)
         return regression_update(residual, keys, self.moments[layer].solve(keys), damping=self.ridge)
 
@@ -51,5 +67,9 @@ class MEMIT(KeyProtectingEdit):
         return super().observe(requests) if self.accumulate_past_keys else {}
 
     def unprotected_inverse(self, layer: int) -> Tensor:
-        r"""Return :math:`(\lambda C)^{-1}`."""
-        return self.moments[layer].inverse() / self.ridge
+        r"""Return :math:`(\lambda C + \lambda_n I)^{-1}`."""
+        if not self.norm_penalty:
+            return self.moments[layer].inverse() / self.ridge
+        bracket = self.ridge * self.moments[layer].matrix
+        bracket.diagonal().add_(self.norm_penalty)
+        return torch.cholesky_inverse(torch.linalg.cholesky(bracket))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.tokenization import EncodedPair
 from prune_lightning.text.separators import Pair
 
 
@@ -19,7 +20,7 @@ class LabelledRows:
 
     Args:
         model: The language model.
-        pairs: Prompts with their targets; a plain text is ``(text, None)``.
+        pairs: Prompts with their targets, tokenized or not; a plain text is ``(text, None)``.
 
     Attributes:
         ids: Padded ids, shape ``(rows, length)``; a target's last token is left out, since nothing follows it.
@@ -31,14 +32,14 @@ class LabelledRows:
         text_position: Its position.
     """
 
-    def __init__(self, model: LanguageModel, pairs: Sequence[Pair | tuple[str, None]]) -> None:
+    def __init__(self, model: LanguageModel, pairs: Sequence[Pair | EncodedPair | tuple[str, None]]) -> None:
         rows, places, texts = [], [], []
         for row, given in enumerate(pairs):
             if isinstance(given, tuple) and given[1] is None:
                 rows.append(model.tokens.encode(given[0])[: model.tokens.max_length])
                 texts += [(row, position) for position in range(len(rows[-1]))]
             else:
-                (pair,) = model.tokens.encode_pairs([given])
+                (pair,) = [given] if isinstance(given, EncodedPair) else model.tokens.encode_pairs([given])
                 rows.append(pair.ids[:-1])
                 places += [(row, i - 1, pair.ids[i]) for i in range(pair.target_start, len(pair.ids))]
 

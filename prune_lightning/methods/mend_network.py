@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prune_lightning.errors import UserError
+from prune_lightning.methods.standardisation import RunningMoments
 from prune_lightning.ranges import Count
-
-EPSILON = 1e-7
 
 
 @dataclass(frozen=True)
@@ -34,57 +33,6 @@ class NetworkShape:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"MEND's `{name}` is expected to be a whole number of at least 1, but got {value!r}")
-
-
-class RunningMoments(nn.Module):
-    r"""Mean and standard deviation of every feature over all rows so far, kept in buffers.
-
-    A block of :math:`m` rows is merged with the :math:`k` earlier ones by Chan's formula, equivalent to Welford's row
-    by row:
-
-    .. math:: \mu \leftarrow \mu + \tfrac{m}{k+m} d, \qquad S \leftarrow S + S_m + \tfrac{km}{k+m} d^2, \qquad
-              d = \mu_m - \mu
-
-    Args:
-        features: Width of a row.
-    """
-
-    count: Tensor
-    mean: Tensor
-    squares: Tensor
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(features, dtype=torch.float64))
-        self.register_buffer("squares", torch.zeros(features, dtype=torch.float64))
-
-    @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Add rows of shape ``(m, features)``."""
-        if not len(rows):
-            return
-        rows = rows.double()
-        mean = rows.mean(0)
-        total, difference = self.count + len(rows), mean - self.mean
-        self.squares += (rows - mean).square().sum(0) + difference.square() * (self.count * len(rows) / total)
-        self.mean += difference * (len(rows) / total)
-        self.count.copy_(total)
-
-    def reset(self) -> None:
-        """Reset to no rows."""
-        for buffer in self.buffers():
-            buffer.zero_()
-
-    def deviation(self) -> Tensor:
-        """Return the standard deviation of each feature, shape ``(features,)``; one with fewer than two rows."""
-        if self.count < 2:
-            return torch.ones_like(self.squares)
-        return (self.squares / (self.count - 1)).sqrt()
-
-    def forward(self, rows: Tensor) -> Tensor:
-        r"""Return :math:`(x - \mu) / (\sigma + 10^{-7})`."""
-        return (rows - self.mean.to(rows)) / (self.deviation().to(rows) + EPSILON)
 
 
 class GradientNet(nn.Module):

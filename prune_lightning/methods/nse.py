@@ -14,7 +14,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.layerwise import LayerwiseEdit
 from prune_lightning.methods.least_squares import regression_update
 from prune_lightning.methods.value_problem import ShiftSite
-from prune_lightning.models.statistics import SecondMoment
+from prune_lightning.models.second_moment import SecondMoment
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 

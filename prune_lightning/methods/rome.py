@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.types import EditRequest, LowRankUpdate
@@ -39,14 +40,16 @@ class ROME(LocateThenEdit):
                 keys: list[dict[str, float]] = []
                 for layer, (name, matrix) in zip(self.layers, self.edited_matrices().items(), strict=True):
                     values = self.optimise([request], ShiftSite(layer, "mlp"))
-                    update, key = self._rank_one(request, layer, values.target[0])
+                    update, key = self._rank_one(request, layer, values.target[0], matrix)
                     updates[name].append(update)
                     keys.append(key)
                     matrix.add_provisionally(LowRankUpdate.sum(updates[name]))
                 details.append(values.details[0] | min(keys, key=lambda key: key["key_ratio"]))
         return {name: LowRankUpdate.sum(parts) for name, parts in updates.items()}, details
 
-    def _rank_one(self, request: EditRequest, layer: int, target: Tensor) -> tuple[LowRankUpdate, dict[str, float]]:
+    def _rank_one(
+        self, request: EditRequest, layer: int, target: Tensor, matrix: EditedMatrix
+    ) -> tuple[LowRankUpdate, dict[str, float]]:
         r"""Return the update of one layer, and figures of how well posed it is.
 
         ``key_cosine`` is :math:`u^\top k / \lVert k \rVert`; ``key_ratio`` is :math:`u^\top k / u^\top \bar k`, which
@@ -55,9 +58,10 @@ class ROME(LocateThenEdit):
         whitened, written = self._keys(request, layer)
         direction = self.moments[layer].solve(whitened[:, None])
         direction = direction / direction.norm()
-        output = self.language_model.rewrite_output(layer, written)
+        output = self.language_model.rewrite_output(layer, written).double()
+        output = output + matrix.withheld_on(written.double()[:, None])[:, 0]
         denominator = written @ direction[:, 0]
-        left = (target.double() - output.double())[:, None] / denominator
+        left = (target.double() - output)[:, None] / denominator
         key = {
             "key_cosine": float(denominator / written.norm()),
             "key_ratio": float(denominator / (whitened @ direction[:, 0])),

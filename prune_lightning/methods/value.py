@@ -42,6 +42,12 @@ class ValueOptions:
         fast: Run only what depends on the shift. The plain path computes the same from the whole model.
         graph: On a GPU, record the second step as a CUDA graph and replay it for the others, since launching a step's
             kernels takes longer than they do. Needs memory for one more step.
+        anchor: Rescale each solved value: ``none``; ``mean``, to the mean norm of values solved on the unedited model;
+            ``cap``, to that norm at most; ``own``, to the norm that the same shift gives on the unedited model.
+        anchor_norm: That mean norm; ``None`` to measure it on the stream's first ``pilots`` requests before any edit.
+        pilots: Number of these requests. They are solved without prefixes.
+        early_stop: Stop a request after so many steps in which the target is the most probable answer after every
+            prefix; ``None`` to rely on ``stop_loss`` alone (ENCORE has 2 to 4).
     """
 
     steps: Count = 20
@@ -53,6 +59,10 @@ class ValueOptions:
     token_budget: Count = 65_536
     fast: bool = True
     graph: bool = False
+    anchor: str = "none"
+    anchor_norm: Positive | None = None
+    pilots: Count = 100
+    early_stop: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,7 @@ class _Optimisation:
         self._captured: CapturedStep | None = None
         self._settled = False  # whether a step has run with the present rows, so that nothing is left to find out
         self.losses: list[Tensor] = []  # per step, NaN for requests that are done
+        self.hits = torch.zeros_like(self.updates)  # steps in which every label was the most probable token
 
     def _logits(self, shift: Tensor) -> Tensor:
         """Return the logits that the layout reads.
@@ -183,8 +194,8 @@ class _Optimisation:
         theirs until the batch is compacted, and not used.
         """
         for step in range(1, self.options.steps + 1):
-            loss, nll, differentiate = self._step(self.delta[self.current])
-            active = self._record(loss, nll)
+            loss, nll, hit, differentiate = self._step(self.delta[self.current])
+            active = self._record(loss, nll, hit)
             remaining = 0 if step == self.options.steps else int(active.sum())
             if not remaining:
                 break
@@ -193,27 +204,27 @@ class _Optimisation:
                 self._compact(active)
         return Values(self.reference + self.delta, self.reference, self._details())
 
-    def _step(self, shift: Tensor) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
-        """Return losses, negative log-likelihoods and what returns the gradient."""
+    def _step(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]:
+        """Return losses, negative log-likelihoods, whether all labels are on top, and what returns the gradient."""
         pays = self.options.steps - len(self.losses) > 2
         if self.options.graph and self._settled and shift.is_cuda and self._captured is None and pays:
             self._captured = self.model.fast_path.attempt(GRAPH, lambda: CapturedStep(self._both, shift))
         if self._captured is not None:
-            loss, nll, gradient = self._captured(shift)
-            return loss, nll, lambda: gradient
+            loss, nll, hit, gradient = self._captured(shift)
+            return loss, nll, hit, lambda: gradient
         shift = shift.requires_grad_()
         with torch.enable_grad():
-            loss, nll = self._loss(shift)
+            loss, nll, hit = self._loss(shift)
         self._settled = True
-        return loss.detach(), nll.detach(), lambda: torch.autograd.grad(loss.sum(), [shift])[0]
+        return loss.detach(), nll.detach(), hit, lambda: torch.autograd.grad(loss.sum(), [shift])[0]
 
-    def _both(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _both(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shift = shift.detach().requires_grad_()
         with torch.enable_grad():
-            loss, nll = self._loss(shift)
-        return loss.detach(), nll.detach(), torch.autograd.grad(loss.sum(), [shift])[0]
+            loss, nll, hit = self._loss(shift)
+        return loss.detach(), nll.detach(), hit, torch.autograd.grad(loss.sum(), [shift])[0]
 
-    def _record(self, loss: Tensor, nll: Tensor) -> Tensor:
+    def _record(self, loss: Tensor, nll: Tensor, hit: Tensor) -> Tensor:
         """Note the losses of the requests that were not done, and return which of the current ones go on."""
         active = self.active[self.current]
         row = torch.full_like(self.nll, torch.nan)
@@ -221,11 +232,14 @@ class _Optimisation:
         self.losses.append(row)
         self.nll[self.current] = torch.where(active, nll.double(), self.nll[self.current])
         active = active & (loss >= self.options.stop_loss)
+        self.hits[self.current] += hit
+        if self.options.early_stop is not None:
+            active = active & (self.hits[self.current] < self.options.early_stop)
         self.active[self.current] = active
         return active
 
-    def _loss(self, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Return loss and negative log-likelihood of the target of each current request."""
+    def _loss(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, the target's negative log-likelihood, and whether all labels are on top, by request."""
         layout, options = self.layout, self.options
         log_p = self._log_p(self._logits(shift))
         labels = -log_p[: len(layout.label)].gather(1, layout.label[:, None])[:, 0]
@@ -233,8 +247,10 @@ class _Optimisation:
         nll = zeros.index_add(0, layout.label_owner, labels * layout.label_weight.to(labels))
         kl_log_p = log_p[len(layout.label) :]
         kl = (kl_log_p.exp() * (kl_log_p - self.base_log_p[self.current])).sum(-1)
+        missed = (log_p[: len(layout.label)].argmax(-1) != layout.label).to(zeros)
+        hit = zeros.detach().index_add(0, layout.label_owner, missed) == 0
         decay = shift.norm(dim=1) / self.reference_norm[self.current] ** 2
-        return nll + options.kl_factor * kl + options.weight_decay * decay, nll
+        return nll + options.kl_factor * kl + options.weight_decay * decay, nll, hit
 
     @torch.no_grad()
     def _adam(self, active: Tensor, gradient: Tensor, step: int) -> None:

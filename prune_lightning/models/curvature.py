@@ -143,9 +143,8 @@ class CorpusCurvature:
 
     def take(self, model: LanguageModel, layers: Sequence[int]) -> dict[int, Tensor]:
         r"""Run the model forwards and backwards on the texts and return :math:`S` by layer."""
-        assert self.second_moments.corpus is not None
         longest = min(self.second_moments.max_length, model.tokens.max_length)
-        texts = itertools.islice(iter(self.second_moments.corpus.texts()), self.max_texts)
+        texts = itertools.islice(iter(self.second_moments.resolved(model, layers).texts()), self.max_texts)
         pieces = [model.tokens.encode(text)[:longest] for text in texts if text.strip()]
         modules = [model.rewrite_module(layer) for layer in layers]
         sums: dict[int, Tensor] = {}

@@ -2,8 +2,10 @@ r"""Second moments of keys, :math:`C = \frac1N \sum_i k_i k_i^\top`, and linear 
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,18 @@ class SecondMoments:
         self.num_tokens = 0
         self.convergence = float("nan")
 
+    def limited(self, tokens: float) -> SecondMoments:
+        """Return a copy that stops after so many tokens, if it does not stop earlier."""
+        limited = copy.copy(self)
+        limited.max_tokens = math.ceil(min(tokens, float("inf") if self.max_tokens is None else self.max_tokens))
+        return limited
+
     def compute(
-        self, model: LanguageModel, layers: Sequence[int], clock: PhaseClock | None = None
+        self,
+        model: LanguageModel,
+        layers: Sequence[int],
+        clock: PhaseClock | None = None,
+        tokens_per_feature: float | None = None,
     ) -> dict[int, SecondMoment]:
         """Return the second moment of the down-projection's input at each layer.
 
@@ -83,37 +95,59 @@ class SecondMoments:
             model: The unedited model.
             layers: Layers.
             clock: Measures the time as the phase ``statistics``.
+            tokens_per_feature: Stop after this multiple of the keys' width (FastMEMIT,
+                https://arxiv.org/abs/2506.04226); statistics of more tokens are used where they exist.
 
         Raises:
             UserError: The corpus has no text, or a file of the cache is damaged.
         """
         clock = clock or PhaseClock()
         with clock.phase("statistics"):
-            return self._compute(model, layers, clock)
-
-    def _compute(self, model: LanguageModel, layers: Sequence[int], clock: PhaseClock) -> dict[int, SecondMoment]:
-        if self.corpus is None:
-            return {layer: SecondMoment(torch.eye(model.key_size(layer), device=model.device)) for layer in layers}
-        if self.corpus == SELF:
-            size = max(map(model.key_size, layers))
-            self.corpus = SelfSampledCorpus(model, self.sampled, size, self.cache, clock)
-        manifest = self.manifest(model)
-        for folder in (self.shipped, self.cache):
-            with fail_together():
-                moments = StatisticsStore(folder, manifest).load(layers, model.device) if folder else None
-            if true_on_all_ranks(moments is not None):
-                assert moments is not None
-                break
-        else:
-            store = StatisticsStore(self.cache, manifest) if self.cache else None
+            if self.corpus is None:
+                return {layer: SecondMoment(torch.eye(model.key_size(layer), device=model.device)) for layer in layers}
             try:
-                moments = self.take(model, layers, store, clock)
+                moments = self._moments(model, layers, clock, tokens_per_feature)
             except CorpusUnavailable as error:
                 if not self.fallback:
                     raise
                 rank_zero_warn(f"{error}. Until then, the second moments are of text that the model samples itself")
                 self.corpus = SELF
-                return self._compute(model, layers, clock)
+                moments = self._moments(model, layers, clock, tokens_per_feature)
+            return self._factored(model, moments)
+
+    def _moments(
+        self, model: LanguageModel, layers: Sequence[int], clock: PhaseClock, tokens_per_feature: float | None
+    ) -> Mapping[int, Tensor]:
+        """Return the moments that are known, or else take and store them."""
+        self.resolved(model, layers, clock)
+        moments, few = self._known(model, layers), self
+        if moments is None and tokens_per_feature is not None:
+            few = self.limited(tokens_per_feature * max(model.key_size(layer) for layer in layers))
+            moments = few._known(model, layers)
+        if moments is None:
+            store = StatisticsStore(self.cache, few.manifest(model)) if self.cache else None
+            moments = few.take(model, layers, store, clock)
+            self.num_tokens, self.convergence = few.num_tokens, few.convergence
+        return moments
+
+    def resolved(self, model: LanguageModel, layers: Sequence[int], clock: PhaseClock | None = None) -> Corpus:
+        """Return the corpus; the model samples its own if that is what was chosen."""
+        if self.corpus == SELF:
+            size = max(map(model.key_size, layers))
+            self.corpus = SelfSampledCorpus(model, self.sampled, size, self.cache, clock or PhaseClock())
+        assert not isinstance(self.corpus, str | None)
+        return self.corpus
+
+    def _known(self, model: LanguageModel, layers: Sequence[int]) -> Mapping[int, Tensor] | None:
+        """Return what is shipped or cached, if every process finds it."""
+        for folder in (self.shipped, self.cache):
+            with fail_together():
+                found = StatisticsStore(folder, self.manifest(model)).load(layers, model.device) if folder else None
+            if true_on_all_ranks(found is not None):
+                return found
+        return None
+
+    def _factored(self, model: LanguageModel, moments: Mapping[int, Tensor]) -> dict[int, SecondMoment]:
         precision = torch.float64 if self._is_exact(model) else torch.float32
         return {layer: SecondMoment(self._damped(moment), precision) for layer, moment in moments.items()}
 

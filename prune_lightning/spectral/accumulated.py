@@ -109,7 +109,7 @@ class AccumulatedChange:
         return torch.nn.functional.pad(found, (0, min(self.master.shape) - len(found)))
 
     @torch.no_grad()
-    def write(self, out: Tensor, base: Tensor | None = None, correction: LowRankUpdate | None = None) -> None:
+    def write(self, out: Tensor, base: Tensor | None = None, correction: MatrixUpdate | None = None) -> None:
         r"""Write :math:`W_0 + \Delta - A B^\top`, computed in the master's precision and rounded once.
 
         Entries that the correction does not change keep their bits. If the correction cancels so much that the master's
@@ -118,10 +118,10 @@ class AccumulatedChange:
         Args:
             out: The output, of any floating dtype.
             base: :math:`W_0`; ``None`` for zero.
-            correction: :math:`A B^\top`; ``None`` for zero.
+            correction: :math:`A B^\top`, or a dense one; ``None`` for zero.
         """
         target = out if out.dtype == self.master.dtype else torch.empty_like(self.master)
-        rest = None if correction is None else self._rest_after_cancellation(correction)
+        rest = self._rest_after_cancellation(correction) if isinstance(correction, LowRankUpdate) else None
         if rest is not None:
             target.copy_(rest if base is None else rest.add_(base))
             correction = None
@@ -129,7 +129,9 @@ class AccumulatedChange:
             torch.add(self.master, base, out=target)
         elif target is not self.master:
             target.copy_(self.master)
-        if correction is not None:
+        if isinstance(correction, DenseUpdate):
+            target.sub_(correction.matrix.to(target))
+        elif correction is not None:
             target.addmm_(correction.left.to(target), correction.right.to(target).T, alpha=-1)
         if target is not out:
             out.copy_(target)

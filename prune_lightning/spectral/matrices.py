@@ -68,6 +68,14 @@ class HasEditedMatrices(Protocol):
         """Requests handled so far."""
         ...
 
+    def feed_back(self, on: bool) -> None:
+        """Have the next updates make up for what a restraint withholds, or no longer.
+
+        Raises:
+            UserError: The updates are not computed from what the weights lack.
+        """
+        ...
+
     def register_restraint(self, restraint: Any) -> None:
         """Register a restraint of these matrices with the run."""
         ...

@@ -84,6 +84,8 @@ def usable_by(method: DictConfig | None) -> Callable[[EditRequest], str | None] 
     Raises:
         UserError: The method's class does not exist.
     """
+    if method and "editor" in method:  # a method around another one
+        return usable_by(method.editor)
     target = method.get("_target_") if method else None
     return None if target is None else getattr(located(target, "method._target_"), "unusable", None)
 

@@ -28,6 +28,6 @@ def run(config: DictConfig) -> None:
     with RunProgress(clock, Console(stderr=True, quiet=not config.progress)):
         with clock.phase("load"):
             model = load_model(config)
-        moments.compute(model, list(config.method.layers), clock)
+        moments.compute(model, list(config.method.layers), clock, config.method.get("tokens_per_feature"))
     known = f"{moments.num_tokens} tokens, last change {moments.convergence:.1%}" if moments.num_tokens else "as before"
     Console().print(f"Second moments of layers {list(config.method.layers)}: {known}; in {moments.cache}")

@@ -1,0 +1,51 @@
+"""Norm anchors: keep the norm of solved values at that of an unedited model (NAS, https://arxiv.org/abs/2602.02543)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from prune_lightning.methods.value import Values
+
+ANCHORS = ("none", "mean", "own", "cap")
+_KEPT = 0.95  # share of the pilot norms, the smallest ones, whose mean is the anchor
+
+
+def mean_norm(values: Sequence[Tensor]) -> float:
+    """Return the mean norm of values ``(width,)``, without the largest twentieth."""
+    norms = sorted(float(value.double().norm()) for value in values)
+    kept = norms[: math.ceil(_KEPT * len(norms))]
+    return sum(kept) / len(kept)
+
+
+def written_values(values: Values, outputs: Tensor, multiplier: float) -> Tensor:
+    r"""Return :math:`v^* = v_0 + \delta`, what the matrix is asked to return, ``(b, width)``, fp64.
+
+    Args:
+        values: Solved values; the shift may be that of a block's output.
+        outputs: :math:`v_0`, the present output of the edited matrix, ``(b, width)``.
+        multiplier: Factor of the matrix's output before the residual addition, by which the shift is divided.
+    """
+    return outputs.double() + (values.target - values.reference).double() / multiplier
+
+
+def rescaled(values: Values, written: Tensor, anchor: Tensor, cap: bool, multiplier: float) -> Values:
+    r"""Return the values with :math:`v^* \leftarrow a\,v^* / \lVert v^* \rVert`, and the ratio of the norms.
+
+    ``norm_ratio``, :math:`\lVert v^* \rVert / a` before, is added to the details. Its growth announces a collapse.
+
+    Args:
+        values: Solved values.
+        written: Their :func:`written_values`.
+        anchor: :math:`a` of each value, shape ``(b,)``.
+        cap: Leave smaller values alone.
+        multiplier: See :func:`written_values`.
+    """
+    ratio = written.norm(dim=1) / anchor
+    factor = 1 / (ratio.clamp_min(1) if cap else ratio)
+    target = values.target + (multiplier * (factor - 1)[:, None] * written).to(values.target)
+    details = [{**detail, "norm_ratio": float(of)} for detail, of in zip(values.details, ratio, strict=True)]
+    return replace(values, target=target, details=details)
