@@ -41,15 +41,18 @@ choose() { # ON_A_GPU AT_TOY_SIZE: the arguments for this machine
 }
 
 environments() {
-  local cores aside=${ASIDE:-6}
-  cores=$(nproc)
-  [ "$aside" -lt "$cores" ] || aside=1
   PYTHON="$PYTHON" AT_ONCE=$aside timeout "${SECONDS_e:-420}" taskset -c "$((cores - aside))-$((cores - 1))" \
     tests/environments.sh >"$OUT/environments.log" 2>&1
 }
 
 "$PYTHON" benchmarks/machine.py >"$OUT/machine.json" && cat "$OUT/machine.json"
-case " $PARTS " in *" e "*) environments & beside=$! ;; esac
+cores=$(nproc) aside=${ASIDE:-6}
+[ "$aside" -lt "$cores" ] || aside=1
+case " $PARTS " in *" e "*)
+  environments & beside=$!
+  [ "$cores" -eq 1 ] || taskset -cp "0-$((cores - aside - 1))" $$ >/dev/null # the others keep off its cores
+  ;;
+esac
 for each in $PARTS; do
   case $each in
     a) PYTHONPATH="$PWD/tests:$PYTHONPATH" FAILURES_TO="$OUT/failures.txt" part tests "${SECONDS_a:-150}" \

@@ -1,8 +1,9 @@
 """A pretended accelerator: tensors that compute on the CPU, but live apart from it as those of a GPU do.
 
 An operation on tensors of both devices raises, as on a GPU, and so does handing the tensors to a library that reads
-memory. Random numbers may not be drawn on it, since a GPU's are not the CPU's. Operations for which a GPU would have to finish its queue first, such as ``.item()``, are counted with the line
-that asked for them. The device's type is ``lazy``, which nothing else uses.
+memory. Random numbers may not be drawn on it, since a GPU's are not the CPU's. Operations for which a GPU would have to
+finish its queue first, such as ``.item()``, are counted with the line that asked for them. The device's type is
+``lazy``, which nothing else uses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plugin that writes each failure with its traceback at once: ``pytest -p failures``, tests/ on the path.
+"""Plugin that writes each failure with its traceback at once: ``pytest -p failures``, with tests/ on the path.
 
 A run that is cut off loses nothing of what it found. The file is ``FAILURES_TO``; without it, standard error.
 """

@@ -13,6 +13,7 @@ from prune_lightning.callbacks import PRUNE, RECT, SpectrumMonitor
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
 from prune_lightning.methods.adalora import AdaLoRA
+from prune_lightning.methods.cpu_dropout import draw_on_the_cpu
 from prune_lightning.methods.lora import LoRA
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.loading import load_language_model
@@ -292,3 +293,18 @@ def test_an_edit_that_is_not_finite_does_not_enter_the_kept_adapters(bundled):
 def test_bad_options_are_reported(kind, option, message, tiny):
     with pytest.raises(UserError, match=message):
         adapting(kind, tiny("gpt2"), **option)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropout_is_that_of_pytorch_on_the_cpu(dtype):
+    layers, x = (
+        torch.nn.ModuleDict({"a": torch.nn.Dropout(0.3), "b": torch.nn.Identity()}),
+        torch.randn(7, 33).to(dtype),
+    )
+    torch.manual_seed(5)
+    expected = layers["a"](x)
+    draw_on_the_cpu(layers)
+    torch.manual_seed(5)
+    assert torch.equal(layers["a"](x), expected)
+    assert torch.equal(layers["a"].eval()(x), x)
+    assert type(layers["b"]) is torch.nn.Identity

@@ -15,6 +15,7 @@ from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.costs import training_cost
+from prune_lightning.methods.cpu_dropout import draw_on_the_cpu
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import AboveBlock
 from prune_lightning.models.adapters import refuse_adapters
@@ -199,7 +200,7 @@ class LoRA(EditingModule):
         tuner = self.inject(self.language_model.model, total_steps)
         try:
             for name in self.edited_matrices():
-                _draw_on_the_cpu(self.adapted(name))
+                draw_on_the_cpu(self.adapted(name).lora_dropout)
             cast_adapter_dtype(self.language_model.model, ADAPTER)
             self.language_model.model.eval()  # new layers begin with their dropout on
             yield tuner
@@ -279,24 +280,6 @@ class LoRA(EditingModule):
 
     def stepped(self, tuner: LoraModel, step: int) -> None:
         """Called after each step of Adam, while gradients are still there."""
-
-
-class CPUDropout(nn.Dropout):
-    """Dropout whose draws are the CPU's on every device, so that a seed means the same everywhere."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the scaled input, some of its entries zero."""
-        if not self.training:
-            return input
-        kept = torch.empty(input.shape, dtype=torch.bool).bernoulli_(1 - self.p)
-        return input * kept.to(input.device).to(input.dtype).div_(1 - self.p)
-
-
-def _draw_on_the_cpu(layer: Any) -> None:
-    """Exchange the dropout of an adapter; ``peft`` initialises it on the CPU already."""
-    dropout = layer.lora_dropout[ADAPTER]
-    if type(dropout) is nn.Dropout:
-        layer.lora_dropout[ADAPTER] = CPUDropout(dropout.p)
 
 
 def negative(update: LowRankUpdate) -> LowRankUpdate:

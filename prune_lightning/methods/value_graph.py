@@ -22,7 +22,8 @@ class CapturedStep:
     def __init__(self, step: Callable[[Tensor], Sequence[Tensor]], example: Tensor) -> None:
         self._argument = example.detach().clone()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Another thread, such as the ledger's, may copy from the device meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._results = step(self._argument)
 
     def __call__(self, argument: Tensor) -> tuple[Tensor, ...]:
