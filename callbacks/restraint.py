@@ -65,6 +65,7 @@ class Restraint(LightningCallback, ABC):
     """
 
     place: ClassVar[Place] = Place.RESTRAINT
+    for_hugging_face: ClassVar[bool] = True
 
     def __init__(
         self, parameters: str | Sequence[str] | None = None, schedule: str = "each", every_n: Count = 1
@@ -102,6 +103,8 @@ class Restraint(LightningCallback, ABC):
     def withholds(self) -> bool:
         """Whether it withholds a part of the change. A matrix withholds one part, so only one restraint of it may."""
         return False
+
+    @property
     def low_rank(self) -> bool:
         """Whether a change of low rank stays one."""
         return True
@@ -223,14 +226,6 @@ class Restraint(LightningCallback, ABC):
         """Restore the state of the latest step."""
         if states:
             self.pending = states[-1]["pending"]
-
-    # -- Hugging Face ---------------------------------------------------------------------------------------------
-    @override
-    def _for_hugging_face(self) -> str:
-        return (
-            f"For the Hugging Face Trainer wrap it: callbacks=[RestraintCallback({type(self).__name__}(...))], from "
-            "prune_lightning.callbacks.hugging_face"
-        )
 
     # -- Lightning ------------------------------------------------------------------------------------------------
     @override

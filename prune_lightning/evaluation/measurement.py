@@ -100,6 +100,7 @@ class Measurement(ABC):
     def remarks(self) -> list[str]:
         """Return sentences for the report, such as on items that are left out."""
         return []
+
     def check(self, model: LanguageModel, requests: Sequence[EditRequest]) -> None:  # noqa: B027 - few have to
         """Raise what is known to prevent the measurement; called before anything is computed.
 

@@ -18,8 +18,8 @@ from prune_lightning.errors import UserError, near, one_of, shown
 from prune_lightning.models.depth import FROM_DEPTH
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_config, load_language_model
-from prune_lightning.tasks.hparams import apply_hparams, compare_model, leaves, overrides, source_of
 from prune_lightning.tasks.components import check_arguments
+from prune_lightning.tasks.hparams import apply_hparams, compare_model, leaves, overrides, source_of
 from prune_lightning.tasks.setup import choice, first_process
 
 SOURCES = ("published", "tuned", "default")
