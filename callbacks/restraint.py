@@ -68,6 +68,7 @@ class Restraint(LightningCallback, ABC):
     """
 
     place: ClassVar[Place] = Place.RESTRAINT
+    for_hugging_face: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -240,14 +241,6 @@ class Restraint(LightningCallback, ABC):
         """Restore the state of the latest step."""
         if states:
             self.pending = states[-1]["pending"]
-
-    # -- Hugging Face ---------------------------------------------------------------------------------------------
-    @override
-    def _for_hugging_face(self) -> str:
-        return (
-            f"For the Hugging Face Trainer wrap it: callbacks=[RestraintCallback({type(self).__name__}(...))], from "
-            "prune_lightning.callbacks.hugging_face"
-        )
 
     # -- Lightning ------------------------------------------------------------------------------------------------
     @override

@@ -32,7 +32,8 @@ from prune_lightning.export.verify import next_token_logits, prompts_for
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.tasks import exporting as exporting_task
-from prune_lightning.tasks.exporting import export_all, formats_wanted, raise_failed
+from prune_lightning.tasks.exporting import export_all, raise_failed
+from prune_lightning.tasks.preflight import formats_wanted
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 FORMATS = ("full", "lora", "delta")
@@ -384,16 +385,13 @@ def test_run_exports_at_its_end(tmp_path):
 
 
 def test_wanted_formats_are_checked_before_the_first_edit():
-    sequential, single = BundledWorld(), BundledWorld(protocol="single")
-    assert formats_wanted(compose(), single) == []
-    assert formats_wanted(compose("export=lora"), sequential) == ["lora"]
-    assert formats_wanted(compose("export=[full,delta]"), sequential) == ["full", "delta"]
+    assert formats_wanted(compose()) == []
+    assert formats_wanted(compose("export=lora")) == ["lora"]
+    assert formats_wanted(compose("export=[full,delta]")) == ["full", "delta"]
     with pytest.raises(UserError, match="unknown export 'ggml'"):
-        formats_wanted(compose("export=ggml"), sequential)
+        formats_wanted(compose("export=ggml"))
     with pytest.raises(UserError, match="only exported for a model that was loaded from one"):
-        formats_wanted(compose("export=gguf"), sequential)
-    with pytest.raises(UserError, match="leaves no edited model"):
-        formats_wanted(compose("export=full"), single)
+        formats_wanted(compose("export=gguf"))
 
 
 def test_a_failed_export_does_not_cost_the_run_its_results(tmp_path, bundled, monkeypatch):

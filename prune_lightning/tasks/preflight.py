@@ -21,7 +21,7 @@ def formats_wanted(config: DictConfig) -> list[str]:
     """Return the formats of ``config.export``.
 
     Raises:
-        UserError: An unknown format.
+        UserError: An unknown format, or one that cannot export this model.
     """
     wanted = [config.export] if isinstance(config.export, str) else list(config.export or ())
     for name in wanted:

@@ -24,6 +24,7 @@ from prune_lightning.phases import PhaseClock
 from prune_lightning.report.plots import save_plots
 from prune_lightning.report.tuning import plot_tuning
 from prune_lightning.requests import EditRequest
+from prune_lightning.tasks.components import check_components
 from prune_lightning.tasks.hparams import weights_fingerprint, write_hparams
 from prune_lightning.tasks.knowing import select_records
 from prune_lightning.tasks.presets import load_model, model_label, settled
@@ -50,6 +51,7 @@ def run(config: DictConfig) -> None:
     if build_trainer(config, [], []).world_size > 1:
         raise UserError("experiment=tune runs in one process: use a trainer with one device")
     config = settled(config)
+    check_components(config)
     folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
     RunLog(clock)
