@@ -96,7 +96,9 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     weight = model.rewrite_module(0).weight.detach().clone()
     change = LowRankUpdate(torch.ones(32, 1), torch.ones(32, 1))
 
-    def source(name=model.rewrite_name(0), original=weight, base=path):
+    name = model.rewrite_name(0)
+
+    def source(name=name, original=weight, base=path):
         return ExportSource(model, [ExportedMatrix(name, original, change)], Provenance(str(base)))
 
     for broken, message in (

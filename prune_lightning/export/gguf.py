@@ -149,7 +149,7 @@ def _copy(reader: Any, path: Path, replaced: Mapping[str, np.ndarray[Any, Any]],
                 struct.pack_into("<I", head, entry, kind)
             struct.pack_into("<Q", head, entry + 4, file.tell() - start)
             whole = slice(int(tensor.data_offset), int(tensor.data_offset) + int(tensor.n_bytes))
-            file.write(np.ascontiguousarray(replaced.get(tensor.name, reader.data[whole])))
+            file.write(np.ascontiguousarray(replaced.get(tensor.name, reader.data[whole])).tobytes())
         file.write(bytes(-(file.tell() - start) % padding))
         file.seek(0)
         file.write(head)
