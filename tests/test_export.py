@@ -125,7 +125,7 @@ def test_plain_libraries_load_it_in_a_process_of_their_own(case, kind, loaded_pl
 
 
 def test_an_adapter_has_one_rank(bundled, tmp_path):
-    """MEMIT over two layers, the lower one edited once more: the other is padded, so that loaders scale by one."""
+    """MEMIT over two layers, the lower one edited once more: the other is padded, so every loader scales by one."""
     module, requests = edited(bundled, "memit", [0, 1], batch=5)
     matrices = module.edited_matrices()
     first, second = matrices

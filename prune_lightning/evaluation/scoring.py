@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
-from prune_lightning.models.batching import TOKEN_BUDGET, by_length
+from prune_lightning.models.batching import TOKEN_BUDGET, by_length, within_logits
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.packing import trees
 from prune_lightning.models.token_tree import ROW_LENGTH, tree_inputs
@@ -232,7 +232,7 @@ def token_nll(
     Args:
         model: The language model.
         texts: Texts; a single token has nothing to score.
-        token_budget: Padded tokens per forward pass.
+        token_budget: Padded tokens per forward pass; less for a large vocabulary, since logits are computed at all.
         special_tokens: Whether to add the special tokens that the model expects at the beginning.
 
     Returns:
@@ -241,13 +241,11 @@ def token_nll(
     encoded = [model.tokens.encode(text, special_tokens)[: model.tokens.max_length] for text in texts]
     nll = torch.zeros(len(texts), device=model.device)
     count = torch.tensor([len(ids) - 1 for ids in encoded], device=model.device)
+    budget = within_logits(token_budget, int(model.config.vocab_size))
     with model.frozen_mode():
-        for group in by_length([len(ids) for ids in encoded], token_budget):
+        for group in by_length([len(ids) for ids in encoded], budget):
             ids, mask = model.tokens.pad([encoded[i] for i in group], model.device)
-            labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
             logits = model(ids, mask)[:, :-1].float()
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
-            )
-            nll[torch.tensor(group, device=model.device)] = losses.view_as(labels).sum(1)
+            losses = logits.logsumexp(-1) - logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
+            nll[torch.tensor(group, device=model.device)] = losses.masked_fill(mask[:, 1:] == 0, 0.0).sum(1)
     return nll, count

@@ -27,19 +27,21 @@ _SETTINGS = {
     "export": str | list[str] | None,
 }
 _RESUME = "resume="
+AUTO = "auto"
+"""What ``resume`` is set to if a job continues whatever lies in its folder."""
 
 
 def full_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the command line of a run to resume: the one it was begun with, and what is overridden now.
 
     Args:
-        arguments: The command line; without ``resume=RUN`` in it, it is returned as it is.
+        arguments: The command line; without ``resume=RUN`` in it, or with ``resume=auto``, it is returned as it is.
 
     Raises:
         UserError: RUN is no folder of a run.
     """
     wanted = [word.removeprefix(_RESUME) for word in arguments if word.startswith(_RESUME)]
-    if not wanted or wanted[-1] in ("", "null"):
+    if not wanted or wanted[-1] in ("", "null", AUTO):
         return list(arguments)
     run = Path(wanted[-1]).expanduser().resolve()
     known = run / ".hydra" / "overrides.yaml"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -29,7 +30,7 @@ from prune_lightning.tasks.knowing import select_records
 from prune_lightning.tasks.preflight import check_bisection, check_run, formats_wanted
 from prune_lightning.tasks.presets import load_model, model_facts, settled
 from prune_lightning.tasks.recipe import Recipe
-from prune_lightning.tasks.resuming import check_stream, ledger_to_resume
+from prune_lightning.tasks.resuming import NothingToResume, check_stream, ledger_to_resume, settle_resume
 from prune_lightning.tasks.setup import (
     build_loggers,
     build_trainer,
@@ -46,6 +47,16 @@ from prune_lightning.tasks.setup import (
 
 def run(config: DictConfig) -> None:
     """Edit, evaluate, and write the results to the run folder."""
+    automatic = settle_resume(config, Path(HydraConfig.get().runtime.output_dir))
+    try:
+        _run(config)
+    except NothingToResume as complete:
+        if not automatic:
+            raise
+        Console().print(f"skipped: {complete}", markup=False)
+
+
+def _run(config: DictConfig) -> None:
     clock = run_clock()
     quieten()
     settle_trainer(config)

@@ -4,9 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger
+from prune_lightning.tasks.arguments import AUTO
+
+
+class NothingToResume(UserError):
+    """A run is complete."""
+
+
+def settle_resume(config: DictConfig, folder: Path) -> bool:
+    """Replace ``resume=auto`` by the run's folder if an earlier job left edits there, else by a new run.
+
+    A job that ended between its last edit and its summary is run again.
+
+    Returns:
+        Whether ``resume`` was ``auto``, so that a complete run is to be skipped.
+    """
+    if config.resume != AUTO:
+        return False
+    begun = (folder / "ledger" / "base.json").is_file()
+    lost = begun and not (folder / "summary.json").is_file() and Ledger.open(folder / "ledger").finish_line is not None
+    config.resume = str(folder) if begun and not lost else None
+    return True
 
 
 def ledger_to_resume(run: str | None, folder: Path) -> Ledger | None:
@@ -30,14 +53,15 @@ def check_stream(ledger: Ledger, stream: EditStream) -> None:
         stream: The stream, set up.
 
     Raises:
-        UserError: It is another stream, or the run is complete.
+        UserError: It is another stream.
+        NothingToResume: The run is complete.
     """
     folder = ledger.folder.parent
     if stream.protocol.from_base:
         raise UserError(f"data.protocol={stream.protocol.value} starts each step from the unedited model: run it again")
     written = [request for line in ledger.lines for request in line["requests"]]
     if len(written) > len(stream.requests) or (len(written) == len(stream.requests) and ledger.finish_line):
-        raise UserError(f"{folder} holds all of its {len(written)} edits: there is nothing to resume")
+        raise NothingToResume(f"{folder} holds all of its {len(written)} edits: there is nothing to resume")
     for place, (earlier, request) in enumerate(zip(written, stream.requests, strict=False)):
         if (earlier["prompt"], earlier["target_new"]) != (request.prompt, request.target_new):
             raise UserError(f"the data are not the run's: edit {place + 1} was {earlier['prompt']!r}")
