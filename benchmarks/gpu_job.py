@@ -23,16 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("phases", "wall_s", "edit_s", "evaluate_s", "evaluate_share", "final", "num_requests", "model", "dtype")
 
 
-def words(gguf: Path | None, toy: bool) -> list[str]:
-    """Return the command's words."""
+def words(gguf: Path | None, toy: bool, further: list[str]) -> list[str]:
+    """Return the command's words; ``further`` ones take the place of those of the same name."""
     chosen = [f"trainer={'cpu' if toy else 'gpu'}", "progress=false", "control=false"]
     if gguf is not None:
-        chosen += ["model=smollm2", f"model.path={gguf}", "method=rome", "restraint=prune", "evaluation=editing"]
-    elif toy:
-        chosen += ["evaluation=editing"]
+        chosen += ["model=smollm2", f"model.path={gguf}", "method=memit", "data.protocol=sequential_batched"]
+        chosen += ["data.batch_size=10"]
     if gguf is not None or toy:
-        chosen += [f"data.num_edits={4 if toy else 200}"]
-    return chosen
+        chosen += ["evaluation=editing", f"data.num_edits={4 if toy else 200}"]
+    named = {word.partition("=")[0] for word in further}
+    return [word for word in chosen if word.partition("=")[0] not in named] + further
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("further", nargs="*", metavar="OVERRIDE", help="further words of the command, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [*words(options.gguf and options.gguf.resolve(), bool(os.environ.get("TOY"))), *options.further]
+        chosen = words(options.gguf and options.gguf.resolve(), bool(os.environ.get("TOY")), options.further)
         command = [sys.executable, str(ROOT / "train.py"), *chosen, f"hydra.run.dir={folder}"]
         done = subprocess.run(command, cwd=ROOT, check=False)
         if done.returncode:

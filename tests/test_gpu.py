@@ -250,7 +250,7 @@ def within_rounding(weight: Tensor, expected: Tensor, moved: float, dtype: torch
 
 # -- restraints -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("place", "dtype"), cases(apart="bf16"))
-@pytest.mark.parametrize("name", [name for name in rules.NAMES if name != "rect"])
+@pytest.mark.parametrize("name", ["none", *rules.LAWS])
 def test_a_restraint_is_its_rule_in_every_precision(name, here, place, dtype):
     def model(family):
         return rounded(family, dtype, dtype, place.device)
@@ -277,9 +277,10 @@ def test_a_restraint_is_its_rule_in_every_precision(name, here, place, dtype):
 
 
 @pytest.mark.parametrize(("place", "dtype"), cases())
-def test_rect_keeps_the_entries_that_it_keeps_on_the_cpu(here, place, dtype):
+@pytest.mark.parametrize("name", sorted({*rules.NAMES} - {"none", *rules.LAWS}))
+def test_a_restraint_without_a_law_does_what_it_does_on_the_cpu(name, here, place, dtype):
     def weights(device, trainer):
-        return rules.run(lambda f: rounded(f, dtype, dtype, device), rules.restraint("rect"), trainer)[1].weights
+        return rules.run(lambda f: rounded(f, dtype, dtype, device), rules.restraint(name), trainer)[1].weights
 
     for ours, theirs in zip(weights(place.device, place.trainer), weights("cpu", rules.quiet_trainer), strict=True):
         for one, other in zip(ours, theirs, strict=True):
@@ -396,6 +397,11 @@ def everything(device: torch.device | str) -> dict[str, dict[str, Tensor]]:
         metric.update(nll[:2], count[:2])
         metric.update(nll, count)
         found[name] = metric.compute()
+    drift = metrics.Divergence().to(device)
+    drift.update(
+        torch.tensor([0.5, float("inf"), 0.25], device=device), torch.tensor([True, False, True], device=device)
+    )
+    found["Divergence"] = drift.compute()
     exact = metrics.ExactMatch().to(device)
     exact.update(torch.tensor([True, False, True], device=device))
     found["ExactMatch"] = exact.compute()
