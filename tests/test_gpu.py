@@ -198,8 +198,8 @@ def test_what_is_made_of_keys_and_values_is_exact_and_rounded_once(method, place
         read.append(optimise(self, *arguments))
         return read[-1]
 
-    def recorded_keys(self, layer):
-        found = keys(self, layer)
+    def recorded_keys(self, layer, until=None):
+        found = keys(self, layer, until)
         read.append((found, self.hidden))
         return found
 
@@ -224,7 +224,7 @@ def test_what_is_made_of_keys_and_values_is_exact_and_rounded_once(method, place
     assert ours.dtype == torch.float64
     assert moments.dtype == torch.float64
 
-    def replayed_keys(self, layer):
+    def replayed_keys(self, layer, until=None):
         found, self.hidden = replayed.pop(0)
         return found
 
@@ -285,7 +285,8 @@ def test_a_restraint_without_a_law_does_what_it_does_on_the_cpu(name, here, plac
     for ours, theirs in zip(weights(place.device, place.trainer), weights("cpu", rules.quiet_trainer), strict=True):
         for one, other in zip(ours, theirs, strict=True):
             one, other = one.double().cpu(), other.double()
-            assert float((one - other).norm()) <= torch.finfo(dtype).eps * float(other.norm())
+            # Subspaces come from activations, summed in another order there.
+            assert float((one - other).norm()) <= 16 * torch.finfo(dtype).eps * float(other.norm())
 
 
 # -- guards, ledger, bisection ----------------------------------------------------------------------------------------
