@@ -57,8 +57,8 @@ def retention(now: Mapping[str, float], before: Mapping[str, float], chance: Map
         before: Score :math:`G_0` of each task on the unedited model, above chance.
         chance: Chance level :math:`G_c` of the tasks to average; the result is NaN without any.
 
-    >>> retention({"a": 0.5, "b": 0.7}, {"a": 1.0, "b": 0.9}, {"a": 0.0, "b": 0.5})
-    0.5
+    >>> retention({"a": 0.75, "b": 0.75}, {"a": 1.0, "b": 1.0}, {"a": 0.0, "b": 0.5})
+    0.625
     """
     shares = [(now[task] - level) / (before[task] - level) for task, level in chance.items()]
     return sum(share if 0 < share < math.inf else 0.0 for share in shares) / len(shares) if shares else math.nan

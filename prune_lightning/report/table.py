@@ -13,10 +13,14 @@ _FIRST = ("edit", "stream", "ability")
 
 
 def figure(value: Any) -> str:
-    """Return a score as text: three decimals, or three digits where it is large."""
+    """Return a score as text: three decimals, or three digits where it is large or small.
+
+    >>> figure(0.5), figure(1234.5), figure(0.000123), figure(0.0)
+    ('0.500', '1.23e+03', '0.000123', '0.000')
+    """
     if value is None or value != value:
         return "–"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+    return f"{value:.3f}" if value == 0 or 0.001 <= abs(value) < 100 else f"{value:.3g}"
 
 
 def _cell(scores: Mapping[str, Any], key: str) -> str:
