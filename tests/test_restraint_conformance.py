@@ -161,35 +161,36 @@ def close(ours, theirs, original):
 SCHEDULES = {"each": lambda step: True, "every_n": lambda step: step in (3, 6), "end": lambda step: False}
 
 
+def by_rule(name, original, layer, space=None):
+    """Return the weights after every step under a configured restraint, the views of them, and those of the end."""
+    if name in LAWS:
+        due = SCHEDULES["end" if name == "prune_end" else "each"]
+        accumulate = "restrained" if name == "prune_restrained" else "raw"
+        guard = name in GUARDED
+        expected, final = spectral(original, layer, LAWS[name], guard, due, accumulate)
+        # What is evaluated is restrained, also where the edits continue unrestrained.
+        views, _ = spectral(original, layer, LAWS[name], guard, SCHEDULES["each"], accumulate)
+        return expected, views, final
+    expected, change = [], torch.zeros_like(original)
+    for number in range(STEPS):
+        step = update(layer, number)
+        if name == "rect":
+            step = step * mask(step, original + change, keep=0.2)
+        elif name == "low_curvature":
+            step = space(step)
+        elif name != "none":
+            step = filtered(name, step, original)
+        change = change + step
+        expected.append(original + change)
+    return expected, expected, expected[-1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_as_configured(name, tiny):
     originals, watch = run(tiny, restraint(name))
     spaces = low_curvature(tiny) if name == "low_curvature" else {}
     for place, (layer, original) in enumerate(zip(LAYERS, originals, strict=True)):
-        expected, change = [], torch.zeros_like(original)
-        if name == "low_curvature":
-            for step in range(STEPS):
-                change = change + spaces[layer](update(layer, step))
-                expected.append(original + change)
-            final, views = expected[-1], expected
-        elif name in ("none", "rect"):
-            for step in range(STEPS):
-                kept = mask(update(layer, step), original + change, keep=0.2) if name == "rect" else 1
-                change = change + update(layer, step) * kept
-                expected.append(original + change)
-            final, views = expected[-1], expected
-        elif name in ("revive", "sphere"):
-            for step in range(STEPS):
-                change = change + filtered(name, update(layer, step), original)
-                expected.append(original + change)
-            final, views = expected[-1], expected
-        else:
-            due = SCHEDULES["end" if name == "prune_end" else "each"]
-            accumulate = "restrained" if name == "prune_restrained" else "raw"
-            guard = name in GUARDED
-            expected, final = spectral(original, layer, LAWS[name], guard, due, accumulate)
-            # What is evaluated is restrained, also where the edits continue unrestrained.
-            views, _ = spectral(original, layer, LAWS[name], guard, SCHEDULES["each"], accumulate)
+        expected, views, final = by_rule(name, original, layer, spaces.get(layer))
         for step in range(STEPS):
             assert close(watch.weights[step][place], expected[step], original), (layer, step)
             assert close(watch.views[step][place], views[step], original), (layer, step)
