@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -21,22 +21,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from prune_lightning.costs import Changes, RestraintCost, plain_restraint
 from prune_lightning.errors import UserError, kind_of, one_of
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.ranges import Count
 from prune_lightning.spectral import HasEditedMatrices, RestrainedMatrix
-from prune_lightning.types import LowRankUpdate
 from prune_lightning.value_types import check_value
 
 from ._lightning import LightningCallback
 from ._logging import log_metrics
 from ._order import Place, check_one_withholds, check_order
+from ._restraint_rule import RestraintRule
 from ._snapshot import Originals, SnapshotMatrix, as_patterns, matching_matrices
 from ._timing import part_of_phase
 
 
-class Restraint(LightningCallback, ABC):
+class Restraint(RestraintRule, LightningCallback, ABC):
     """Restrains the change of weight matrices, after an edit or after a step of an optimizer.
 
     A restraint implements :meth:`restrain`. On an editing module the matrices are the edited ones. On any other module
@@ -88,36 +87,6 @@ class Restraint(LightningCallback, ABC):
         self._restored: dict[str, dict[str, Tensor]] = {}
         self._steps: int | None = None
         self.pending = False
-
-    # -- what a restraint writes ----------------------------------------------------------------------------------
-    @abstractmethod
-    def restrain(self, matrix: RestrainedMatrix) -> None:
-        """Restrain one matrix permanently."""
-
-    def correction(self, matrix: RestrainedMatrix) -> LowRankUpdate | None:
-        """Return what :meth:`restrain` would subtract from one matrix now; needed for the ``end`` schedule."""
-        raise UserError(f"{type(self).__name__} works step by step and does not support `schedule=end`")
-
-    def figures(self) -> dict[str, float]:
-        """Return figures of the latest restraint, by name."""
-        return {}
-
-    def before_step(self) -> None:
-        """Prepare for a step of an optimizer, with the gradients in place; only some restraints of gradients do."""
-
-    def cost(self, changes: Changes) -> RestraintCost:
-        """Return the estimated cost: dense copies of one matrix, unless a subclass overrides it."""
-        return plain_restraint(changes)
-
-    @property
-    def withholds(self) -> bool:
-        """Whether it withholds a part of the change. A matrix withholds one part, so only one restraint of it may."""
-        return False
-
-    @property
-    def low_rank(self) -> bool:
-        """Whether a change of low rank stays one."""
-        return True
 
     # -- for any loop ---------------------------------------------------------------------------------------------
     @property

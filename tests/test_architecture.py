@@ -23,7 +23,7 @@ FLOORS = [
         "run_lock",
         "ranges",
     },
-    {"text"},
+    {"text", "value_types"},
     {"requests"},
     {"types", "records", "atomic_files", "costs"},
     {"spectral", "metrics"},

@@ -180,7 +180,7 @@ def test_real_records_on_the_bundled_model(tmp_path, data, file):
         (["data.num_edit=5"], "unknown key 'data.num_edit': did you mean 'num_edits'"),
         (["data=counterfact"], "these settings need a value: data.path"),
         (["data=counterfact", "data.path=configs/trian.yaml"], "did you mean 'train.yaml'"),
-        (["restraint.base=0.5"], "a number > 1"),
+        (["restraint.base=0.5"], "a number above 1"),
         (["model.path=./nowhere"], "no folder './nowhere'"),
         (["method.layers=[9]"], "layer 9 is outside"),
         (["trainer.max_epoch=2"], "did you mean 'max_epochs'"),

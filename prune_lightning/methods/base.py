@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import torch
@@ -20,6 +20,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.methods.edit_run import EditRun
 from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.methods.editing_method import EditingMethod
 from prune_lightning.methods.no_op_optimizer import NoOpOptimizer
 from prune_lightning.methods.run_parts import AttachedRestraint
 from prune_lightning.methods.trainer_checks import check_trainer
@@ -28,15 +29,15 @@ from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.phases import PhaseClock
 from prune_lightning.ranges import Whole
-from prune_lightning.types import EditBatch, EditReport, EditRequest, EditStep, MatrixUpdate
+from prune_lightning.types import EditBatch, EditReport, EditRequest, EditStep
 
 COMPARE_EVERY = 100  # requests between two comparisons of the processes' weights
 
 
-class EditingModule(L.LightningModule, ABC):
+class EditingModule(EditingMethod, L.LightningModule, ABC):
     """Base of all editing methods.
 
-    A method implements :meth:`compute_update` and, if it needs statistics or the like, :meth:`prepare`.
+    A method implements :meth:`compute_update`; :class:`~.editing_method.EditingMethod` has what else it may implement.
 
     Args:
         language_model: The model to edit.
@@ -46,17 +47,9 @@ class EditingModule(L.LightningModule, ABC):
         clock: Measures the time of the run's phases; a new clock by default.
 
     Attributes:
-        low_rank: Whether updates are factors of low rank, and not whole matrices.
         facts: What the method reports of :meth:`prepare`, for the run's summary.
         run: The stream of edits on this module: its matrices, its position, what is pending.
-        filters_steps: Whether the method has an optimizer of its own and gives its steps to ``run.step_filters``.
-        takes_feedback: Whether updates are computed from what the outputs lack, with :meth:`.EditedMatrix.withheld_on`
-            as a part of the outputs.
     """
-
-    filters_steps: ClassVar[bool] = False
-    low_rank: ClassVar[bool] = True
-    takes_feedback: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -79,51 +72,6 @@ class EditingModule(L.LightningModule, ABC):
         self.strict_loading = False  # a checkpoint holds what the edits did, not the model
         self._checkpoint: Mapping[str, Any] | None = None
         self._unused = nn.Parameter(torch.zeros(1))  # DDP wraps no module without a trainable parameter
-
-    # -- what a method writes -------------------------------------------------------------------------------------
-    def check(self) -> None:
-        """Raise what is known to prevent the edits, such as a missing file; called before anything is computed."""
-
-    def prepare(self) -> None:
-        """Compute, on the unedited model, what all edits need. It stays valid when the stream restarts.
-
-        Called before the first evaluation, so that a failure costs no more than it has to.
-        """
-
-    @classmethod
-    def unusable(cls, request: EditRequest) -> str | None:
-        """Return why the method cannot write a request, or ``None`` if it can; called before the first edit."""
-        return None
-
-    @abstractmethod
-    def compute_update(
-        self, requests: Sequence[EditRequest]
-    ) -> tuple[Mapping[str, MatrixUpdate], list[dict[str, Any]]]:
-        """Return the update of each edited weight, by name, and the details to report of each request.
-
-        An update is factored where the method knows factors, dense otherwise. The weights must be unchanged, bit for
-        bit, when this returns.
-        """
-
-    def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
-        """Return, by name, what must be remembered of requests that have been written, such as their keys.
-
-        Called once per step, on the model after every restraint.
-        """
-        return {}
-
-    def remember(self, observed: Mapping[str, Tensor]) -> None:
-        """Add what :meth:`observe` returned, now or in the run that is resumed."""
-
-    def memory(self) -> Mapping[str, Tensor]:
-        """Return the method's whole memory, for a checkpoint."""
-        return {}
-
-    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Replace the method's memory by a value of :meth:`memory`."""
-
-    def forget(self) -> None:
-        """Clear the method's memory."""
 
     def stream_window(self, request: EditRequest, size: int) -> list[EditRequest]:
         """Return the window of the stream that contains ``request``.

@@ -25,6 +25,7 @@ from prune_lightning.models.running_moments import RunningMoments
 from prune_lightning.models.second_moment import SecondMoment
 from prune_lightning.models.self_sampled import SampledText, SelfSampledCorpus
 from prune_lightning.models.statistics_store import StatisticsStore
+from prune_lightning.models.tokenization import token_rows
 from prune_lightning.phases import Phase, PhaseClock
 from prune_lightning.ranges import Count, NonNegative
 
@@ -272,7 +273,8 @@ class SecondMoments:
         phase: Phase,
     ) -> None:
         """Add this process's share of some texts."""
-        pieces = self._pieces(model, window, running.tokens)
+        left = None if self.max_tokens is None else self.max_tokens - running.tokens
+        pieces = token_rows(model.tokens, window, min(self.max_length, model.tokens.max_length), left)
         tokens = sum(map(len, pieces))
         phase.expect(self._texts_in_all(running.texts + len(window), running.tokens + tokens))
         for number, batch in enumerate(self.batches(pieces)):
@@ -291,16 +293,6 @@ class SecondMoments:
         if self.max_tokens is None or not tokens:
             return len(self.corpus)
         return min(len(self.corpus), texts * self.max_tokens / tokens)
-
-    def _pieces(self, model: LanguageModel, texts: Sequence[str], seen: int) -> list[list[int]]:
-        left = float("inf") if self.max_tokens is None else self.max_tokens - seen
-        longest = min(self.max_length, model.tokens.max_length)
-        pieces = []
-        for text in texts:
-            if left > 0 and text.strip():
-                pieces.append(model.tokens.encode(text)[: int(min(longest, left))])
-                left -= len(pieces[-1])
-        return pieces
 
     def batches(self, pieces: Sequence[list[int]]) -> Iterator[list[list[int]]]:
         """Yield groups of pieces of similar length, each within the token budget once padded."""

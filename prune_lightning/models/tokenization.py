@@ -185,3 +185,20 @@ class Tokens:
     def decode(self, ids: list[int] | Tensor) -> str:
         """Return the text of some ids without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def token_rows(tokens: Tokens, texts: Sequence[str], longest: int, left: int | None = None) -> list[list[int]]:
+    """Return texts as token ids, without the empty ones.
+
+    Args:
+        tokens: The model's tokens.
+        texts: The texts.
+        longest: Each is cut after so many tokens.
+        left: Stop after so many tokens; ``None`` for all.
+    """
+    found: list[list[int]] = []
+    for text in texts:
+        if (left is None or left > 0) and text.strip():
+            found.append(tokens.encode(text)[: longest if left is None else min(longest, left)])
+            left = None if left is None else left - len(found[-1])
+    return found

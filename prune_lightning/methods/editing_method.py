@@ -1,0 +1,70 @@
+"""What each editing method writes for itself."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from prune_lightning.types import EditRequest, MatrixUpdate
+
+
+class EditingMethod:
+    """The part of an editing method that differs from others: only :meth:`compute_update` is needed.
+
+    Attributes:
+        low_rank: Whether updates are factors of low rank, and not whole matrices.
+        filters_steps: Whether the method has an optimizer of its own and gives its steps to ``run.step_filters``.
+        takes_feedback: Whether updates are computed from what the outputs lack, with :meth:`.EditedMatrix.withheld_on`
+            as a part of the outputs.
+    """
+
+    filters_steps: ClassVar[bool] = False
+    low_rank: ClassVar[bool] = True
+    takes_feedback: ClassVar[bool] = False
+
+    def check(self) -> None:
+        """Raise what is known to prevent the edits, such as a missing file; called before anything is computed."""
+
+    def prepare(self) -> None:
+        """Compute, on the unedited model, what all edits need. It stays valid when the stream restarts.
+
+        Called before the first evaluation, so that a failure costs no more than it has to.
+        """
+
+    @classmethod
+    def unusable(cls, request: EditRequest) -> str | None:
+        """Return why the method cannot write a request, or ``None`` if it can; called before the first edit."""
+        return None
+
+    @abstractmethod
+    def compute_update(
+        self, requests: Sequence[EditRequest]
+    ) -> tuple[Mapping[str, MatrixUpdate], list[dict[str, Any]]]:
+        """Return the update of each edited weight, by name, and the details to report of each request.
+
+        An update is factored where the method knows factors, dense otherwise. The weights must be unchanged, bit for
+        bit, when this returns.
+        """
+
+    def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
+        """Return, by name, what must be remembered of requests that have been written, such as their keys.
+
+        Called once per step, on the model after every restraint.
+        """
+        return {}
+
+    def remember(self, observed: Mapping[str, Tensor]) -> None:
+        """Add what :meth:`observe` returned, now or in the run that is resumed."""
+
+    def memory(self) -> Mapping[str, Tensor]:
+        """Return the method's whole memory, for a checkpoint."""
+        return {}
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Replace the method's memory by a value of :meth:`memory`."""
+
+    def forget(self) -> None:
+        """Clear the method's memory."""
