@@ -110,7 +110,7 @@ def test_what_is_pending_survives_a_resume(tiny, tmp_path):
 
 def test_a_run_killed_between_its_last_step_and_its_end_is_finished_by_resuming(tiny, tmp_path):
     straight = run(tiny, range(4), PRUNE(BASE, schedule="end"), EditLedger(tmp_path))
-    for name in ("finish.json", "finish.safetensors", "snapshot_final.safetensors"):
+    for name in ("finish.json", "finish.data", "snapshot_final.safetensors"):
         (tmp_path / name).unlink()
     ledger = Ledger.open(tmp_path)
     assert (ledger.finish_line, ledger.num_requests) == (None, 4)
