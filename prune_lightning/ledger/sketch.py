@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from prune_lightning.methods.edited_matrix import EditedMatrix
-from prune_lightning.spectral import AccumulatedChange
 
 _SIDE = 4  # random vectors on each side: 16 products estimate a norm to about a fifth
+_TOGETHER = 2**18  # entries of a matrix that are read at a time, to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,26 @@ class StateSketch:
         return {name: self._of(matrix) for name, matrix in self.matrices.items()}
 
     def _of(self, matrix: EditedMatrix) -> MatrixSketch:
-        left, right = self._signs_for(matrix)
-        precise = matrix.change.master.dtype
+        change, (left, right) = matrix.change.master, self._signs_for(matrix)
         # In 16-bit weights rounding can exceed the change, so the change before the cast is used.
-        full = matrix.parameter.dtype == precise
-        delta = matrix.weight() - matrix.original() if full else matrix.delta()
-        products = left.T @ (delta @ right).double()
-        return MatrixSketch(tuple(products.flatten().tolist()), _norm(matrix.change))
+        minuend, subtrahend = change, None
+        if matrix.parameter.dtype == change.dtype:
+            minuend, subtrahend = matrix.weight(), matrix.original()
+        elif matrix.withheld is not None:
+            minuend = matrix.delta()
+        if turned := not change.is_contiguous():
+            change, minuend, left, right = change.T, minuend.T, right, left
+            subtrahend = None if subtrahend is None else subtrahend.T
+        products = torch.zeros(_SIDE, _SIDE, dtype=torch.float64, device=change.device)
+        square = products.new_zeros(())
+        size = max(1, _TOGETHER // change.shape[1])
+        for first in range(0, len(change), size):
+            rows = slice(first, first + size)
+            delta = minuend[rows] if subtrahend is None else minuend[rows] - subtrahend[rows]
+            products += left[rows].double().T @ (delta @ right).double()
+            square += torch.linalg.vector_norm(change[rows]).double() ** 2
+        products = products.T if turned else products
+        return MatrixSketch(tuple(products.flatten().tolist()), float(square) ** 0.5)
 
     def _signs_for(self, matrix: EditedMatrix) -> tuple[Tensor, Tensor]:
         key = matrix.name, matrix.parameter.device
@@ -59,13 +72,9 @@ class StateSketch:
             rows, columns = matrix.original().shape
             generator = torch.Generator().manual_seed(rows * 1_000_003 + columns)
             signs = torch.randint(0, 2, (rows + columns, _SIDE), generator=generator).mul_(2).sub_(1)
-            left, right = signs.to(matrix.parameter.device).split([rows, columns])
-            self._signs[key] = left.double(), right.to(matrix.change.master.dtype)
+            left, right = signs.to(matrix.change.master).split([rows, columns])
+            self._signs[key] = left, right
         return self._signs[key]
-
-
-def _norm(change: AccumulatedChange) -> float:
-    return float(torch.linalg.vector_norm(change.master))
 
 
 def difference(found: MatrixSketch, recorded: MatrixSketch) -> float:
