@@ -35,6 +35,12 @@ def check_value(key: str, value: Any, kind: Any) -> None:
         raise UserError(f"{key} is expected to be {described(kind)}, but got {shown(value)}")
 
 
+def check_values(scope: str, kind: Any, **values: Any) -> None:
+    """Check several values of one type, by their keys in a scope; see :func:`check_value`."""
+    for name, value in values.items():
+        check_value(f"{scope}.{name}", value, kind)
+
+
 def _fits(value: Any, kind: Any) -> bool:
     """Whether plain data are of a type; pydantic's strict rules for JSON, by which no text is a list or a number."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):

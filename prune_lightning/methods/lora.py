@@ -12,7 +12,6 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
 
 from prune_lightning.costs import Cost, Shapes, StreamShape
-from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.costs import training_cost
 from prune_lightning.methods.cpu_dropout import draw_on_the_cpu
@@ -24,6 +23,7 @@ from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Count, Positive, ShareBelowOne, Whole
 from prune_lightning.types import EditRequest, LowRankUpdate
+from prune_lightning.value_types import check_values
 
 ADAPTER = "edit"
 
@@ -75,16 +75,12 @@ class LoRA(EditingModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(language_model, range(language_model.num_layers) if layers is None else layers, **kwargs)
-        if min(rank, steps, batch_size) < 1 or not learning_rate > 0 or not alpha > 0 or not 0 <= dropout < 1:
-            raise UserError(
-                "method.rank, method.steps and method.batch_size are expected to be at least 1, method.learning_rate "
-                "and method.alpha to be positive, and method.dropout to be in [0, 1), but got "
-                f"{rank}, {steps}, {batch_size}, {learning_rate}, {alpha} and {dropout}"
-            )
-        self.target_modules = tuple(target_modules or ())
+        check_values("method", Count, rank=rank, steps=steps, batch_size=batch_size)
+        check_values("method", Positive, learning_rate=learning_rate, alpha=alpha)
+        check_values("method", ShareBelowOne, dropout=dropout)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.steps, self.learning_rate, self.batch_size = steps, learning_rate, batch_size
-        self.keep, self.seed, self.fast = keep, seed, fast
+        self.target_modules, self.keep, self.seed, self.fast = tuple(target_modules or ()), keep, seed, fast
         self._modules_by_name = self._find_modules()
         self._kept: dict[str, Tensor] = {}  # parameters of the adapters under `keep`
         self._candidate: dict[str, Tensor] = {}
