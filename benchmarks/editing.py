@@ -303,18 +303,8 @@ def main() -> None:
         del module
         gc.collect()  # the moments of five layers of this size are of many GiB
     records = found["records"]
-    keys = (
-        "method",
-        "batch",
-        "graph",
-        "contexts",
-        "seconds_per_edit",
-        "plain_seconds_per_edit",
-        "ratio",
-        "peak_gib",
-        "plain_peak_gib",
-    )
-    keys += ("difference", "loss_difference")
+    keys = ("method", "batch", "graph", "contexts", "seconds_per_edit", "plain_seconds_per_edit", "ratio")
+    keys += ("peak_gib", "plain_peak_gib", "difference", "loss_difference")
     table = Table(*(key.replace("_", " ") for key in keys), "values' share", title=f"{name}, {options.dtype}")
     for record in records:
         cells = [f"{record[key]:.3g}" if isinstance(record[key], float) else str(record[key]) for key in keys]
