@@ -67,7 +67,7 @@ def test_perplexity_equals_the_models_own_loss(bundled_shared):
 def test_perplexity_takes_small_batches_of_a_large_vocabulary(bundled_shared, monkeypatch):
     """The logits at all tokens are in memory at once, so that their number is bounded, not that of the tokens."""
     texts = ["The old king walked to the river.", "In the morning they ate.", "A long day ended at last in the town."]
-    expected, counts = token_nll(bundled_shared, texts)
+    expected, _ = token_nll(bundled_shared, texts)
     for text, nll in zip(texts, expected, strict=True):
         ids = torch.tensor([bundled_shared.tokens.encode(text)])
         log_p = bundled_shared.model(ids).logits[0, :-1].double().log_softmax(-1)
