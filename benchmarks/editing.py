@@ -37,7 +37,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from prune_lightning.callbacks import PRUNE
-from prune_lightning.cli import config_folder
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.methods.alphaedit import AlphaEdit
 from prune_lightning.methods.base import EditingModule
@@ -52,6 +51,7 @@ from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoment, SecondMoments
+from prune_lightning.tasks.choices import config_folder
 from prune_lightning.types import EditRequest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
@@ -111,21 +111,23 @@ def known(method: str) -> bool:
     return (CONFIGS / f"{method}.yaml").exists()
 
 
+def preset(name: str) -> Any:
+    """Return the settings of an option of ``configs/model``."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return compose("train", overrides=[f"model={name}"]).model
+
+
 def layers_of(name: str) -> Mapping[str, Sequence[int]]:
     """Return the edited layers of a shape, or of an option of ``configs/model``, by purpose."""
-    if name in LAYERS:
-        return LAYERS[name]
-    with initialize_config_dir(config_folder(), version_base="1.3"):
-        return compose("train", overrides=[f"model={name}"]).model.edit.layers
+    return LAYERS[name] if name in LAYERS else preset(name).edit.layers
 
 
 def load(options: argparse.Namespace) -> LanguageModel:
     """Return the model."""
     if options.model is None:
         return random_model(options.shape, getattr(torch, options.dtype), torch.device(options.device))
-    with initialize_config_dir(config_folder(), version_base="1.3"):
-        config = compose("train", overrides=[f"model={options.model}"]).model
-    return load_language_model(config.path, options.dtype, config.revision).to(options.device)
+    chosen = preset(options.model)
+    return load_language_model(chosen.path, options.dtype, chosen.revision).to(options.device)
 
 
 def build(method: str, model: LanguageModel, shape: str, steps: int = 20, graph: bool = False) -> EditingModule:
@@ -303,18 +305,8 @@ def main() -> None:
         del module
         gc.collect()  # the moments of five layers of this size are of many GiB
     records = found["records"]
-    keys = (
-        "method",
-        "batch",
-        "graph",
-        "contexts",
-        "seconds_per_edit",
-        "plain_seconds_per_edit",
-        "ratio",
-        "peak_gib",
-        "plain_peak_gib",
-    )
-    keys += ("difference", "loss_difference")
+    keys = ("method", "batch", "graph", "contexts", "seconds_per_edit", "plain_seconds_per_edit", "ratio")
+    keys += ("peak_gib", "plain_peak_gib", "difference", "loss_difference")
     table = Table(*(key.replace("_", " ") for key in keys), "values' share", title=f"{name}, {options.dtype}")
     for record in records:
         cells = [f"{record[key]:.3g}" if isinstance(record[key], float) else str(record[key]) for key in keys]

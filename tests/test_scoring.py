@@ -13,6 +13,7 @@ from prune_lightning.evaluation.decoding import decode
 from prune_lightning.evaluation.scoring import greedy_continuations, score_encoded, score_pairs, token_nll
 from prune_lightning.metrics import CorpusPerplexity, CounterFactScore, ExactMatch
 from prune_lightning.metrics.functional import retention
+from prune_lightning.models import batching
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.token_tree import grow
 from prune_lightning.models.tokenization import Tokens
@@ -61,6 +62,26 @@ def test_perplexity_equals_the_models_own_loss(bundled_shared):
     metric = CorpusPerplexity()
     metric.update(*token_nll(bundled_shared, [text]))
     assert float(metric.compute()) == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_perplexity_takes_small_batches_of_a_large_vocabulary(bundled_shared, monkeypatch):
+    """The logits at all tokens are in memory at once, so that their number is bounded, not that of the tokens."""
+    texts = ["The old king walked to the river.", "In the morning they ate.", "A long day ended at last in the town."]
+    expected, _ = token_nll(bundled_shared, texts)
+    for text, nll in zip(texts, expected, strict=True):
+        ids = torch.tensor([bundled_shared.tokens.encode(text)])
+        log_p = bundled_shared.model(ids).logits[0, :-1].double().log_softmax(-1)
+        assert float(nll) == pytest.approx(-float(log_p.gather(1, ids[0, 1:, None]).sum()), rel=1e-5)
+    rows = []
+    handle = bundled_shared.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr(batching, "LOGITS", 8 * bundled_shared.config.vocab_size)
+    again, _ = token_nll(bundled_shared, texts)
+    handle.remove()
+    assert rows == [1, 1, 1]
+    assert torch.allclose(again, expected, rtol=1e-5)
+    assert batching.within_logits(8192, 10**9) == 1
 
 
 def test_nan_model_fails_every_score(bundled):

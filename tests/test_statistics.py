@@ -280,7 +280,7 @@ def test_own_text_takes_the_place_of_a_corpus_that_is_out_of_reach(bundled_share
     monkeypatch.setattr("prune_lightning.data.corpus.hub_is_offline", lambda: True)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=None))
     settings = {"cache": tmp_path, "sampled": FEW}
-    with pytest.raises(UserError, match="the hub cannot be reached for the statistics corpus 'wikimedia/wikipedia'"):
+    with pytest.raises(UserError, match="'wikimedia/wikipedia' is no local file, and the hub cannot be reached"):
         SecondMoments(TextCorpus("wikimedia/wikipedia"), **settings).compute(bundled_shared, [0])
     falling = SecondMoments(TextCorpus("wikimedia/wikipedia"), **settings, fallback=True)
     with pytest.warns(UserWarning, match="text that the model samples itself"):
