@@ -76,7 +76,7 @@ def prefixes(count: int) -> list[str]:
 class RandomMoments(SecondMoments):
     """Positive definite moments of low rank and the identity, without a corpus: values do not change an edit's time."""
 
-    def compute(self, model: LanguageModel, layers: Sequence[int], clock: Any = None) -> dict[int, SecondMoment]:
+    def compute(self, model: LanguageModel, layers: Sequence[int], *others: Any) -> dict[int, SecondMoment]:
         """Return them."""
         return {layer: SecondMoment(self.matrix(model.key_size(layer), model.device)) for layer in layers}
 
