@@ -114,10 +114,10 @@ def test_a_corpus_is_as_long_as_its_files(tmp_path):
 
 
 def test_a_data_set_out_of_reach_is_found_at_once(computing, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("prune_lightning.data.corpus.hub_is_out_of_reach", lambda: True)
+    monkeypatch.setattr("prune_lightning.data.corpus.hub_is_offline", lambda: True)
     monkeypatch.setitem(sys.modules, "datasets", type(sys)("datasets"))
     sys.modules["datasets"].load_dataset = None
-    arguments = (*LIKE_A_USERS_MODEL, f"model.second_moments.cache={tmp_path}/cache")
+    arguments = (*LIKE_A_USERS_MODEL, "model.second_moments.fallback=false", f"model.second_moments.cache={tmp_path}/c")
     assert command_line(tmp_path / "run", *QUICK, *arguments) == 2
     assert "the statistics corpus 'wikimedia/wikipedia' is no local file, and the hub cannot be reached; give " in (
         capsys.readouterr().err
