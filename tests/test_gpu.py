@@ -276,8 +276,9 @@ def test_a_restraint_without_a_law_does_what_it_does_on_the_cpu(name, here, plac
     for ours, theirs in zip(weights(place.device, place.trainer), weights("cpu", rules.quiet_trainer), strict=True):
         for one, other in zip(ours, theirs, strict=True):
             one, other = one.double().cpu(), other.double()
-            # Subspaces come from activations, summed in another order there.
-            assert float((one - other).norm()) <= 16 * torch.finfo(dtype).eps * float(other.norm())
+            # Subspaces come from activations, summed in another order there. Eigenvectors turn by that rounding over
+            # the gap between eigenvalues, which is at least a tenth of them in these models.
+            assert float((one - other).norm()) <= 10 * 16 * torch.finfo(dtype).eps * float(other.norm())
 
 
 # -- guards, ledger, bisection ----------------------------------------------------------------------------------------
