@@ -148,9 +148,7 @@ def _whitespace_doubt(prompt: str, target: str) -> str | None:
 
 def _quote_doubt(prompt: str) -> str | None:
     if prompt and prompt[-1] in _PAIRED and not _unpaired(prompt):
-        return (
-            f"the {prompt[-1]} at the end of the prompt may close what an earlier one opens; nothing is put behind it"
-        )
+        return f"the {prompt[-1]} at the end of the prompt may close an earlier one; nothing is put behind it"
     return None
 
 
