@@ -33,7 +33,8 @@ def test_every_model_keeps_the_values_of_the_table(method):
     for model, values in expected(method).items():
         composed = OmegaConf.to_container(compose(f"model={model}", f"method={method}").method, resolve=True)
         composed.pop("second_moments", None)
-        assert dict(flat(composed)) == values, model
+        found = dict(flat(composed))
+        assert {key: found.get(key) for key in values} == values, model  # options that came later are not in the table
 
 
 def test_the_table_has_every_method_and_ten_models():
