@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The numeric and the ledger tests in every numeric environment that a processor of today can present: one line each.
-# PYTEST_ARGS chooses other tests; WHOLE=1 runs the whole suite in each.
+# Arguments name some environments, such as MKL_CBWR=AVX2. PYTEST_ARGS chooses other tests; WHOLE=1 runs the whole suite.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -19,6 +19,7 @@ ENVIRONMENTS=(
   "OMP_NUM_THREADS=2"
   "OMP_NUM_THREADS=4"
 )
+[ $# -eq 0 ] || ENVIRONMENTS=("$@")
 failed=0
 for environment in "${ENVIRONMENTS[@]}"; do
   log=$(mktemp)

@@ -78,7 +78,7 @@ def _pack(change: MatrixUpdate | None, update: MatrixUpdate | None) -> tuple[str
         return "factors", {"left": change.left, "right": change.right}
     if update is not None:
         taken = change.matrix != 0
-        if torch.equal(_entries(update, taken, change.matrix), change.matrix):
+        if bool(((_step(update, change.matrix) == change.matrix) | ~taken).all()):
             bits = torch.from_numpy(np.packbits(taken.cpu().numpy()))
             return "entries", {"taken": bits, "like": change.matrix.new_empty(0)}
     return "dense", {"matrix": change.matrix}
@@ -96,10 +96,10 @@ def _unpack(form: str, parts: Mapping[str, Tensor], update: MatrixUpdate | None)
     rows, columns = update.shape
     bits = np.unpackbits(parts["taken"].cpu().numpy(), count=rows * columns)
     taken = torch.from_numpy(bits).view(rows, columns).bool().to(like.device)
-    return DenseUpdate(_entries(update, taken, like))
+    return DenseUpdate(_step(update, like).where(taken, 0))
 
 
-def _entries(update: MatrixUpdate, taken: Tensor, like: Tensor) -> Tensor:
+def _step(update: MatrixUpdate, like: Tensor) -> Tensor:
     step = like.new_zeros(update.shape)
     update.add_to(step)
-    return step.where(taken, 0)
+    return step
