@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The numeric and the ledger tests in every numeric environment that a processor of today can present: one line each.
-# PYTEST_ARGS chooses other tests; WHOLE=1 runs the whole suite in each; AT_ONCE=N runs N environments at once, each in
-# one process.
+# Arguments name some environments, such as MKL_CBWR=AVX2. PYTEST_ARGS chooses other tests; WHOLE=1 runs the whole suite
+# in each; AT_ONCE=N runs N environments at once, each in one process.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -20,6 +20,7 @@ ENVIRONMENTS=(
   "OMP_NUM_THREADS=2"
   "OMP_NUM_THREADS=4"
 )
+[ $# -eq 0 ] || ENVIRONMENTS=("$@")
 at_once=${AT_ONCE:-1}
 if [ "$at_once" -gt 1 ]; then workers=0; else workers=2; fi
 

@@ -82,7 +82,7 @@ def _pack(event: MatrixEvent, update: MatrixUpdate | None) -> tuple[str, dict[st
         return "factors", {"left": change.left, "right": change.right}
     if update is not None:
         taken = change.matrix != 0
-        if torch.equal(_entries(update, taken, change.matrix), change.matrix):
+        if bool(((_step(update, change.matrix) == change.matrix) | ~taken).all()):
             return "entries", {"taken": _bits(taken), "like": change.matrix.new_empty(0)}
     return "dense", {"matrix": change.matrix}
 
@@ -98,7 +98,7 @@ def _unpack(form: str, parts: Mapping[str, Tensor], update: MatrixUpdate | None)
         rows, columns = parts["shape"].tolist()
         return DenseUpdate(_mask(parts["taken"], (rows, columns)))
     assert update is not None
-    return DenseUpdate(_entries(update, _mask(parts["taken"], update.shape), parts["like"]))
+    return DenseUpdate(_step(update, parts["like"]).where(_mask(parts["taken"], update.shape), 0))
 
 
 def _bits(taken: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _mask(bits: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.from_numpy(unpacked).view(shape).bool().to(bits.device)
 
 
-def _entries(update: MatrixUpdate, taken: Tensor, like: Tensor) -> Tensor:
+def _step(update: MatrixUpdate, like: Tensor) -> Tensor:
     step = like.new_zeros(update.shape)
     update.add_to(step)
-    return step.where(taken, 0)
+    return step

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import ceil
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.methods.costs import protecting
 from prune_lightning.methods.least_squares import RecursiveInverse, regression_update
 from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
@@ -58,6 +62,15 @@ class SimIE(EditingModule):
         self.editor, self.ridge, self.relative = inner, ridge, relative
         self._inverses: dict[str, RecursiveInverse] = {}
         self._keys: Mapping[str, Tensor] = {}
+
+    @classmethod
+    def cost(cls, model: Shapes, stream: StreamShape, *, editor: Any, **options: Any) -> Cost:
+        """Return the editor's costs and those of an inverse per matrix, which grows by all tokens of a step."""
+        if not hasattr(editor.func, "cost"):
+            return Cost([], unknown=True)
+        found: Cost = editor.func.cost(model, stream, **editor.keywords)
+        tokens = stream.prompt + stream.target
+        return replace(protecting(found, 1, ceil(tokens * stream.batch)), rank=tokens)
 
     def edited_modules(self) -> Mapping[str, nn.Module]:
         """Return the editor's modules."""
