@@ -34,7 +34,7 @@ class GivenMoments(SecondMoments):
         super().__init__(corpus=None)
         self.tensors = tensors
 
-    def compute(self, model, layers, clock=None):
+    def compute(self, model, layers, clock=None, tokens_per_feature=None):
         return {layer: SecondMoment(self.tensors[f"second_moment.{layer}"]) for layer in layers}
 
 
