@@ -293,7 +293,7 @@ def test_fluency_and_consistency(cases, bundled):
 def test_generation_says_what_it_lacks(cases, bundled, monkeypatch):
     silent = {i: replace(r, generation_prompts=()) for i, r in cases.items()}
     with pytest.raises(UserError, match="generation_prompts"):
-        GenerationQuality().take_reference(bundled, silent)
+        GenerationQuality().check(bundled, list(silent.values()))
     plain = {i: replace(r, references=()) for i, r in cases.items()}
     measurement = GenerationQuality(max_tokens=20, max_cases=1)
     measurement.take_reference(bundled, plain)

@@ -148,7 +148,7 @@ def test_no_setting_takes_everything(choice):
     more = [word for word in NEEDED.get(group, ()) if option != "bundled"]
     plain = OmegaConf.to_container(compose(choice, *more), resolve=True)
     for key, component in components({group: plain[group]}):
-        for name in set(component) - {"_target_"}:
+        for name in set(component) - {"_target_", "_partial_"}:
             refused = []
             for wrong in ({"a": "b"}, ["banana", {}], "banana", -1.5, None):
                 with suppress(UserError):
