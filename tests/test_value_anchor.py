@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import reference_editors as reference
 import torch
-from conftest import build_tiny, quiet_trainer
+from conftest import quiet_trainer
 from prune_lightning.callbacks.update_guards import AnchorGuard
 from test_reference_editors import batches, build
-from test_values import REQUESTS as VALUE_REQUESTS
 from test_values import rows_of
 from torch.utils.data import DataLoader
 
@@ -113,7 +112,7 @@ def test_the_anchor_is_measured_on_the_streams_first_requests_before_the_first_e
         contexts=ContextOptions(fixed=["The river. "]),
     )
     module.moments = {}
-    module.second_moments.compute = lambda model, layers, clock=None: {0: _Identity()}
+    module.second_moments.compute = lambda model, layers, clock=None, tokens_per_feature=None: {0: _Identity()}
     world = BundledWorld(num_edits=4)
     quiet_trainer(limit_train_batches=1).fit(module, datamodule=world)
     module.run.restore()
@@ -144,19 +143,20 @@ def test_guard_finds_the_largest_ratio():
 
 
 @pytest.mark.parametrize("hits", [1, 3])
-def test_a_value_is_done_after_so_many_steps_on_top(hits):
+def test_a_value_is_done_after_so_many_steps_on_top(hits, bundled_shared):
     """The steps on top are counted from the logits of values that were optimised for 1, 2, ... steps."""
-    model, site = build_tiny("gpt2"), ShiftSite(1, "block")
-    rows = rows_of(model, VALUE_REQUESTS[:2])
+    model, site, world = bundled_shared, ShiftSite(1, "block"), BundledWorld(num_edits=2)
+    world.setup()
+    rows = rows_of(model, world.requests)
     layout = Layout(model, rows)
     problem = WholeForward(model, site, layout)
-    most, on_top = 25, []
+    most, on_top = 12, []
     for steps in range(1, most + 1):
-        values = optimise_values(model, rows, site, ValueOptions(steps=steps, stop_loss=0.0, learning_rate=1.0))
+        values = optimise_values(model, rows, site, ValueOptions(steps=steps, stop_loss=0.0))
         logits = problem.logits(layout, values.target - values.reference)[: len(layout.label)]
         right = logits.argmax(-1) == layout.label
         on_top.append([bool(right[layout.label_owner == i].all()) for i in range(2)])
-    options = ValueOptions(steps=most, stop_loss=0.0, learning_rate=1.0, early_stop=hits)
+    options = ValueOptions(steps=most, stop_loss=0.0, early_stop=hits)
     stopped = optimise_values(model, rows, site, options)
     for i, detail in enumerate(stopped.details):
         counts = [sum(each[i] for each in on_top[: step + 1]) for step in range(most)]
