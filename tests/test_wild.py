@@ -84,7 +84,7 @@ def test_long_prompts_leave_room(bundled_shared):
     got = decode(bundled_shared, [long], [limit])[0]
     room = bundled_shared.tokens.max_length - limit
     assert list(got.ids) == plain_greedy(bundled_shared, long[-room:], limit, ())[0]
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="leave no room"):
         decode(bundled_shared, [long], [bundled_shared.tokens.max_length])
 
 
