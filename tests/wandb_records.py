@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def records(file: Path) -> Iterator[Record]:
 def offline_run(folder: Path) -> dict:
     """Return what the only offline run below a folder holds: id, name, group, config, history and exit code."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 30
+    while (found := _content(file))["exit"] is None and time.monotonic() < deadline:
+        time.sleep(0.2)  # another process writes the file
+    return found
+
+
+def _content(file: Path) -> dict:
     found: dict = {"config": {}, "history": [], "exit": None}
     for record in records(file):
         kind = record.WhichOneof("record_type")
