@@ -701,6 +701,9 @@ class OneMatrix(nn.Module):
     def register_restraint(self, restraint):
         pass
 
+    def feed_back(self, on):
+        pass
+
     def edited_matrices(self):
         return self.matrices
 

@@ -162,7 +162,7 @@ def test_long_prompts_lose_their_beginning(bundled_shared):
         ({"subject": "Bob"}, "not in its prompt"),
         ({"target_new": " "}, "non-empty"),
         ({"prompt": ""}, "non-empty"),
-        ({"paraphrases": ("",)}, "non-empty texts"),
+        ({"paraphrases": ("",)}, "non-empty text"),
     ],
 )
 def test_bad_requests_are_refused(kwargs, message):
