@@ -45,7 +45,7 @@ def configuration(args: argparse.Namespace, method: str, corpus: str) -> DictCon
         "model.second_moments.corpus=self" if corpus == "own" else f"model.second_moments.corpus.path={args.text}",
         *args.set,
     ]
-    with hydra.initialize_config_dir(config_folder(), version_base="1.3"):
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         return settled(hydra.compose("train", overrides=words))
 
 
