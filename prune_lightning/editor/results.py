@@ -67,8 +67,9 @@ class Answers(Tabular):
         return ["prompt", "before", "after"]
 
     def cells(self) -> Iterator[Sequence[str]]:
-        """Yield a row per prompt."""
-        yield from zip(self.prompts, self.before, self.after, strict=True)
+        """Yield a row per prompt, each text on one line."""
+        for row in zip(self.prompts, self.before, self.after, strict=True):
+            yield [" ".join(text.split()) for text in row]
 
     def __repr__(self) -> str:
         """Return the table as text."""
