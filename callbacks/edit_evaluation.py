@@ -168,8 +168,7 @@ class EditEvaluation(LightningCallback):
         self._evaluate(trainer, module, self.sampler.chosen(now, among), self.measurements)
 
     def _drop_last(self) -> None:
-        self.evaluator.curve.pop()
-        self.evaluator.intervals.pop()
+        self.evaluator.drop_last()
         self._reported = min(self._reported, len(self.curve))
 
     def _evaluate(

@@ -210,3 +210,15 @@ def test_unknown_family_names_the_yaml_to_write(tmp_path):
     done = train(f"hydra.run.dir={tmp_path / 'run'}", f"model.path={tmp_path}", "progress=false")
     assert done.returncode == 2, done.stderr
     assert "configs/model/family/codegen.yaml" in done.stderr
+
+
+def test_a_stream_that_is_ended_at_an_evaluated_count_is_scored_there_once(tmp_path):
+    words = ["data.num_edits=6", "+trainer.max_steps=5", "control=false", "callbacks=none", "method.value.steps=3"]
+    done = train(f"hydra.run.dir={tmp_path}", "evaluation=editing", "progress=false", *words)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [entry["num_requests"] for entry in summary["curve"]] == [0, 1, 2, 5]
+    rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    keys = [(row["measurement"], row["num_requests"], row.get("task", ""), row["case"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert {key[3] for key in keys if key[:2] == ("stream", 5) and key[2] == ""} == set(range(5))

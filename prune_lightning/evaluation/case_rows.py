@@ -69,6 +69,14 @@ class CaseRows:
         if self.path and rows:
             self._write(self.path, measurement, num_requests, rows)
 
+    def drop(self, num_requests: int) -> None:
+        """Remove the rows of a count, before it is evaluated again."""
+        if self.path:
+            kept = [line for line in _lines(self.path) if line["num_requests"] != num_requests]
+            self.path.write_text("", "utf-8")
+            self._written = 0
+            self._append(self.path, kept)
+
     def _write(self, path: Path, measurement: str, num_requests: int, rows: Rows) -> None:
         head = {"num_requests": num_requests, "measurement": measurement}
         self._append(path, [nan_to_null({**head, **row}) for row in rows])

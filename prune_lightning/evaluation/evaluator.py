@@ -118,6 +118,14 @@ class Evaluator:
                 with self.clock.part("scores"), self._timed(m.name):
                     rows.extend(m.update(metric, model, cases))
 
+    def drop_last(self) -> None:
+        """Drop the latest evaluation, before the model is evaluated again at the same count."""
+        count = int(self.curve.pop()["num_requests"])
+        self.intervals.pop()
+        self.rows.drop(count)
+        if self.stream:
+            self.stream.drop(count)
+
     # -- an evaluation --------------------------------------------------------------------------------------------
     def evaluate(
         self,

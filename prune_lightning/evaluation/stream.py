@@ -191,6 +191,11 @@ class StreamScores:
             table += [{"case": j, "task": "unrelated", "locality_agreement": value} for j, value in enumerate(same)]
         return Measured(scores, table)
 
+    def drop(self, num_requests: int) -> None:
+        """Remove what :meth:`score` added at a count, before it is called again there."""
+        for matrix in self.matrices.values():
+            matrix.drop(num_requests)
+
     def figures(self, form: str) -> dict[str, float]:
         """Return the figures of one form so far; none if no case has it."""
         matrix = self.matrices[form]

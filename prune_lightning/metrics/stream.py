@@ -65,6 +65,13 @@ class RetentionMatrix(Metric):
         for state, given in ((self.commit, commit), (self.index, index), (self.value, value)):
             state.append(given[holds.to(given.device)].to(self.device, torch.float32))
 
+    def drop(self, num_requests: int) -> None:
+        """Remove the scores of earlier cases at a count, before they are scored there again."""
+        for place, (time, commit) in enumerate(zip(self.time, self.commit, strict=True)):
+            kept = (time != num_requests) | (commit == num_requests)
+            for state in (self.time, self.commit, self.index, self.value):
+                state[place] = state[place][kept]
+
     def observations(self) -> Observations:
         """Return all entries.
 
