@@ -42,6 +42,7 @@ from prune_lightning.export.delta import apply_delta
 from prune_lightning.export.sources import load_run
 from prune_lightning.ledger import Ledger, StepRecord, base_model, edited_run, rebuild, without
 from prune_lightning.ledger.sketch import StateSketch, difference, tolerance
+from prune_lightning.methods.edit_run import Phase
 from prune_lightning.methods.edited_matrix import EditedMatrix
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.tasks.collapse import bisect_collapses
@@ -278,6 +279,11 @@ def test_a_snapshot_and_the_end_come_back_bit_for_bit(name, tiny, tmp_path):
         assert (rebuilt.replayed, rebuilt.difference) == (0, 0.0)
         assert torch.equal(again.matrix().weight(), keep.weights[step - 1])
         again.run.restore()
+    # To go on from the last step takes no replay either, be it from its snapshot or from that of an end without changes.
+    assert rebuild(again, ledger, finished=False).replayed == 0
+    assert torch.equal(again.matrix().weight(), keep.weights[-1])
+    assert again.run.phase is Phase.EDITING
+    again.run.restore()
     assert str(rebuild(again, ledger)) == "restored after edit 20, bit for bit"
     assert torch.equal(again.matrix().weight(), module.matrix().weight())
     for name_, tensor in module.matrix().state_dict().items():

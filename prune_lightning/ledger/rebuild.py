@@ -79,7 +79,9 @@ def rebuild(
         UserError: ``restrain`` is needed, or the weights differ by more than rounding.
     """
     count = len(ledger.lines) if last is None else last
-    end = ledger.finish(module.device) if finished and last is None else None
+    end = ledger.finish(module.device) if last is None else None
+    if not finished and end is not None and any(end.events.values()):
+        end = None  # the weights changed at the end; without such events the final state is that of the last step
     found = ledger.snapshots.newest(count, final=end is not None)
     start = 0
     if found is not None:
