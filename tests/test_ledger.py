@@ -279,7 +279,7 @@ def test_a_snapshot_and_the_end_come_back_bit_for_bit(name, tiny, tmp_path):
         assert (rebuilt.replayed, rebuilt.difference) == (0, 0.0)
         assert torch.equal(again.matrix().weight(), keep.weights[step - 1])
         again.run.restore()
-    # To go on from the last step takes no replay either, be it from its snapshot or from that of an end without changes.
+    # Going on from the last step takes no replay: its snapshot is used, or that of an end without changes.
     assert rebuild(again, ledger, finished=False).replayed == 0
     assert torch.equal(again.matrix().weight(), keep.weights[-1])
     assert again.run.phase is Phase.EDITING
