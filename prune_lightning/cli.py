@@ -23,13 +23,15 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from prune_lightning import usage
 from prune_lightning.errors import UserError, near
-from prune_lightning.tasks.arguments import check_settings, full_arguments
+from prune_lightning.tasks.arguments import check_settings, full_arguments, record_settings, recorded_settings
 from prune_lightning.tasks.choices import config_folder
 
 
 def _run(config: DictConfig) -> None:
     """Run the configured task; the reason of a user error is also written to the run folder."""
     try:
+        if not config.resume or not recorded_settings().exists():
+            record_settings(config)
         check_settings(config)
         _task(config.task)(config)
     except Exception as error:
@@ -86,9 +88,12 @@ def main() -> None:
 
 
 def _composing(error: Exception) -> str | None:
-    """Return Hydra's message about a configuration that it cannot compose; ``None`` once the task has begun."""
-    if any(frame.f_code is _run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+    """Return the message about a configuration that Hydra cannot compose; ``None`` once the task has begun."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if any(frame.f_code is _run.__code__ for frame in frames):
         return None
+    if any(frame.f_code.co_name == "launch" for frame in frames):  # a run in another process failed
+        return "a run of the sweep failed: error.txt or train.log in its folder says why, the same command goes on"
     return f"the configuration cannot be composed: {next(iter(str(error).splitlines()), type(error).__name__)}"
 
 

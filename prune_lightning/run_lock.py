@@ -30,6 +30,10 @@ class RunLock(Callback):
     def __init__(self) -> None:
         self._held: list[FileLock] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what goes to a process of a launcher: no lock, since locks belong to the process that holds them."""
+        return {"_held": []}
+
     @override
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Lock the folder of a run."""

@@ -147,6 +147,16 @@ def test_runs_without_a_configuration_are_grouped_by_their_summaries(tmp_path, c
     assert "no .hydra/config.yaml" in capsys.readouterr().err
 
 
+def test_runs_that_are_not_finished_are_left_out(tmp_path, capsys):
+    finished = run(tmp_path, "rome", "prune", 0, {compare.KEPT: [1.0, 0.9, 0.4]})
+    begun = tmp_path / "rome-prune-1"
+    begun.mkdir()
+    assert labelled([finished, begun]) == {("rome", "prune"): [0]}
+    assert f"left out, since they are not finished: {begun}" in capsys.readouterr().err
+    with pytest.raises(UserError, match="not the folder of a finished run"):
+        labelled([begun])
+
+
 def test_collapse_needs_two_checkpoints_and_is_censored_otherwise(tmp_path):
     once = run(tmp_path, "rome", "none", 0, {compare.KEPT: [1.0, 0.9, 0.4]})
     twice = run(tmp_path, "rome", "none", 1, {compare.KEPT: [1.0, 0.5, None]})

@@ -82,7 +82,7 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
     their summaries.
 
     Raises:
-        UserError: A folder holds no summary, or two runs have the same configuration and the same seed.
+        UserError: No run is finished, or two runs have the same configuration and the same seed.
     """
     runs = _read(folders)
     groups: dict[tuple[str, str, _Key], list[_Run]] = defaultdict(list)
@@ -100,11 +100,15 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
 
 
 def _read(folders: Sequence[Path]) -> list[_Run]:
+    unfinished = [str(folder) for folder in folders if not (folder / "summary.json").is_file()]
+    folders = [folder for folder in folders if str(folder) not in unfinished]
+    if not folders:
+        raise UserError(f"{unfinished[0]!r} is not the folder of a finished run: it has no summary.json")
+    if unfinished:
+        sys.stderr.write(f"left out, since they are not finished: {', '.join(unfinished)}\n")
     summaries, configs = [], []
     for folder in folders:
         path, config = folder / "summary.json", folder / ".hydra" / "config.yaml"
-        if not path.is_file():
-            raise UserError(f"{str(folder)!r} is not the folder of a finished run: it has no summary.json")
         summaries.append(json.loads(path.read_text("utf-8")))
         # Not resolved: a seed that follows the run's, as `${seed}`, is the same text in all runs.
         configs.append(yaml.safe_load(config.read_text("utf-8")) if config.is_file() else None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from prune_lightning.errors import UserError
@@ -27,6 +28,7 @@ _SETTINGS = {
     "export": str | list[str] | None,
 }
 _RESUME = "resume="
+_RECORD = ".hydra"  # where Hydra would write it
 AUTO = "auto"
 """What ``resume`` is set to if a job continues whatever lies in its folder."""
 
@@ -44,14 +46,34 @@ def full_arguments(arguments: Sequence[str]) -> list[str]:
     if not wanted or wanted[-1] in ("", "null", AUTO):
         return list(arguments)
     run = Path(wanted[-1]).expanduser().resolve()
-    known = run / ".hydra" / "overrides.yaml"
+    known = run / _RECORD / "overrides.yaml"
     if not known.is_file():
-        raise UserError(f"resume: {str(run)!r} is not the folder of a run: there is no .hydra/overrides.yaml in it")
+        raise UserError(f"resume: {str(run)!r} is not the folder of a run: there is no {_RECORD}/overrides.yaml in it")
     earlier = [str(word) for word in OmegaConf.to_object(OmegaConf.load(known))]  # type: ignore[union-attr]
     now = [word for word in arguments if not word.startswith((_RESUME, "hydra.run.dir="))]
     return (
         [word for word in earlier if not word.startswith(_RESUME)] + now + [f"{_RESUME}{run}", f"hydra.run.dir={run}"]
     )
+
+
+def record_settings(config: DictConfig) -> None:
+    """Write the job's configuration and overrides to its folder, in the files in which Hydra writes them.
+
+    Hydra writes them before the job starts. A job that is refused, since it would resume a run with other settings,
+    would then have replaced those of the run.
+    """
+    hydra = HydraConfig.instance().cfg
+    assert hydra is not None
+    folder = recorded_settings()
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {"config": config, "hydra": hydra, "overrides": HydraConfig.get().overrides.task}
+    for name, part in parts.items():
+        (folder / f"{name}.yaml").write_text(OmegaConf.to_yaml(part), "utf-8")
+
+
+def recorded_settings() -> Path:
+    """Return the folder for the settings of the job's run."""
+    return Path(HydraConfig.get().runtime.output_dir, _RECORD)
 
 
 def check_settings(config: DictConfig) -> None:

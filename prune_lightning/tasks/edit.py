@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.loading import load_tokens
 from prune_lightning.phases import PhaseClock
 from prune_lightning.report.summary import RunSummary
+from prune_lightning.tasks.arguments import record_settings
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.components import build, check_arguments, check_component, check_components
 from prune_lightning.tasks.edit_report import report
@@ -30,7 +32,7 @@ from prune_lightning.tasks.knowing import select_records
 from prune_lightning.tasks.preflight import check_bisection, check_run, formats_wanted
 from prune_lightning.tasks.presets import load_model, model_facts, settled
 from prune_lightning.tasks.recipe import Recipe
-from prune_lightning.tasks.resuming import NothingToResume, check_stream, ledger_to_resume, settle_resume
+from prune_lightning.tasks.resuming import NothingToResume, check_recipe, check_stream, ledger_to_resume, settle_resume
 from prune_lightning.tasks.setup import (
     build_loggers,
     build_trainer,
@@ -47,16 +49,17 @@ from prune_lightning.tasks.setup import (
 
 def run(config: DictConfig) -> None:
     """Edit, evaluate, and write the results to the run folder."""
+    given = copy.deepcopy(config)
     automatic = settle_resume(config, Path(HydraConfig.get().runtime.output_dir))
     try:
-        _run(config)
+        _run(config, given)
     except NothingToResume as complete:
         if not automatic:
             raise
         Console().print(f"skipped: {complete}", markup=False)
 
 
-def _run(config: DictConfig) -> None:
+def _run(config: DictConfig, given: DictConfig) -> None:
     clock = run_clock()
     quieten()
     settle_trainer(config)
@@ -71,6 +74,8 @@ def _run(config: DictConfig) -> None:
     with RunProgress(clock, Console(stderr=True, quiet=not (config.progress and first_process()))):
         with clock.phase("load"):
             job = _load(config, folder, clock)
+            if config.resume and first_process():  # nothing refuses to go on in this folder
+                record_settings(given)
             loggers = build_loggers(config, folder, keep=sum(job.stream.done) if config.resume else None)
             trainer = build_trainer(config, [*job.callbacks(), run_log, *job.ledger_callback()], loggers, folder)
         check_bisection(config, job.ledger, job.restraint, job.stream, trainer)
@@ -140,6 +145,8 @@ def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
     further = [build(entry, key) for key, entry in _callbacks(config).items()]
     measurements = _measurements(config)
     ledger = ledger_to_resume(config.resume, folder)
+    if ledger:
+        check_recipe(ledger, Recipe.of(config))
     stream: EditStream = build(config.data, "data", done=ledger.sizes if ledger else ())
     stream.fit(load_tokens(config.model.path, config.model.revision), usable_by(config.method))
     if ledger and not stream.rule.needs_model:

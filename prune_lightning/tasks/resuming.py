@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -10,6 +12,9 @@ from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger
 from prune_lightning.tasks.arguments import AUTO
+from prune_lightning.tasks.recipe import Recipe
+
+_HOW = {"cache", "shipped", "token_budget", "graph"}  # settings of how something is computed, not of what
 
 
 class NothingToResume(UserError):
@@ -43,6 +48,42 @@ def ledger_to_resume(run: str | None, folder: Path) -> Ledger | None:
         UserError: There is no ledger.
     """
     return None if run is None else Ledger.open(folder / "ledger").verified()
+
+
+def check_recipe(ledger: Ledger, recipe: Recipe) -> None:
+    """Check that method, restraint and their settings are those of the run to resume.
+
+    Args:
+        ledger: The run's ledger.
+        recipe: What the configuration asks for.
+
+    Raises:
+        UserError: A setting differs.
+    """
+    recorded, asked = _settings(ledger.base), _settings(recipe.as_base())
+    for name in [name for name in asked if name in recorded and asked[name] != recorded[name]]:
+        raise UserError(
+            f"the run in {ledger.folder.parent} was made with {name}={recorded[name]}, not {asked[name]}: resume it "
+            "with its own settings, or choose another folder by hydra.run.dir=..."
+        )
+
+
+def _settings(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe says of method, restraint and seed, by the names of the configuration."""
+    found = {name: base.get(name) for name in ("method", "restraint", "seed")}
+    return found | {
+        key: value for group in ("method", "restraint") for key, value in _flat(group, base.get(f"{group}_options"))
+    }
+
+
+def _flat(prefix: str, options: Mapping[str, Any] | None) -> Iterator[tuple[str, Any]]:
+    for name, value in (options or {}).items():
+        if name in _HOW:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix}.{name}", value)
+        else:
+            yield f"{prefix}.{name}", value
 
 
 def check_stream(ledger: Ledger, stream: EditStream) -> None:

@@ -1,0 +1,46 @@
+"""Sweeps by the local launcher of submitit, resumed by the same command; a refused job leaves a run as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_train import train
+
+QUICK = ("data.num_edits=2", "evaluation=editing", "control=false", "method.value.steps=2")
+
+
+def test_a_sweep_in_processes_of_their_own_is_skipped_once_complete(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    command = ("-m", "experiment=sweep", "hydra/launcher=local", "restraint=none", *QUICK)
+    written = []
+    for _ in range(2):
+        done = train(*command, f"hydra.sweep.dir={tmp_path}")
+        assert done.returncode == 0, done.stderr
+        written.append((tmp_path / "rome-none-0" / "summary.json").read_bytes())
+    assert json.loads(written[0])["restraint"] == "none"
+    assert written[0] == written[1]
+    refused = train(*command, f"hydra.sweep.dir={tmp_path}", "method.layers=[1]")
+    assert refused.returncode == 2
+    assert "a run of the sweep failed" in refused.stderr
+    assert "method.layers=[0], not [1]" in (tmp_path / "rome-none-0" / "error.txt").read_text()
+
+
+def test_a_refused_job_leaves_the_run_as_it_was(tmp_path):
+    run = tmp_path / "run"
+    assert train(*QUICK, f"hydra.run.dir={run}").returncode == 0
+    before = {path.name: path.read_bytes() for path in (run / ".hydra").iterdir()}
+    assert sorted(before) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
+    there, here = (f"resume={run}",), (*QUICK, "resume=auto", f"hydra.run.dir={run}")
+    for resumed, changed, line in (
+        (there, "method.value.learning_rate=3", "method.value.learning_rate=0.5, not 3"),
+        (here, "restraint=rect", "restraint=prune, not rect"),
+        (here, "seed=1", "seed=0, not 1"),
+    ):
+        refused = train(*resumed, changed)
+        assert refused.returncode == 2
+        assert line in refused.stderr
+        assert {path.name: path.read_bytes() for path in (run / ".hydra").iterdir()} == before
+    assert train(*there, "data.num_edits=3").returncode == 0
+    assert "data.num_edits=3" in (run / ".hydra" / "overrides.yaml").read_text()
+    assert json.loads((run / "summary.json").read_text())["curve"][-1]["num_requests"] == 3
