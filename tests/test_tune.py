@@ -155,9 +155,10 @@ def test_search_finds_better_values_than_the_defaults_within_its_budget(tmp_path
     assert best.value > 0.9 > trials[0]["score"] + 0.3
 
 
-def test_resumed_search_draws_what_the_straight_one_draws(tmp_path):
+@pytest.mark.parametrize("interrupted", [0, 6])
+def test_resumed_search_draws_what_the_straight_one_draws(tmp_path, interrupted):
     straight = go(search(tmp_path / "straight"), until=14)
-    halves = go(search(tmp_path / "halves"), until=6)
+    halves = go(search(tmp_path / "halves"), until=interrupted)
 
     def killed(values, reached):
         raise KeyboardInterrupt

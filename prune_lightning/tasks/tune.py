@@ -103,7 +103,7 @@ def _keep_statistics(config: DictConfig, folder: Path, model: LanguageModel, spa
     size = max(1, int(_MEMORY // (8 * model.key_size(layers[0]) ** 2)))
     for start in range(0, len(layers), size):
         moments: SecondMoments = instantiate(config.method.second_moments, _convert_="all")
-        moments.compute(model, layers[start : start + size], clock)
+        moments.compute(model, layers[start : start + size], clock, config.method.get("tokens_per_feature"))
 
 
 def _search(config: DictConfig, folder: Path, space: Space, pilots: Pilots, requests: list[EditRequest]) -> Any:

@@ -61,16 +61,16 @@ class Search:
         self._begin(about)
 
     def _begin(self, about: Mapping[str, Any]) -> None:
-        """Begin with the defaults, or repeat the trial in which an earlier run was interrupted."""
+        """Begin with the defaults; a trial in which an earlier run was interrupted is drawn again, as it was."""
         earlier = self.study.user_attrs.get("about")
         if earlier is None:
             self.study.set_user_attr("about", dict(about))
-            self.study.enqueue_trial(self.space.defaults())
         elif different := sorted(name for name in about if earlier.get(name) != about[name]):
             raise UserError(f"resume: the search was begun with another {', '.join(different)}")
         for trial in self.study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            self.study.enqueue_trial(trial.params or self.space.defaults())
+        if not self._ended() and not self.study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
+            self.study.enqueue_trial(self.space.defaults())
 
     @property
     def edits(self) -> int:
