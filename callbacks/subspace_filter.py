@@ -52,6 +52,7 @@ class SubspaceFilter(Restraint):
         parameters: See :class:`Restraint`.
         schedule: See :class:`Restraint`.
         every_n: See :class:`Restraint`.
+        feedback: See :class:`Restraint`. The weight is then the filtered solution for all values at once.
 
     Raises:
         UserError: An argument out of range.
@@ -67,8 +68,9 @@ class SubspaceFilter(Restraint):
         parameters: str | Sequence[str] | None = None,
         schedule: str = "each",
         every_n: int = 1,
+        feedback: bool = False,
     ) -> None:
-        super().__init__(parameters, schedule, every_n)
+        super().__init__(parameters, schedule, every_n, feedback)
         one_of("restraint.sides", sides, SIDES)
         one_of("restraint.energy", energy, ENERGIES)
         if not (0 < share <= 1 and 0 < strength <= 1):
@@ -174,6 +176,7 @@ class SubspaceFilter(Restraint):
             parameters=self.parameters,
             schedule=self.schedule,
             every_n=self.every_n,
+            feedback=self.feedback,
         )
 
 

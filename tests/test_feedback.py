@@ -17,7 +17,7 @@ from test_restraint_conformance import law_applied, mask
 from torch import nn
 from torch.utils.data import DataLoader
 
-from prune_lightning.callbacks import PRUNE, RECT, EditLedger, Restraint
+from prune_lightning.callbacks import PRUNE, RECT, EditLedger, Restraint, SubspaceFilter
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger
 from prune_lightning.methods.ultraedit import UltraEdit
@@ -129,6 +129,25 @@ def test_the_sum_under_prune_is_the_one_time_solution(method):
     assert misalignment(matrix.change.master, expected) > 1e-2
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sides", ["both", "input"])
+def test_the_sum_under_a_filter_is_the_one_time_solution(method, sides):
+    """With one layer, to rounding; the weight is that solution without its part in the leading directions."""
+    module, matrix, record = streamed(method, SubspaceFilter(sides=sides, feedback=True))
+    expected = one_time(method, module, matrix.original(), record.keys, record.wanted)
+    assert misalignment(matrix.change.master, expected) < 1e-9
+    u, sigma, vh = torch.linalg.svd(matrix.original())
+    energy = (sigma**2).cumsum(0) / (sigma**2).sum()
+    leading = int((energy < 0.5).sum()) + 1
+    inner = torch.eye(len(vh)) - vh[:leading].T @ vh[:leading]
+    outer = torch.eye(len(u)) - u[:, :leading] @ u[:, :leading].T if sides == "both" else torch.eye(len(u))
+    filtered = matrix.original() + outer @ expected @ inner
+    assert float((matrix.weight() - filtered).norm() / expected.norm()) < 1e-9
+    module, matrix, record = streamed(method, SubspaceFilter(sides=sides))
+    expected = one_time(method, module, matrix.original(), record.keys, record.wanted)
+    assert misalignment(matrix.change.master, expected) > 1e-2
+
+
 def test_without_a_restraint_sequential_is_one_time():
     module, matrix, record = streamed("memit_past")
     expected = one_time("memit_past", module, matrix.original(), record.keys, record.wanted)
@@ -183,7 +202,14 @@ def test_rank_one_methods_write_what_their_unrestrained_weight_lacks(method):
 
 
 @pytest.mark.parametrize("replayed", [False, True])
-@pytest.mark.parametrize("restraint", [lambda: PRUNE(BASE, feedback=True), lambda: RECT(0.4, feedback=True)])
+@pytest.mark.parametrize(
+    "restraint",
+    [
+        lambda: PRUNE(BASE, feedback=True),
+        lambda: RECT(0.4, feedback=True),
+        lambda: SubspaceFilter(feedback=True),
+    ],
+)
 def test_a_resumed_run_feeds_back_what_was_withheld(restraint, replayed, tmp_path):
     straight = build("memit_past", "gpt2", settings())
     quiet_trainer(restraint()).fit(straight, DataLoader(batches(), batch_size=None))
