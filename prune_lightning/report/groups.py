@@ -55,6 +55,11 @@ class Group:
         found = [e.get(key) for run in self.runs for e in run["curve"] if e["num_requests"] == num_requests]
         return [np.nan if value is None else float(value) for value in found]
 
+    def seconds_per_edit(self) -> float:
+        """Return the mean time of an edit in seconds, without evaluation; NaN if a run does not say."""
+        times = [run.get("edit_s", np.nan) / max(1, run.get("num_requests") or 1) for run in self.runs]
+        return float(np.mean(times))
+
     @property
     def counts(self) -> list[int]:
         """The evaluated edit counts."""
