@@ -34,7 +34,7 @@ test-environments: .venv/.tools
 
 # What is measured where there is a GPU, at toy size.
 on-gpu: .venv/.tools
-	TOY=1 PARTS="b c d f" PYTHON=$(BIN)/python benchmarks/on_gpu.sh build/on_gpu
+	TOY=1 PARTS="b c d f g" PYTHON=$(BIN)/python benchmarks/on_gpu.sh build/on_gpu
 
 # Known faults, put into a copy of the project one at a time: the tests have to notice each of them.
 mutants: .venv/.tools

@@ -8,6 +8,7 @@
 #   a  the tests marked `gpu`                  b  the main job, and SmolLM2 where SMOLLM2 names its GGUF
 #   c  restraint and editing at 8B shape       d  thousands of edits at 7B shape, by METHODS_d in turn
 #   f  the restraint against full decompositions on the device, which take most of that part's time
+#   g  METHODS_g x RESTRAINTS_g on SmolLM2 (SMOLLM2), AT_ONCE_g runs at once; WORDS_g are further overrides
 #   e  numeric tests (PYTEST_ARGS) in every numeric environment of this processor, beside the others on ASIDE cores
 # PACK=FILE.tar.gz holds all that is there after each part, for places that hand back few files.
 set -uo pipefail
@@ -79,6 +80,12 @@ for each in $PARTS; do
     e) ;;
     f) part restraint_f "${SECONDS_f:-90}" "$PYTHON" benchmarks/restraint.py --reference device \
          --json "$OUT/restraint_f.json" $(choose "--device cuda --shapes 6400x1600 14336x4096" "--shapes 320x80") ;;
+    g) if [ -n "${SMOLLM2:-}$TOY" ]; then
+         METHODS=${METHODS_g:-$(choose "" rome)} RESTRAINTS=${RESTRAINTS_g:-$(choose "" "none rect")} \
+           AT_ONCE=${AT_ONCE_g:-$(choose 5 1)} PYTHON="$PYTHON" TAIL=60 part study "${SECONDS_g:-420}" \
+           benchmarks/study.sh "$OUT/study" ${WORDS_g:-} \
+           $(choose "model=smollm2 model.path=${SMOLLM2:-} trainer=gpu" "data.num_edits=2 evaluation=editing method.value.steps=2")
+       else echo "study        left out: SMOLLM2 names no GGUF"; fi ;;
     *) echo "unknown part $each"; failed=1 ;;
   esac
 done
