@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, quiet_trainer, write
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from prune_lightning.methods.base import EditingModule
@@ -21,7 +21,10 @@ from prune_lightning.models.hooks import capture
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.types import DenseUpdate, EditBatch, EditRequest
 
-METHODS = sorted(path.stem for path in (ROOT / "configs" / "method").glob("*.yaml"))
+ALL = sorted(path.stem for path in (ROOT / "configs" / "method").glob("*.yaml"))
+KINDS = {name: get_class(OmegaConf.load(ROOT / "configs" / "method" / f"{name}.yaml")._target_) for name in ALL}
+METHODS = [name for name, kind in KINDS.items() if kind.in_weights]
+MEMORIES = [name for name, kind in KINDS.items() if not kind.in_weights]  # see `test_memory_editors.py`
 REQUESTS = (
     EditRequest(0, "Japan", "The capital of Japan is", "Rome", "Tokyo"),
     EditRequest(1, "Claude Monet", "By profession, Claude Monet was a", "chemist", "painter"),

@@ -16,7 +16,7 @@ from prune_lightning.atomic_files import write_json
 from prune_lightning.errors import UserError
 from prune_lightning.export.card import write_card
 from prune_lightning.export.formats import RANKED, Format, format_named
-from prune_lightning.export.sources import ExportSource
+from prune_lightning.export.sources import ExportSource, check_in_weights
 from prune_lightning.export.verify import next_token_logits, prompts_for, reloaded_logits, tolerance
 
 MANIFEST = "export.json"
@@ -75,12 +75,13 @@ def export(
         overwrite: Whether to replace an earlier export.
 
     Raises:
-        UserError: The target exists, the format or rank is invalid, or the reloaded model differs from the live one;
-            then nothing is written at the target.
+        UserError: The edits are not in the weights, the target exists, the format or rank is invalid, or the reloaded
+            model differs from the live one; then nothing is written at the target.
     """
     chosen = format_named(format_name)
     if rank is not None and (rank < 1 or format_name not in RANKED):
         raise UserError(f"a rank of at least 1 belongs to the formats lora and delta, but got {rank} for {format_name}")
+    check_in_weights(source.in_weights, source.provenance.method, format_name)
     prompts = prompts_for(source.provenance.requests)
     live = next_token_logits(source.language_model, prompts)
     with source.in_place(changed=False):
