@@ -21,10 +21,7 @@ from prune_lightning.models.hooks import capture
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.types import DenseUpdate, EditBatch, EditRequest
 
-ALL = sorted(path.stem for path in (ROOT / "configs" / "method").glob("*.yaml"))
-KINDS = {name: get_class(OmegaConf.load(ROOT / "configs" / "method" / f"{name}.yaml")._target_) for name in ALL}
-METHODS = [name for name, kind in KINDS.items() if kind.in_weights]
-MEMORIES = [name for name, kind in KINDS.items() if not kind.in_weights]  # see `test_memory_editors.py`
+FOLDER = ROOT / "configs" / "method"
 REQUESTS = (
     EditRequest(0, "Japan", "The capital of Japan is", "Rome", "Tokyo"),
     EditRequest(1, "Claude Monet", "By profession, Claude Monet was a", "chemist", "painter"),
@@ -59,6 +56,11 @@ def read(path: Path) -> DictConfig:
     return config
 
 
+KINDS = {path.stem: get_class(read(path)._target_) for path in sorted(FOLDER.glob("*.yaml"))}
+METHODS = [name for name, kind in KINDS.items() if kind.in_weights]
+MEMORIES = [name for name, kind in KINDS.items() if not kind.in_weights]  # see `test_memory_editors.py`
+
+
 def small(settings: dict[str, Any]) -> dict[str, Any]:
     """Return a method's settings for a random model of three layers."""
     settings = settings | {"layers": [1]}
@@ -84,8 +86,7 @@ def small(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(name: str, language_model) -> EditingModule:
-    folder = ROOT / "configs" / "method"
-    config = read(folder / f"{name}.yaml")
+    config = read(FOLDER / f"{name}.yaml")
     settings = small(OmegaConf.to_container(config, resolve=False))
     module = instantiate(settings, _convert_="all", language_model=language_model).to(language_model.device)
     module.prepare()
