@@ -72,7 +72,7 @@ def small(settings: dict[str, Any]) -> dict[str, Any]:
         settings |= {"smallest_residual": 0.0, "largest_residual": None}
     if "null_threshold" in settings:  # the statistics of eight sentences leave no small eigenvalues
         settings["null_threshold"] = 1e3
-    if "count" in settings:  # MEMOIR's mask, of 32 inputs
+    if "count" in settings:  # of MEMOIR's inputs, of 32, or of IKE's demonstrations
         settings["count"] = 8
     if "seed" in settings:
         settings["seed"] = 0

@@ -86,6 +86,10 @@ def test_what_does_not_fit_the_context_is_asked_as_it_is(bundled_shared):
     long = " ".join(["The capital of Japan is"] * (bundled_shared.tokens.max_length // 6))
     module = editor(bundled_shared, JAPAN, demonstrations=DEMONSTRATIONS * 20, count=40, threshold=0.1)
     assert asked(bundled_shared, long) == long
+    short = asked(bundled_shared, JAPAN.prompt)  # as many demonstrations as fit
+    room = bundled_shared.tokens.max_length
+    assert short.endswith("New Fact: The capital of Japan is Rome\nPrompt: The capital of Japan is")
+    assert room - 25 < len(bundled_shared.tokens.encode(short)) <= room
     module.run.restore()
 
 

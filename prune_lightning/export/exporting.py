@@ -51,6 +51,8 @@ class ExportReport:
 
     def line(self) -> str:
         """Return one line for the terminal."""
+        if not self.prompts:
+            return f"saved {self.format}: {self.megabytes:.2f} MB in {self.folder}; {self.details['note']}"
         cut = f", cutting the rank moved logits by {self.truncation_error:.2g}" if self.truncation_error else ""
         return (
             f"exported {self.format}: {self.megabytes:.2f} MB in {self.folder}; reloaded, largest logit error "
@@ -92,7 +94,7 @@ def export(
         with source.in_place(changed=True):
             expected = next_token_logits(source.language_model, prompts)
     target = Path(target).expanduser()
-    with _beside(target, overwrite) as folder:
+    with beside(target, overwrite) as folder:
         details = chosen.write(source, folder)
         error, allowed = _compare(source, chosen, folder, prompts, expected)
         figures = {"max_logit_error": error, "moved": moved, "truncation_error": _difference(expected, live)}
@@ -125,7 +127,7 @@ def _compare(
 
 
 @contextmanager
-def _beside(target: Path, overwrite: bool) -> Iterator[Path]:
+def beside(target: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary folder next to the target; rename it at the end of the block, or delete it after an error."""
     if target.exists() and not overwrite:
         raise UserError(f"{str(target)!r} exists; give another folder, or overwrite=true")

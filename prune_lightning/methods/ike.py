@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -101,31 +101,36 @@ class FactMemory(SideMemory):
         order = sorted(range(len(found)), key=lambda i: (found[i], i))[-self.facts :]
         return [(self.texts[i].whole, found[i]) for i in order if found[i] >= self.threshold]
 
-    def context(self, prompt: str) -> str:
-        """Return the text before a prompt; empty if no fact is close."""
+    def contexts(self, prompt: str) -> Iterator[str]:
+        """Yield the text before a prompt, with ever fewer demonstrations; nothing if no fact is close."""
         facts = [fact for fact, _ in self.retrieved(prompt)]
         if not facts:
-            return ""
+            return
         if self._shown is None:
             self._shown = [self.similarity.read(f"{fact} {asked}") for fact, asked, _ in self.demonstrations]
         scores = self.similarity.compare(self.similarity.read(f"{facts[-1]} {prompt}"), self._shown)
-        order = sorted(range(len(scores)), key=lambda i: (scores[i], i))[-self.count :] if self.count else []
-        shown = [shown_as(*self.demonstrations[i]) for i in order]
-        return "\n\n".join([*shown, "\n".join(f"New Fact: {fact}" for fact in facts)]) + "\nPrompt: "
+        order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
+        asked = "\n".join(f"New Fact: {fact}" for fact in facts) + "\nPrompt: "
+        for count in range(min(self.count, len(order)), -1, -1):
+            yield "\n\n".join([*(shown_as(*self.demonstrations[i]) for i in order[len(order) - count :]), asked])
 
     def asked(self, row: Row) -> Row:
-        """Return the row behind its facts. It stays as it is if no fact is close, or if they do not fit the context."""
+        """Return the row behind its facts and as many demonstrations as fit the model's context.
+
+        It stays as it is if no fact is close, or if not even the facts fit.
+        """
         ids, length = row
         tokens, answer = self.language_model.tokens, list(ids[length:])
         text = str(tokens.tokenizer.decode(list(ids[:length]), clean_up_tokenization_spaces=False))
         text = text[tokens.own_start(text) :]
         head, prompt, tail = self._unframed(text)
-        if not prompt.strip() or not (context := self.context(prompt)):
-            return row
-        longer = tokens.encode(head + context + prompt + tail)
-        if tokens.encode(text) != list(ids[:length]):  # not what its text gives, such as a prompt that was cut
-            longer = [*tokens.encode(context), *ids[:length]]
-        return row if len(longer) + len(answer) > tokens.max_length else ([*longer, *answer], len(longer))
+        for context in self.contexts(prompt) if prompt.strip() else ():
+            longer = tokens.encode(head + context + prompt + tail)
+            if tokens.encode(text) != list(ids[:length]):  # not what its text gives, such as a prompt that was cut
+                longer = [*tokens.encode(context), *ids[:length]]
+            if len(longer) + len(answer) <= tokens.max_length:
+                return [*longer, *answer], len(longer)
+        return row
 
     def _unframed(self, text: str) -> tuple[str, str, str]:
         """Return the chat template before a prompt, the prompt, and the template behind it."""
