@@ -200,6 +200,20 @@ def test_single_edits_are_taken_back_as_if_they_never_were(method, tiny, tmp_pat
         assert method != "grace" or torch.equal(module.side.book.radii, again.side.book.radii)
 
 
+def test_what_cannot_be_taken_back_says_why(tiny, tmp_path):
+    module = build("grace", tiny("gpt2"))
+    quiet_trainer(EditLedger(tmp_path)).fit(module, stream(requests=REQUESTS[:2]))
+    records = list(Ledger.open(tmp_path).steps(module.device))
+    held = module.side.state_dict()
+    module.side.inseparable = "its edits share their weights"
+    with pytest.raises(UserError, match="single edits cannot be taken back: its edits share their weights"):
+        without(module, records, {1})
+    assert equal(module.side.state_dict(), held)
+    module.run.restart()
+    assert without(module, records, set()) == []
+    assert equal(module.side.state_dict(), held)
+
+
 @pytest.mark.parametrize("method", MEMORIES)
 def test_an_edit_that_a_guard_undoes_leaves_nothing(method, tiny):
     module = edited(method, tiny("llama"), REQUESTS[:2])
