@@ -267,8 +267,10 @@ def _trajectories(evaluator: Evaluator) -> dict[str, Any]:
 
 
 def _spectrum(module: EditingModule) -> Measured:
-    """Return the largest singular value of the changes, and the worst condition number."""
+    """Return the largest singular value of the changes, and the worst condition number; nothing without matrices."""
     matrices = module.edited_matrices().values()
+    if not matrices:
+        return Measured({})
     return Measured(
         {
             "sigma_max_delta": max(sigma_max(matrix.delta()) for matrix in matrices),

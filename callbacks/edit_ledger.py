@@ -160,9 +160,9 @@ class EditLedger(LightningCallback):
 
     def _is_due(self, module: EditingModule) -> bool:
         assert self.ledger is not None
-        matrices = module.edited_matrices().values()
-        exact = self._exact and all(matrix.withheld is None for matrix in matrices)
-        size = sum(matrix.change.master.numel() * matrix.change.master.element_size() for matrix in matrices)
+        parts = module.run.parts.values()
+        exact = self._exact and all(part.exact for part in parts)
+        size = sum(part.num_bytes for part in parts)
         return self._cadence.due(module.run.num_steps, self.ledger.snapshots.expected_seconds(size), exact)
 
     @override

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     XLAStrategy,
 )
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
@@ -121,6 +122,10 @@ class Restraint(RestraintRule, LightningCallback, ABC):
             module.feed_back(self.feedback)
             self.matrices = dict(module.edited_matrices())
             module.register_restraint(self)
+            if not self.matrices:
+                rank_zero_warn(
+                    f"{type(self).__name__} has nothing to restrain: {type(module).__name__} changes no weights"
+                )
         else:
             held = {n: m for other in others for n, m in other.matrices.items() if isinstance(m, SnapshotMatrix)}
             matrices = matching_matrices(module, self.parameters, held)

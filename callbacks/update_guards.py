@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.ranges import NonNegative, Positive, Share, Whole
-from prune_lightning.types import MatrixUpdate, norm_of_all
+from prune_lightning.types import Update, norm_of_all
 
 POLICIES = ("warn", "skip", "rollback", "stop")
 
@@ -47,11 +47,11 @@ class UpdateGuard(ABC):
         self.policy = policy
 
     @abstractmethod
-    def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
+    def look(self, updates: Mapping[str, Update], details: Sequence[Mapping[str, Any]]) -> Finding | None:
         """Check a finite update and return a finding, or ``None``.
 
         Args:
-            updates: The update of each weight, by its name.
+            updates: The update of each edited part, by its name.
             details: What the method reports of each request of the step.
         """
 
@@ -59,7 +59,7 @@ class UpdateGuard(ABC):
         """Record an update that stays in the weights.
 
         Args:
-            norm: Frobenius norm over all matrices.
+            norm: Frobenius norm over everything that it changes.
         """
 
 
@@ -83,7 +83,7 @@ class NormGuard(UpdateGuard):
         self._norms: list[float] = []  # ascending
 
     @override
-    def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
+    def look(self, updates: Mapping[str, Update], details: Sequence[Mapping[str, Any]]) -> Finding | None:
         """Compare the norm with the lower median so far."""
         if len(self._norms) < self.after:
             return None
@@ -115,7 +115,7 @@ class KeyGuard(UpdateGuard):
         self.least = least
 
     @override
-    def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
+    def look(self, updates: Mapping[str, Update], details: Sequence[Mapping[str, Any]]) -> Finding | None:
         """Check the smallest ratio of the step."""
         ratio = min((detail["key_ratio"] for detail in details if "key_ratio" in detail), default=math.inf)
         if ratio >= self.least:
@@ -139,7 +139,7 @@ class AnchorGuard(UpdateGuard):
         self.most = most
 
     @override
-    def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
+    def look(self, updates: Mapping[str, Update], details: Sequence[Mapping[str, Any]]) -> Finding | None:
         """Check the largest ratio of the step."""
         ratio = max((detail["norm_ratio"] for detail in details if "norm_ratio" in detail), default=0.0)
         if ratio <= self.most:
@@ -163,7 +163,7 @@ class ValueGuard(UpdateGuard):
         self.least_probability = least_probability
 
     @override
-    def look(self, updates: Mapping[str, MatrixUpdate], details: Sequence[Mapping[str, Any]]) -> Finding | None:
+    def look(self, updates: Mapping[str, Update], details: Sequence[Mapping[str, Any]]) -> Finding | None:
         """Check every request; the first finding is returned."""
         for number, detail in enumerate(details, start=1):
             losses = detail.get("losses") or [0.0]

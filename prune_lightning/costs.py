@@ -207,4 +207,6 @@ class RestraintCost:
 def plain_restraint(changes: Changes, copies: int = 2, passes: int = 2) -> RestraintCost:
     """Return the cost of dense copies of one matrix at a time, and of some passes over each matrix."""
     sizes = [m * n * changes.entry for m, n in changes.matrices]
-    return RestraintCost(float(copies * max(sizes)), Work(0.0, float(passes * sum(sizes)), passes * len(sizes)))
+    return RestraintCost(
+        float(copies * max(sizes, default=0)), Work(0.0, float(passes * sum(sizes)), passes * len(sizes))
+    )

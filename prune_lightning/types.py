@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -19,8 +19,10 @@ __all__ = [
     "EditRequest",
     "LowRankUpdate",
     "MatrixUpdate",
+    "MemoryUpdate",
     "MetaExample",
     "Probe",
+    "Update",
     "norm_of_all",
 ]
 
@@ -169,8 +171,41 @@ class DenseUpdate:
 MatrixUpdate: TypeAlias = LowRankUpdate | DenseUpdate
 
 
-def norm_of_all(updates: Mapping[str, MatrixUpdate]) -> float:
-    """Return the Frobenius norm of a step's update over all its matrices."""
+@dataclass(frozen=True)
+class MemoryUpdate:
+    """What an edit adds to a memory beside the weights, such as an entry of a codebook.
+
+    Args:
+        tensors: By name; what they mean is up to the memory.
+        strength: The figure that is reported as the norm of the update; see the method.
+    """
+
+    tensors: Mapping[str, Tensor]
+    strength: float = 0.0
+
+    def contiguous(self) -> MemoryUpdate:
+        """Return the update laid out as it is read from the disk."""
+        return replace(self, tensors={name: tensor.contiguous() for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device) -> MemoryUpdate:
+        """Return the update on a device."""
+        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def norm(self) -> float:
+        """Return :attr:`strength`."""
+        return self.strength
+
+    def is_finite(self) -> bool:
+        """Whether no entry is NaN or infinite."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors.values())
+
+
+Update: TypeAlias = MatrixUpdate | MemoryUpdate
+"""What a step changes in one part of the model: a matrix, or a memory beside the weights."""
+
+
+def norm_of_all(updates: Mapping[str, Update]) -> float:
+    """Return the Frobenius norm of a step's update over everything that it changes."""
     return sum(update.norm() ** 2 for update in updates.values()) ** 0.5
 
 
@@ -180,12 +215,12 @@ class EditStep:
 
     Args:
         requests: The requests.
-        updates: The update of each edited weight, by name.
+        updates: The update of each edited part, by name.
         details: What the method reports of each request, e.g. the steps of its value optimisation.
     """
 
     requests: tuple[EditRequest, ...]
-    updates: Mapping[str, MatrixUpdate]
+    updates: Mapping[str, Update]
     details: Sequence[Mapping[str, Any]]
 
 
@@ -195,7 +230,7 @@ class EditReport:
 
     Args:
         requests: The requests of the step.
-        update_norm: Frobenius norm of the step's update over all matrices.
+        update_norm: Frobenius norm of the step's update over everything that it changes.
         seconds: Wall time of the step.
         details: What the method reports of each request, e.g. the steps of its value optimisation.
         applied: Whether the update was written.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, quiet_trainer, write
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from prune_lightning.methods.base import EditingModule
@@ -21,7 +21,7 @@ from prune_lightning.models.hooks import capture
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.types import DenseUpdate, EditBatch, EditRequest
 
-METHODS = sorted(path.stem for path in (ROOT / "configs" / "method").glob("*.yaml"))
+FOLDER = ROOT / "configs" / "method"
 REQUESTS = (
     EditRequest(0, "Japan", "The capital of Japan is", "Rome", "Tokyo"),
     EditRequest(1, "Claude Monet", "By profession, Claude Monet was a", "chemist", "painter"),
@@ -56,6 +56,11 @@ def read(path: Path) -> DictConfig:
     return config
 
 
+KINDS = {path.stem: get_class(read(path)._target_) for path in sorted(FOLDER.glob("*.yaml"))}
+METHODS = [name for name, kind in KINDS.items() if kind.in_weights]
+MEMORIES = [name for name, kind in KINDS.items() if not kind.in_weights]  # see `test_memory_editors.py`
+
+
 def small(settings: dict[str, Any]) -> dict[str, Any]:
     """Return a method's settings for a random model of three layers."""
     settings = settings | {"layers": [1]}
@@ -67,6 +72,8 @@ def small(settings: dict[str, Any]) -> dict[str, Any]:
         settings |= {"smallest_residual": 0.0, "largest_residual": None}
     if "null_threshold" in settings:  # the statistics of eight sentences leave no small eigenvalues
         settings["null_threshold"] = 1e3
+    if "count" in settings:  # of MEMOIR's inputs, of 32, or of IKE's demonstrations
+        settings["count"] = 8
     if "seed" in settings:
         settings["seed"] = 0
     if "steps" in settings:
@@ -81,8 +88,7 @@ def small(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(name: str, language_model) -> EditingModule:
-    folder = ROOT / "configs" / "method"
-    config = read(folder / f"{name}.yaml")
+    config = read(FOLDER / f"{name}.yaml")
     settings = small(OmegaConf.to_container(config, resolve=False))
     module = instantiate(settings, _convert_="all", language_model=language_model).to(language_model.device)
     module.prepare()

@@ -157,7 +157,7 @@ class Wrong(EditingModule):
     ("how", "words"),
     [
         ("shape", r"expected an update of shape \(32, 32\) for .*layers\.1\..*, but got \(31, 32\)"),
-        ("name", r"updates 'model\.layers\.1\.mlp\.typo\.weight', which is not among its edited matrices"),
+        ("name", r"updates 'model\.layers\.1\.mlp\.typo\.weight', which is not among what it edits"),
         ("details", "expected details of 1 requests, but got 2"),
     ],
 )

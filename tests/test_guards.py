@@ -109,7 +109,7 @@ def run(module, numbers, *callbacks, done=(), trainer=None):
 
 def state(module):
     edits = module.run.state_dict()
-    tensors = {f"{name}/{key}": t for name, of in edits["matrices"].items() for key, t in of.items()}
+    tensors = {f"{name}/{key}": t for name, of in edits["parts"].items() for key, t in of.items()}
     weight = module.language_model.rewrite_module(1).weight.detach()
     return tensors | edits["memory"] | {"weight": weight}
 

@@ -666,7 +666,7 @@ def test_lightning_resumes_in_the_middle_of_the_stream(name, tmp_path):
     base = load_language_model("pkg://prune_lightning.bundled/model").model
     for tensor in tensors_in(checkpoint):
         assert not any(torch.equal(tensor.to(p), p) for p in base.parameters() if p.shape == tensor.shape)
-    own = [*tensors_in(checkpoint["edits"]["matrices"]), *tensors_in(checkpoint["edits"]["memory"])]
+    own = [*tensors_in(checkpoint["edits"]["parts"]), *tensors_in(checkpoint["edits"]["memory"])]
     assert path.stat().st_size < sum(tensor.numel() * tensor.element_size() for tensor in own) + 250_000
 
     resumed = built(name)

@@ -17,6 +17,7 @@ from prune_lightning.editor.evaluation import scores_of
 from prune_lightning.editor.facts import Facts, requests_of
 from prune_lightning.editor.models import HeldModel, recipe_for
 from prune_lightning.editor.results import Answers, Edited, Scores
+from prune_lightning.editor.saving import save_record
 from prune_lightning.editor.session import EditSession
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
@@ -230,7 +231,8 @@ class Editor:
     def save(self, folder: str | Path, overwrite: bool = False) -> ExportReport:
         """Write the edited model for ``from_pretrained``, and the record of the edits for :meth:`open`.
 
-        A model that was given to the editor then stays edited after :meth:`close`.
+        A model that was given to the editor then stays edited after :meth:`close`. Of a method that keeps its edits
+        beside the weights only the record is written.
 
         Args:
             folder: The folder.
@@ -239,8 +241,11 @@ class Editor:
         Raises:
             UserError: The folder exists, or the written model differs from the live one.
         """
-        report = self.export("full", folder, overwrite=overwrite)
-        shutil.copytree(self.folder / LEDGER, Path(folder).expanduser() / LEDGER)
+        if self._open().module.in_weights:
+            report = self.export("full", folder, overwrite=overwrite)
+            shutil.copytree(self.folder / LEDGER, Path(folder).expanduser() / LEDGER)
+        else:
+            report = save_record(self.folder / LEDGER, folder, self.recipe.model["path"], overwrite)
         self._saved = True
         return report
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import transformers
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -167,14 +166,9 @@ class EditSession:
         """Inside the block the model is the edited or the unedited one."""
         return nullcontext() if edited else self.unedited()
 
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
+    def unedited(self) -> AbstractContextManager[None]:
         """Inside the block the model is the unedited one; afterwards it is the edited one again, bit for bit."""
-        with self.module.provisional(), torch.no_grad():
-            for matrix in self.module.edited_matrices().values():
-                original = matrix.original()
-                matrix.parameter.copy_(original.T if matrix.transposed else original)
-            yield
+        return self.module.unedited()
 
 
 @contextmanager

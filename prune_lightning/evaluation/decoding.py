@@ -153,10 +153,11 @@ def decode(
     room = model.tokens.max_length - max(limits, default=0)
     results = [Continuation((), "")] * len(prompts)
     wanted = [i for i, limit in enumerate(limits) if limit > 0]
+    asked = [ids for ids, _ in model.asked([(prompt, len(prompt)) for prompt in prompts])]
     with generation_settings(model) as ends:
-        for places in by_length([len(prompts[i]) + limits[i] for i in wanted], token_budget):
+        for places in by_length([len(asked[i]) + limits[i] for i in wanted], token_budget):
             group = [wanted[place] for place in places]
-            cut = [list(prompts[i])[-room:] for i in group]
+            cut = [list(asked[i])[-room:] for i in group]
             ids, mask = model.tokens.pad([row[::-1] for row in cut], model.device)
             drawn = TopK(sampling.k, [sampling.seeds[i] for i in group]) if sampling else None
             rows = _Rows(model, ids.shape[1], [limits[i] for i in group], stops, drawn)

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from prune_lightning.distributed import on_rank_zero
 from prune_lightning.errors import UserError, near
+from prune_lightning.evaluation.harness_prompts import asking
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Count, Whole
@@ -148,7 +149,8 @@ class HarnessTasks(Measurement):
         self._load_tasks()
         with quiet(), isolate_rng(), model.frozen_mode(), untouched_ties(model.model):
             tokenizer = copy.deepcopy(model.tokens.tokenizer)  # lm-eval may set its padding token
-            evaluated = HFLM(pretrained=model.model, tokenizer=tokenizer, backend="causal", batch_size=self.batch_size)
+            kind, rows = (HFLM, self.batch_size) if model.memory is None else (asking(HFLM, model), 1)
+            evaluated = kind(pretrained=model.model, tokenizer=tokenizer, backend="causal", batch_size=rows)
             results = lm_eval.simple_evaluate(
                 model=evaluated,
                 tasks=self._loaded,

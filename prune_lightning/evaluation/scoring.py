@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,10 +79,14 @@ class PairScores:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Inputs of a forward pass, with the row and the target positions of each pair in it."""
+    """Inputs of a forward pass, with the row and the target positions of each pair in it.
+
+    ``prompts`` is the number of tokens of each row's prompt; empty for rows that hold several pairs.
+    """
 
     inputs: dict[str, Tensor]
     places: dict[int, tuple[int, list[int]]]
+    prompts: Sequence[int] = ()
 
 
 def _plain(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> Iterator[_Batch]:
@@ -92,7 +96,7 @@ def _plain(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> I
         places = {
             i: (row, list(range(pairs[i].target_start - 1, len(pairs[i].ids) - 1))) for row, i in enumerate(group)
         }
-        yield _Batch({"input_ids": ids, "attention_mask": mask}, places)
+        yield _Batch({"input_ids": ids, "attention_mask": mask}, places, [pairs[i].target_start for i in group])
 
 
 def _batches(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> Iterator[_Batch]:
@@ -160,7 +164,9 @@ def score_encoded(
     total = torch.zeros(len(pairs), dtype=exact, device=model.device)
     hits = torch.zeros_like(lengths)
     predicted = torch.full((len(pairs), int(lengths.max()) if pairs else 0), NOTHING, device=model.device)
-    batches = (_batches if trees else _plain)(model, pairs, token_budget) if pairs else ()
+    asked = model.asked([(pair.ids, pair.target_start) for pair in pairs])
+    run = [replace(pair, ids=list(ids), target_start=start) for pair, (ids, start) in zip(pairs, asked, strict=True)]
+    batches = (_batches if trees else _plain)(model, run, token_budget) if pairs else ()
     with model.frozen_mode():
         for batch in batches:
             owner = [i for i, (_, places) in batch.places.items() for _ in places]
@@ -172,7 +178,8 @@ def score_encoded(
             index, owners, steps, labels = torch.tensor(
                 [[number[place] for place in where], owner, step, label], device=model.device
             )
-            logits = model.logits_at(**batch.inputs, rows=rows, positions=places).to(exact)
+            with model.prompts(batch.prompts):
+                logits = model.logits_at(**batch.inputs, rows=rows, positions=places).to(exact)
             normaliser, choice = logits.logsumexp(-1), logits.argmax(-1)
             losses = normaliser[index] - logits[index, labels]
             choice = choice.masked_fill(~torch.isfinite(normaliser), NOTHING)[index]

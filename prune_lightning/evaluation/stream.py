@@ -99,12 +99,14 @@ class UnrelatedAnswers:
         outputs: list[list[int] | None] = []
         with model.frozen_mode():
             for start in range(0, len(self._rows), _PROBES_PER_PASS):
-                rows = self._rows[start : start + _PROBES_PER_PASS]
+                asked = model.asked([(ids, first + 1) for ids, first in self._rows[start : start + _PROBES_PER_PASS]])
+                rows = [(ids, prompt - 1) for ids, prompt in asked]
                 ids, mask = model.tokens.pad([row for row, _ in rows], model.device)
                 lengths = [len(row) - first for row, first in rows]
                 owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
                 where = torch.tensor([place for row, first in rows for place in range(first, len(row))])
-                logits = model.logits_at(ids, mask, owner.to(model.device), where.to(model.device))
+                with model.prompts([first + 1 for _, first in rows]):
+                    logits = model.logits_at(ids, mask, owner.to(model.device), where.to(model.device))
                 finite = torch.isfinite(logits).all(-1).split(lengths)
                 choices = logits.argmax(-1).split(lengths)
                 outputs += [c.tolist() if f.all() else None for c, f in zip(choices, finite, strict=True)]

@@ -16,7 +16,7 @@ from prune_lightning.atomic_files import write_json
 from prune_lightning.errors import UserError
 from prune_lightning.export.card import write_card
 from prune_lightning.export.formats import RANKED, Format, format_named
-from prune_lightning.export.sources import ExportSource
+from prune_lightning.export.sources import ExportSource, check_in_weights
 from prune_lightning.export.verify import next_token_logits, prompts_for, reloaded_logits, tolerance
 
 MANIFEST = "export.json"
@@ -51,6 +51,8 @@ class ExportReport:
 
     def line(self) -> str:
         """Return one line for the terminal."""
+        if not self.prompts:
+            return f"saved {self.format}: {self.megabytes:.2f} MB in {self.folder}; {self.details['note']}"
         cut = f", cutting the rank moved logits by {self.truncation_error:.2g}" if self.truncation_error else ""
         return (
             f"exported {self.format}: {self.megabytes:.2f} MB in {self.folder}; reloaded, largest logit error "
@@ -75,12 +77,13 @@ def export(
         overwrite: Whether to replace an earlier export.
 
     Raises:
-        UserError: The target exists, the format or rank is invalid, or the reloaded model differs from the live one;
-            then nothing is written at the target.
+        UserError: The edits are not in the weights, the target exists, the format or rank is invalid, or the reloaded
+            model differs from the live one; then nothing is written at the target.
     """
     chosen = format_named(format_name)
     if rank is not None and (rank < 1 or format_name not in RANKED):
         raise UserError(f"a rank of at least 1 belongs to the formats lora and delta, but got {rank} for {format_name}")
+    check_in_weights(source.in_weights, source.provenance.method, format_name)
     prompts = prompts_for(source.provenance.requests)
     live = next_token_logits(source.language_model, prompts)
     with source.in_place(changed=False):
@@ -91,7 +94,7 @@ def export(
         with source.in_place(changed=True):
             expected = next_token_logits(source.language_model, prompts)
     target = Path(target).expanduser()
-    with _beside(target, overwrite) as folder:
+    with beside(target, overwrite) as folder:
         details = chosen.write(source, folder)
         error, allowed = _compare(source, chosen, folder, prompts, expected)
         figures = {"max_logit_error": error, "moved": moved, "truncation_error": _difference(expected, live)}
@@ -124,7 +127,7 @@ def _compare(
 
 
 @contextmanager
-def _beside(target: Path, overwrite: bool) -> Iterator[Path]:
+def beside(target: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary folder next to the target; rename it at the end of the block, or delete it after an error."""
     if target.exists() and not overwrite:
         raise UserError(f"{str(target)!r} exists; give another folder, or overwrite=true")

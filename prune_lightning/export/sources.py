@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_lightning.errors import UserError
 from prune_lightning.export.lowrank import lowest_rank
 from prune_lightning.fingerprint import fingerprint, sampled_fingerprint
 from prune_lightning.ledger import edited_run
@@ -90,17 +91,19 @@ class ExportSource:
         language_model: The model; its weights are the edited ones.
         matrices: The edited weights.
         provenance: Their origin.
+        in_weights: Whether these weights are all that the edits changed.
     """
 
     language_model: LanguageModel
     matrices: Sequence[ExportedMatrix]
     provenance: Provenance
+    in_weights: bool = True
 
     @classmethod
     def from_module(cls, module: EditingModule, provenance: Provenance) -> ExportSource:
         """Return a source from the matrices of an editing module."""
         matrices = [ExportedMatrix.of(matrix) for matrix in module.edited_matrices().values()]
-        return cls(module.language_model, matrices, provenance)
+        return cls(module.language_model, matrices, provenance, module.in_weights)
 
     def base_fingerprint(self) -> str:
         """Return the fingerprint of the unedited model, which also identifies its cached statistics."""
@@ -149,6 +152,19 @@ class ExportSource:
             }
             for matrix in self.matrices
         }
+
+
+def check_in_weights(in_weights: bool, method: str, format_name: str) -> None:
+    """Refuse to export edits that are not in the weights.
+
+    Raises:
+        UserError: They are in a memory, which no format of other programs holds.
+    """
+    if not in_weights:
+        raise UserError(
+            f"export={format_name}: {method} keeps its edits in a memory beside the weights, which this format cannot "
+            "hold. Load the edited model with prune_lightning.Editor.open(FOLDER); a run's folder will do"
+        )
 
 
 def load_run(path: str | Path, after: int | None = None, without: Collection[int] = ()) -> ExportSource:

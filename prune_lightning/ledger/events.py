@@ -1,4 +1,4 @@
-"""Events of matrices as data, each in the smallest form that can restore it."""
+"""Events of edited parts as data, each in the smallest form that can restore it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prune_lightning.methods.edited_matrix import MatrixEvent
-from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate
+from prune_lightning.methods.edited_part import Event
+from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate, MemoryUpdate, Update
 
 _KEPT_RANK = 4  # corrections up to this multiple of the rank of their step's update are stored
 
 
 def flatten_events(
-    events_by_name: Mapping[str, Sequence[MatrixEvent]],
+    events_by_name: Mapping[str, Sequence[Event]],
 ) -> tuple[dict[str, list[list[str]]], dict[str, Tensor]]:
     """Return the form in which each event is stored, and the tensors."""
     forms_by_name: dict[str, list[list[str]]] = {}
@@ -27,16 +27,16 @@ def flatten_events(
             form, parts = ("recomputed", {}) if _is_large(event, latest) else _pack(event, latest)
             forms.append([event.kind, form])
             tensors |= {f"{name}/{number}/{part}": stored(tensor) for part, tensor in parts.items()}
-            latest = event.change if event.kind == "add" else latest
+            latest = event.change if event.kind == "add" and not isinstance(event.change, MemoryUpdate) else latest
         forms_by_name[name] = forms
     return forms_by_name, tensors
 
 
 def restore_events(
     forms_by_name: Mapping[str, Sequence[Sequence[str]]], tensors: Mapping[str, Tensor], device: torch.device
-) -> dict[str, list[MatrixEvent]]:
+) -> dict[str, list[Event]]:
     """Return the events from the values of :func:`flatten_events`."""
-    events: dict[str, list[MatrixEvent]] = {}
+    events: dict[str, list[Event]] = {}
     for name, forms in forms_by_name.items():
         latest: MatrixUpdate | None = None
         events[name] = []
@@ -44,8 +44,8 @@ def restore_events(
             start = f"{name}/{number}/"
             parts = {k.removeprefix(start): t.to(device) for k, t in tensors.items() if k.startswith(start)}
             change = _unpack(form, parts, latest)
-            events[name].append(MatrixEvent(kind, change, recomputed=form == "recomputed"))
-            latest = change if kind == "add" else latest
+            events[name].append(Event(kind, change, recomputed=form == "recomputed"))
+            latest = change if kind == "add" and not isinstance(change, MemoryUpdate) else latest
     return events
 
 
@@ -54,7 +54,7 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _is_large(event: MatrixEvent, update: MatrixUpdate | None) -> bool:
+def _is_large(event: Event, update: MatrixUpdate | None) -> bool:
     """Whether storing a correction would make the ledger grow faster than linearly with the stream.
 
     The rank of a spectral restraint's correction is the number of singular values above the reference, which can reach
@@ -66,13 +66,15 @@ def _is_large(event: MatrixEvent, update: MatrixUpdate | None) -> bool:
     return event.change.left.shape[1] > _KEPT_RANK * known
 
 
-def _pack(event: MatrixEvent, update: MatrixUpdate | None) -> tuple[str, dict[str, Tensor]]:
+def _pack(event: Event, update: MatrixUpdate | None) -> tuple[str, dict[str, Tensor]]:
     """Return the form in which the change of an event is stored, and its tensors.
 
     If a dense correction equals some entries of the step's update, only their positions are stored, one bit each:
     ``entries``. Of a mask of entries these are all there is: ``mask``.
     """
     change = event.change
+    if isinstance(change, MemoryUpdate):
+        return "memory", dict(change.tensors)
     if event.kind == "drop":
         assert isinstance(change, DenseUpdate)
         return "mask", {"taken": _bits(change.matrix), "shape": torch.tensor(change.shape)}
@@ -87,9 +89,11 @@ def _pack(event: MatrixEvent, update: MatrixUpdate | None) -> tuple[str, dict[st
     return "dense", {"matrix": change.matrix}
 
 
-def _unpack(form: str, parts: Mapping[str, Tensor], update: MatrixUpdate | None) -> MatrixUpdate | None:
+def _unpack(form: str, parts: Mapping[str, Tensor], update: MatrixUpdate | None) -> Update | None:
     if form in ("nothing", "recomputed"):
         return None
+    if form == "memory":
+        return MemoryUpdate(parts)
     if form == "factors":
         return LowRankUpdate(parts["left"], parts["right"])
     if form == "dense":

@@ -40,7 +40,7 @@ class Rebuilt:
 
 
 def check_base(ledger: Ledger, module: EditingModule) -> None:
-    """Check that a module's unedited matrices are those of the ledger.
+    """Check that what a module edits is what the ledger's edits apply to.
 
     Raises:
         UserError: They differ.
@@ -96,7 +96,7 @@ def rebuild(
     if not tail or (steps and steps[-1].from_base):
         return Rebuilt(module.run.num_requests, start)
     events = [event for record in tail for each in record.events.values() for event in each]
-    exact = all(event.exact for event in events) and all(m.withheld is None for m in module.edited_matrices().values())
+    exact = all(event.exact for event in events) and all(part.exact for part in module.run.parts.values())
     return Rebuilt(module.run.num_requests, start, len(tail), compare(module, tail[-1].sketch), exact)
 
 

@@ -1,4 +1,4 @@
-"""One step of an edit stream as data: the events of each matrix, and the method's memory of the step."""
+"""One step of an edit stream as data: the events of each edited part, and the method's memory of the step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prune_lightning.ledger.events import flatten_events, restore_events, stored
 from prune_lightning.ledger.sketch import MatrixSketch
-from prune_lightning.methods.edited_matrix import MatrixEvent
+from prune_lightning.methods.edited_part import Event
 
 _OBSERVED = "observed"
 
@@ -29,7 +29,7 @@ class StepRecord:
         from_base: Whether the unedited model was restored after the step.
         sketch: Sketch of the edited weights after the step, for comparison; see :class:`~.sketch.StateSketch`.
         callbacks: The callbacks' state of the step, by the callback's name; JSON-serializable.
-        events: The events of each matrix, in order, by the name of its weight.
+        events: The events of each edited part, in order, by its name.
         observed: The method's memory of the step.
     """
 
@@ -40,7 +40,7 @@ class StepRecord:
     from_base: bool = False
     sketch: Mapping[str, MatrixSketch] = field(default_factory=dict)
     callbacks: Mapping[str, Any] = field(default_factory=dict)
-    events: Mapping[str, Sequence[MatrixEvent]] = field(default_factory=dict)
+    events: Mapping[str, Sequence[Event]] = field(default_factory=dict)
     observed: Mapping[str, Tensor] = field(default_factory=dict)
 
     def flatten(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -77,13 +77,13 @@ class FinishRecord:
         step: Number of the last step.
         sketch: See :class:`StepRecord`; of the final weights.
         callbacks: See :class:`StepRecord`.
-        events: The events of each matrix.
+        events: The events of each edited part.
     """
 
     step: int
     sketch: Mapping[str, MatrixSketch] = field(default_factory=dict)
     callbacks: Mapping[str, Any] = field(default_factory=dict)
-    events: Mapping[str, Sequence[MatrixEvent]] = field(default_factory=dict)
+    events: Mapping[str, Sequence[Event]] = field(default_factory=dict)
 
     def flatten(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return a JSON-able line and the tensors that it speaks of, on the CPU."""

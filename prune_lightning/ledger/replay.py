@@ -9,10 +9,11 @@ from typing import Any
 from prune_lightning.errors import UserError
 from prune_lightning.ledger.record import FinishRecord, StepRecord
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.methods.edited_matrix import EditedMatrix, MatrixEvent
-from prune_lightning.types import MatrixUpdate
+from prune_lightning.methods.edited_part import EditedPart, Event
+from prune_lightning.types import Update
 
-Restrain = Callable[[EditedMatrix], None]
+Restrain = Callable[[Any], None]
+"""Restrains one matrix."""
 
 
 def replay(
@@ -32,7 +33,7 @@ def replay(
     Raises:
         UserError: ``restrain`` is needed.
     """
-    matrices = module.edited_matrices()
+    parts = module.run.parts
     unknown: set[str] = set()  # matrices whose withheld part was not stored
     written = False
     for record in records:
@@ -42,32 +43,30 @@ def replay(
             continue
         written = True
         for name, events in record.events.items():
-            _replay_matrix(matrices[name], events, unknown, restrain)
+            _replay_part(parts[name], events, unknown, restrain)
         if memory and isinstance(record, StepRecord) and record.applied:
             module.remember(record.observed)
     if not written:
         return
-    for name, matrix in matrices.items():
+    for name, part in parts.items():
         if name in unknown:
-            _needed(restrain)(matrix)
-        matrix.write()
-        matrix.begin_step()
+            _needed(restrain)(part)
+        part.write()
+        part.begin_step()
 
 
-def _replay_matrix(
-    matrix: EditedMatrix, events: Sequence[MatrixEvent], unknown: set[str], restrain: Restrain | None
-) -> None:
-    """Replay one matrix; the withheld part is recomputed only where something depends on it."""
+def _replay_part(part: EditedPart, events: Sequence[Event], unknown: set[str], restrain: Restrain | None) -> None:
+    """Replay one part; what is withheld of a matrix is recomputed only where something depends on it."""
     withheld = [event for event in events if event.kind == "withhold"]
-    if matrix.name in unknown and events:
-        unknown.discard(matrix.name)
+    if part.name in unknown and events:
+        unknown.discard(part.name)
         if not withheld:  # the steps that follow keep withholding it
-            _needed(restrain)(matrix)
-    matrix.replay(events)
+            _needed(restrain)(part)
+    part.replay(events)
     if withheld and withheld[-1].recomputed:
-        unknown.add(matrix.name)
+        unknown.add(part.name)
     if any(event.recomputed and event.kind == "subtract" for event in events):
-        _needed(restrain)(matrix)
+        _needed(restrain)(part)
 
 
 def _needed(restrain: Restrain | None) -> Restrain:
@@ -97,17 +96,22 @@ def without(
 
     Returns:
         The steps that were left out.
+
+    Raises:
+        UserError: What is edited does not allow it.
     """
+    if taken_back and (reason := next((p.inseparable for p in module.run.parts.values() if p.inseparable), None)):
+        raise UserError(f"single edits cannot be taken back: {reason}")
     left_out = []
     for record in records:
         if record.step in taken_back:
             left_out.append(record)
             continue
-        for matrix in module.edited_matrices().values():
-            matrix.begin_step()
+        for part in module.run.parts.values():
+            part.begin_step()
         for name, changes in _updates(record).items():
             for change in changes:
-                module.edited_matrices()[name].add(change)
+                module.run.parts[name].add(change)
         if memory and record.applied:
             module.remember(record.observed)
         module.run.move_to(module.run.num_requests + len(record.requests), module.run.num_steps + 1)
@@ -116,7 +120,7 @@ def without(
     return left_out
 
 
-def _updates(record: StepRecord) -> Mapping[str, list[MatrixUpdate]]:
+def _updates(record: StepRecord) -> Mapping[str, list[Update]]:
     return {
         name: [event.change for event in events if event.kind == "add" and event.change is not None]
         for name, events in record.events.items()

@@ -222,16 +222,14 @@ def _header(path: Path) -> dict[str, str]:
 
 def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a nested state by their path, and the other values."""
-    tensors = {
-        f"matrices/{name}/{key}": tensor for name, parts in state["matrices"].items() for key, tensor in parts.items()
-    }
+    tensors = {f"parts/{name}/{key}": tensor for name, held in state["parts"].items() for key, tensor in held.items()}
     tensors |= {f"memory/{name}": tensor for name, tensor in state["memory"].items()}
-    plain = {key: value for key, value in state.items() if key not in ("matrices", "memory")}
-    return tensors, {**plain, "names": list(state["matrices"])}
+    plain = {key: value for key, value in state.items() if key not in ("parts", "memory")}
+    return tensors, {**plain, "names": list(state["parts"])}
 
 
 def _restored(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
-    matrices: dict[str, dict[str, Tensor]] = {name: {} for name in plain["names"]}
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in plain["names"]}
     memory = {}
     for path, tensor in tensors.items():
         kind, _, rest = path.partition("/")
@@ -239,5 +237,5 @@ def _restored(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[s
             memory[rest] = tensor
         else:
             name, _, key = rest.rpartition("/")
-            matrices[name][key] = tensor
-    return {**{key: value for key, value in plain.items() if key != "names"}, "matrices": matrices, "memory": memory}
+            parts[name][key] = tensor
+    return {**{key: value for key, value in plain.items() if key != "names"}, "parts": parts, "memory": memory}

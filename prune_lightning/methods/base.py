@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning as L
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from prune_lightning.devices import move_attributes
 from prune_lightning.distributed import broadcast, fail_together, true_on_all_ranks
 from prune_lightning.errors import UserError
-from prune_lightning.fingerprint import fingerprint
 from prune_lightning.methods.edit_run import EditRun
 from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.methods.edited_part import EditedPart
 from prune_lightning.methods.editing_method import EditingMethod
 from prune_lightning.methods.no_op_optimizer import NoOpOptimizer
 from prune_lightning.methods.run_parts import AttachedRestraint
@@ -48,7 +48,7 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
 
     Attributes:
         facts: What the method reports of :meth:`prepare`, for the run's summary.
-        run: The stream of edits on this module: its matrices, its position, what is pending.
+        run: The stream of edits on this module: what it edits, its position, what is pending.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
         clock: PhaseClock | None = None,
     ) -> None:
         super().__init__()
-        if not layers or list(layers) != sorted(set(layers)):
+        if (self.in_weights and not layers) or list(layers) != sorted(set(layers)):
             raise UserError(f"`layers` is expected to be ascending layer indices, but got {list(layers)}")
         self.automatic_optimization = False
         self.language_model = language_model
@@ -68,7 +68,7 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
             stores_transposed(language_model.rewrite_module(layer))  # raises if it cannot be edited
         self.facts: dict[str, float] = {}
         self.clock = clock or PhaseClock()
-        self.run = EditRun(self.edited_modules, self, non_finite, language_model.frozen_mode)
+        self.run = EditRun(self.find_parts, self, non_finite, language_model.frozen_mode)
         self.strict_loading = False  # a checkpoint holds what the edits did, not the model
         self._checkpoint: Mapping[str, Any] | None = None
         self._unused = nn.Parameter(torch.zeros(1))  # DDP wraps no module without a trainable parameter
@@ -96,7 +96,7 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
         """Return the first requests of the stream, none without a data module."""
         return list(getattr(getattr(self._trainer, "datamodule", None), "requests", ())[:count])
 
-    # -- the matrices ---------------------------------------------------------------------------------------------
+    # -- what is edited -------------------------------------------------------------------------------------------
     def edited_modules(self) -> Mapping[str, nn.Module]:
         """Return the modules whose weight is edited, by the weight's qualified name in the ``transformers`` model.
 
@@ -105,6 +105,10 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
         model = self.language_model
         return {model.rewrite_name(layer): model.rewrite_module(layer) for layer in self.layers}
 
+    def find_parts(self) -> Mapping[str, EditedPart]:
+        """Return what the edits change, by its name: the matrices of :meth:`edited_modules`. Called once."""
+        return {name: EditedMatrix.of(name, module) for name, module in self.edited_modules().items()}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditingModule:
         """Move the state of the run and of the method together with the module."""
         super()._apply(fn, recurse)
@@ -112,8 +116,8 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
         return self
 
     def edited_matrices(self) -> Mapping[str, EditedMatrix]:
-        """Return the matrices under edit, by the name of their weight."""
-        return self.run.matrices
+        """Return the matrices under edit, by the name of their weight; none if the method edits no weight."""
+        return {name: part for name, part in self.run.parts.items() if isinstance(part, EditedMatrix)}
 
     def feed_back(self, on: bool) -> None:
         """Have the next updates make up for what a restraint withholds, or no longer; see :attr:`takes_feedback`."""
@@ -136,23 +140,18 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
 
     @contextmanager
     def provisional(self) -> Iterator[None]:
-        """Restore the weights, bit for bit, after the block."""
-        parameters = [matrix.parameter for matrix in self.edited_matrices().values()]
-        saved = [parameter.detach().clone() for parameter in parameters]
-        try:
+        """Restore what is edited, bit for bit, after the block."""
+        with ExitStack() as stack:
+            for part in self.run.parts.values():
+                stack.enter_context(part.provisional())
             yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, saved, strict=True):
-                    parameter.copy_(value)
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
         """Restore the unedited model inside the block, then the edited one, bit for bit."""
-        with self.provisional():
-            with torch.no_grad():
-                for matrix in self.edited_matrices().values():
-                    matrix.weight().copy_(matrix.original())
+        with ExitStack() as stack:
+            for part in self.run.parts.values():
+                stack.enter_context(part.unedited())
             yield
 
     def edit(self, requests: Sequence[EditRequest]) -> EditReport:
@@ -188,7 +187,7 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         """Keep the original weights and prepare; by now the Trainer has moved the model."""
-        self.edited_matrices()
+        _ = self.run.parts
         with fail_together(), self.clock.phase("prepare"), self.language_model.frozen_mode():
             self.prepare()
 
@@ -206,7 +205,7 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
         return None if batch.requests else -1
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
-        """Write one batch of requests into the weights."""
+        """Write one batch of requests."""
         report = self.edit(batch.requests)
         self.clock.named("edit").advance(len(batch.requests))
         if report.applied:
@@ -232,7 +231,7 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
         self._load_checkpoint()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the changes of the weights and the method's memory, not the model."""
+        """Save what the edits changed and the method's memory, not the model."""
         self.run.settle()  # a checkpoint of the step that has just been made is taken by a callback, before this module
         checkpoint["state_dict"] = {}
         checkpoint["edits"] = {"originals": self.originals(), **self.run.state_dict()}
@@ -250,16 +249,16 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
         self.run.load_state_dict(edits)
 
     def originals(self) -> dict[str, str]:
-        """Return the fingerprints of the unedited matrices, by the name of their weight."""
-        return {name: fingerprint(matrix.original()) for name, matrix in self.edited_matrices().items()}
+        """Return the fingerprints of what the edits apply to, by its name."""
+        return {name: part.original_fingerprint() for name, part in self.run.parts.items()}
 
     def _compare_processes(self, before: int) -> None:
-        """Raise if the processes' edited weights differ; checked every ``COMPARE_EVERY`` requests."""
+        """Raise if the processes' edited models differ; checked every ``COMPARE_EVERY`` requests."""
         if self.run.num_requests // COMPARE_EVERY == before // COMPARE_EVERY:
             return
-        prints = [fingerprint(matrix.weight()) for matrix in self.edited_matrices().values()]
+        prints = [part.fingerprint() for part in self.run.parts.values()]
         if not true_on_all_ranks(broadcast(prints) == prints):
             raise MisconfigurationException(
-                f"after {self.run.num_requests} edits a process's weights differ from the first one's; are the "
+                f"after {self.run.num_requests} edits a process's model differs from the first one's; are the "
                 "devices of one kind?"
             )

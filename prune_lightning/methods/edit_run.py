@@ -1,4 +1,4 @@
-"""The state of an edit stream on one module: its matrices, its position, and what is pending."""
+"""The state of an edit stream on one module: its edited parts, its position, and what is pending."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from enum import StrEnum
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from prune_lightning.devices import to_device
 from prune_lightning.distributed import true_on_all_ranks
 from prune_lightning.errors import UserError, one_of
-from prune_lightning.methods.edited_matrix import EditedMatrix, MatrixEvent
+from prune_lightning.methods.edited_part import EditedPart, Event
 from prune_lightning.methods.run_parts import AttachedRestraint, MethodMemory, StepBackup, StepFilter
-from prune_lightning.models.family import stores_transposed
 from prune_lightning.spectral import NonFiniteChange
 from prune_lightning.types import EditReport, EditRequest, EditStep, norm_of_all
 
@@ -36,14 +35,14 @@ class Phase(StrEnum):
 
 
 class EditRun:
-    """Owns the edited matrices, the position in the stream, and what is pending.
+    """Owns what the edits change, the position in the stream, and what is pending.
 
     A step consists of ``begin_step``, ``apply`` and, after all callbacks, ``settle``. ``finish`` ends the stream. Each
-    change of a matrix is recorded as an event until :meth:`take_events` collects it for the ledger.
+    change of a part is recorded as an event until :meth:`take_events` collects it for the ledger.
 
     Args:
-        modules: Returns the edited modules by the name of their weight. Called once, on the first access to the
-            matrices; the model has to be on its device by then.
+        parts: Returns what the edits change, by its name: matrices, or a memory. Called once, on the first access to
+            :attr:`parts`; the model has to be on its device by then.
         memory: The method's memory of its edits.
         non_finite: What to do with an update that holds NaN or infinity: ``skip`` it with a warning, or ``raise``. It
             is never written.
@@ -61,15 +60,15 @@ class EditRun:
 
     def __init__(
         self,
-        modules: Callable[[], Mapping[str, nn.Module]],
+        parts: Callable[[], Mapping[str, EditedPart]],
         memory: MethodMemory,
         non_finite: str,
         frozen: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         one_of("non_finite", non_finite, ("skip", "raise"))
         self.non_finite = non_finite
-        self._modules, self._memory, self._frozen = modules, memory, frozen
-        self._matrices: dict[str, EditedMatrix] | None = None
+        self._find_parts, self._memory, self._frozen = parts, memory, frozen
+        self._parts: dict[str, EditedPart] | None = None
         self._vetoes: list[Veto] = []
         self._start()
 
@@ -82,21 +81,17 @@ class EditRun:
         self._observed: Mapping[str, Tensor] = {}
 
     @property
-    def matrices(self) -> Mapping[str, EditedMatrix]:
-        """The edited matrices, by the name of their weight."""
-        if self._matrices is None:
-            self._matrices = {
-                name: EditedMatrix(name, cast(nn.Parameter, module.weight), stores_transposed(module))
-                for name, module in self._modules().items()
-            }
-        return self._matrices
+    def parts(self) -> Mapping[str, EditedPart]:
+        """What the edits change, by its name."""
+        if self._parts is None:
+            self._parts = dict(self._find_parts())
+        return self._parts
 
     def to(self, device: torch.device) -> EditRun:
-        """Move the state of the matrices to the model's new device, in place."""
+        """Move the state of the edited parts to the model's new device, in place."""
         self._observed = to_device(self._observed, device)
-        for name, matrix in (self._matrices or {}).items():
-            matrix.parameter = cast(nn.Parameter, self._modules()[name].weight)  # some backends make new ones
-            matrix.to(device)
+        for part in (self._parts or {}).values():
+            part.to(device)
         return self
 
     # -- restraints and vetoes -------------------------------------------------------------------------------------
@@ -136,8 +131,8 @@ class EditRun:
         """Begin a step. Events of the previous step that were not taken are dropped."""
         self.phase = Phase.EDITING
         self._unsettled, self._observed = None, {}
-        for matrix in self.matrices.values():
-            matrix.begin_step()
+        for part in self.parts.values():
+            part.begin_step()
 
     def apply(self, step: EditStep, started: float) -> EditReport:
         """Validate a step, check the vetoes, and write all of it or nothing.
@@ -147,16 +142,16 @@ class EditRun:
             started: ``time.perf_counter()`` at the start of that computation.
 
         Raises:
-            ValueError: An update of a matrix that is not under edit, of another shape, or details that do not fit the
+            ValueError: An update of something that is not under edit, of another shape, or details that do not fit the
                 requests; nothing has been written.
             NonFiniteChange: NaN or infinity, under ``non_finite=raise``.
         """
         self._validate(step)
-        finite = true_on_all_ranks(all(self.matrices[n].can_hold(update) for n, update in step.updates.items()))
+        finite = true_on_all_ranks(all(self.parts[n].can_hold(update) for n, update in step.updates.items()))
         refused = self._refusal(step) if finite else self._not_finite(step)
         if refused is None:
             for name, update in step.updates.items():
-                self.matrices[name].add(update)
+                self.parts[name].add(update)
             self._unsettled = step.requests
         self.num_requests += len(step.requests)
         self.num_steps += 1
@@ -169,11 +164,9 @@ class EditRun:
         if len(step.details) != len(step.requests):
             raise ValueError(f"expected details of {len(step.requests)} requests, but got {len(step.details)}")
         for name, update in step.updates.items():
-            if name not in self.matrices:
-                raise ValueError(f"the method updates {name!r}, which is not among its edited matrices")
-            shape, expected = tuple(update.shape), tuple(self.matrices[name].original().shape)
-            if shape != expected:
-                raise ValueError(f"expected an update of shape {expected} for {name}, but got {shape}")
+            if name not in self.parts:
+                raise ValueError(f"the method updates {name!r}, which is not among what it edits")
+            self.parts[name].check(update)
 
     def _refusal(self, step: EditStep) -> str | None:
         return next((reason for veto in self._vetoes if (reason := veto(step))), None)
@@ -200,8 +193,8 @@ class EditRun:
 
     def backup(self) -> StepBackup:
         """Copy what the next step will change. The method's memory changes only in :meth:`settle`."""
-        matrices = {name: deepcopy(matrix.state_dict()) for name, matrix in self.matrices.items()}
-        return StepBackup(matrices, [restraint.pending for restraint in self._restraints])
+        parts = {name: deepcopy(part.state_dict()) for name, part in self.parts.items()}
+        return StepBackup(parts, [restraint.pending for restraint in self._restraints])
 
     def roll_back(self, before: StepBackup, reason: str) -> EditReport:
         """Undo the latest step and any restraint since. Its requests still count as handled, and as refused.
@@ -212,19 +205,19 @@ class EditRun:
         """
         assert self.last_report is not None
         assert self._unsettled is not None, "a step can be undone until it is settled"
-        for name, matrix in self.matrices.items():
-            matrix.load_state_dict(before.matrices[name])
+        for name, part in self.parts.items():
+            part.load_state_dict(before.parts[name])
         for restraint, pending in zip(self._restraints, before.pending, strict=True):
             restraint.restore_pending(pending)
         self._unsettled = None
         self.last_report = replace(self.last_report, applied=False, refused=reason)
         return self.last_report
 
-    def take_events(self) -> dict[str, list[MatrixEvent]]:
-        """Return the events of each matrix since the last call, or since the step began."""
-        events = {name: matrix.journal for name, matrix in self.matrices.items()}
-        for matrix in self.matrices.values():
-            matrix.journal = []
+    def take_events(self) -> dict[str, list[Event]]:
+        """Return the events of each part since the last call, or since the step began."""
+        events = {name: part.journal for name, part in self.parts.items()}
+        for part in self.parts.values():
+            part.journal = []
         return events
 
     # -- the ends -------------------------------------------------------------------------------------------------
@@ -236,9 +229,9 @@ class EditRun:
             self.phase = Phase.FINISHED
 
     def restore(self) -> None:
-        """Restore the original weights, bit for bit, and clear the method's memory."""
-        for matrix in self.matrices.values():
-            matrix.restore()
+        """Restore the unedited model, bit for bit, and clear the method's memory."""
+        for part in self.parts.values():
+            part.restore()
         self._unsettled, self._observed = None, {}
         self._memory.forget()
 
@@ -251,29 +244,29 @@ class EditRun:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all edits so far; tensors are not copied."""
         return {
-            "matrices": {name: matrix.state_dict() for name, matrix in self.matrices.items()},
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "memory": dict(self._memory.memory()),
             "num_requests": self.num_requests,
             "num_steps": self.num_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], memory: bool = True) -> None:
-        """Load a :meth:`state_dict` and write the weights.
+        """Load a :meth:`state_dict` and have the model show it.
 
         Args:
             state: See :meth:`state_dict`.
             memory: Restore the method's memory, too; only needed for further edits.
 
         Raises:
-            UserError: The state is of other matrices.
+            UserError: The state is of other parts.
         """
-        if state["matrices"].keys() != self.matrices.keys():
-            expected, found = (", ".join(sorted(names)) for names in (self.matrices, state["matrices"]))
+        if state["parts"].keys() != self.parts.keys():
+            expected, found = (", ".join(sorted(names)) for names in (self.parts, state["parts"]))
             raise UserError(f"expected the state of {expected}, but got that of {found}")
-        for name, matrix in self.matrices.items():
-            matrix.load_state_dict(state["matrices"][name])
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
         if memory:
-            device = next(iter(self.matrices.values())).parameter.device
+            device = next(iter(self.parts.values())).device
             self._memory.load_memory({name: tensor.to(device) for name, tensor in state["memory"].items()})
         self.move_to(state["num_requests"], state["num_steps"])
 

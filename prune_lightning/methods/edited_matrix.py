@@ -4,39 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from prune_lightning.devices import to_device
+from prune_lightning.fingerprint import fingerprint
+from prune_lightning.methods.edited_part import EditedPart, Event
+from prune_lightning.models.family import stores_transposed
 from prune_lightning.spectral import AccumulatedChange
 from prune_lightning.spectral.triplets import fp64
-from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate
+from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate, MemoryUpdate, Update
 
 
-@dataclass(frozen=True)
-class MatrixEvent:
-    """One change of an edited matrix.
-
-    Args:
-        kind: ``add`` an update, ``subtract`` a correction permanently, ``withhold`` one from the weight (replacing the
-            previously withheld one), or ``drop`` entries of the update and of what was withheld (replacing that).
-        change: The update or correction, or the mask of the entries; ``None`` if nothing is withheld any more.
-        recomputed: The correction was not stored; a replay has the restraint compute it again.
-    """
-
-    kind: str
-    change: MatrixUpdate | None
-    recomputed: bool = False
-
-    @property
-    def exact(self) -> bool:
-        """Whether the change has the same bits after it on every processor, which a product of factors has not."""
-        return self.kind != "subtract" or isinstance(self.change, DenseUpdate)
-
-
-class EditedMatrix:
+class EditedMatrix(EditedPart):
     r"""Keeps :math:`W = W_0 + \Delta - A B^\top`: the sum of the updates minus what a restraint withholds.
 
     The change is kept in fp32 at least and cast to the weight's dtype once per write. All matrices are handled as
@@ -56,22 +39,47 @@ class EditedMatrix:
 
     def __init__(self, name: str, parameter: nn.Parameter, transposed: bool) -> None:
         self.name, self.parameter, self.transposed = name, parameter, transposed
+        self._module: nn.Module | None = None
         self._original = parameter.detach().clone()
         self.feeds_back = False
         self._start()
 
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> EditedMatrix:
+        """Return the matrix of a Linear or Conv1D."""
+        matrix = cls(name, cast(nn.Parameter, module.weight), stores_transposed(module))
+        matrix._module = module
+        return matrix
+
     def _start(self) -> None:
-        self.journal: list[MatrixEvent] = []
+        self.journal = []
         self.change = AccumulatedChange(self.original())
         self.withheld: MatrixUpdate | None = None
         self._last: MatrixUpdate | None = None
 
     def to(self, device: torch.device) -> EditedMatrix:
         """Move the state to the device of the live weight, in place."""
+        if self._module is not None:
+            self.parameter = cast(nn.Parameter, self._module.weight)  # some backends make new ones
         self._original, self.change = self._original.to(device), self.change.to(device)
         self.withheld, self._last = to_device((self.withheld, self._last), device)
         self.journal = [replace(event, change=to_device(event.change, device)) for event in self.journal]
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the live weight."""
+        return self.parameter.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the change."""
+        return self.change.master.numel() * self.change.master.element_size()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the updates restore the weight bit for bit: nothing is withheld."""
+        return self.withheld is None
 
     def _turned(self, stored: Tensor) -> Tensor:
         return stored.T if self.transposed else stored
@@ -101,19 +109,25 @@ class EditedMatrix:
             self._last.add_to(step)
         return step
 
-    def can_hold(self, update: MatrixUpdate) -> bool:
+    def check(self, update: Update) -> None:
+        """Raise a ``ValueError`` if an update has another shape."""
+        expected = tuple(self.original().shape)
+        shape = tuple(update.shape) if isinstance(update, (LowRankUpdate, DenseUpdate)) else type(update).__name__
+        if shape != expected:
+            raise ValueError(f"expected an update of shape {expected} for {self.name}, but got {shape}")
+
+    def can_hold(self, update: Update) -> bool:
         """Whether an update is finite, also in the weight's dtype."""
         return update.is_finite() and update.norm() < torch.finfo(self.parameter.dtype).max
 
-    def add(self, update: MatrixUpdate) -> None:
-        """Add an update and write the weight."""
-        self._last = update
-        self._do(MatrixEvent("add", update))
+    def add(self, update: Any) -> None:
+        """Add an update of the matrix and write the weight."""
+        self._do(Event("add", update))
 
     def withhold(self, correction: LowRankUpdate | None) -> None:
         """Write the weight without ``correction``; the sum of the updates does not change."""
         if correction is not None or self.withheld is not None:
-            self._do(MatrixEvent("withhold", correction))
+            self._do(Event("withhold", correction))
 
     def drop(self, entries: Tensor) -> None:
         """Withhold entries of :meth:`step_with_withheld`, in place of what was withheld before the step.
@@ -121,7 +135,7 @@ class EditedMatrix:
         Args:
             entries: Mask, ``out_features x in_features``.
         """
-        self._do(MatrixEvent("drop", DenseUpdate(entries)))
+        self._do(Event("drop", DenseUpdate(entries)))
 
     def step_with_withheld(self) -> Tensor:
         """Return :meth:`step` plus what was withheld before it: the whole change that a restraint decides on."""
@@ -154,37 +168,37 @@ class EditedMatrix:
 
     def subtract(self, correction: LowRankUpdate | Tensor) -> None:
         """Subtract ``correction`` from the change permanently and write the weight."""
-        self._do(MatrixEvent("subtract", DenseUpdate(correction) if isinstance(correction, Tensor) else correction))
+        self._do(Event("subtract", DenseUpdate(correction) if isinstance(correction, Tensor) else correction))
 
-    def _do(self, event: MatrixEvent) -> None:
+    def _do(self, event: Event) -> None:
         if event.change is not None:  # one layout: what is read from the disk rounds in products as this does
             event = replace(event, change=event.change.contiguous())
         self._apply(event)
         self.journal.append(event)
         self.write()
 
-    def _apply(self, event: MatrixEvent) -> None:
+    def _apply(self, event: Event) -> None:
+        change = event.change
+        assert not isinstance(change, MemoryUpdate)
         if event.kind == "withhold":
-            self.withheld = event.change
+            self.withheld = change
         elif event.kind == "drop":
-            assert isinstance(event.change, DenseUpdate)
-            self.withheld = DenseUpdate(torch.where(event.change.matrix, self.step_with_withheld(), 0))
+            assert isinstance(change, DenseUpdate)
+            self.withheld = DenseUpdate(torch.where(change.matrix, self.step_with_withheld(), 0))
         elif event.kind == "add":
-            assert event.change is not None
-            self.change.add(event.change)
+            assert change is not None
+            self._last = change
+            self.change.add(change)
         else:
-            assert event.change is not None
-            self.change.subtract(event.change.matrix if isinstance(event.change, DenseUpdate) else event.change)
+            assert change is not None
+            self.change.subtract(change.matrix if isinstance(change, DenseUpdate) else change)
 
-    def replay(self, events: Iterable[MatrixEvent]) -> None:
+    def replay(self, events: Iterable[Event]) -> None:
         """Repeat the events of an earlier step, bit for bit; call :meth:`write` afterwards to write the weight.
 
         Corrections that were not stored are left to the caller.
         """
         for event in events:
-            if event.kind == "add":
-                assert event.change is not None
-                self._last = event.change
             if not event.recomputed:
                 self._apply(event)
 
@@ -205,6 +219,32 @@ class EditedMatrix:
         """Restore the original weight, bit for bit."""
         self._start()
         self.parameter.copy_(self._original)
+
+    @contextmanager
+    def provisional(self) -> Iterator[None]:
+        """Restore the weight, bit for bit, after the block."""
+        saved = self.parameter.detach().clone()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.parameter.copy_(saved)
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Inside the block the weight is the original one, afterwards as before, bit for bit."""
+        with self.provisional():
+            with torch.no_grad():
+                self.parameter.copy_(self._original)
+            yield
+
+    def original_fingerprint(self) -> str:
+        """Return the fingerprint of the original."""
+        return fingerprint(self.original())
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the live weight."""
+        return fingerprint(self.weight())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the change, the withheld part and the weight, but not the original.

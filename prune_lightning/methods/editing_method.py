@@ -8,19 +8,21 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from prune_lightning.types import EditRequest, MatrixUpdate
+from prune_lightning.types import EditRequest, Update
 
 
 class EditingMethod:
     """The part of an editing method that differs from others: only :meth:`compute_update` is needed.
 
     Attributes:
+        in_weights: Whether edits change weights. Otherwise the edited model is more than a folder of weights can hold.
         low_rank: Whether updates are factors of low rank, and not whole matrices.
         filters_steps: Whether the method has an optimizer of its own and gives its steps to ``run.step_filters``.
         takes_feedback: Whether updates are computed from what the outputs lack, with :meth:`.EditedMatrix.withheld_on`
             as a part of the outputs.
     """
 
+    in_weights: ClassVar[bool] = True
     filters_steps: ClassVar[bool] = False
     low_rank: ClassVar[bool] = True
     takes_feedback: ClassVar[bool] = False
@@ -40,13 +42,11 @@ class EditingMethod:
         return None
 
     @abstractmethod
-    def compute_update(
-        self, requests: Sequence[EditRequest]
-    ) -> tuple[Mapping[str, MatrixUpdate], list[dict[str, Any]]]:
-        """Return the update of each edited weight, by name, and the details to report of each request.
+    def compute_update(self, requests: Sequence[EditRequest]) -> tuple[Mapping[str, Update], list[dict[str, Any]]]:
+        """Return the update of each edited part, by name, and the details to report of each request.
 
-        An update is factored where the method knows factors, dense otherwise. The weights must be unchanged, bit for
-        bit, when this returns.
+        The update of a matrix is factored where the method knows factors, dense otherwise. The model must be unchanged,
+        bit for bit, when this returns.
         """
 
     def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:

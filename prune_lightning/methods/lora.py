@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,9 @@ from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.costs import training_cost
 from prune_lightning.methods.cpu_dropout import draw_on_the_cpu
 from prune_lightning.methods.target_batch import TargetBatch
-from prune_lightning.methods.tuning_problem import AboveBlock
+from prune_lightning.methods.tuning_problem import logits_above
 from prune_lightning.models.adapters import refuse_adapters
 from prune_lightning.models.family import stores_transposed
-from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Count, Positive, ShareBelowOne, Whole
 from prune_lightning.types import EditRequest, LowRankUpdate
@@ -219,7 +218,8 @@ class LoRA(EditingModule):
     def _train(self, tuner: LoraModel, chunks: Sequence[Sequence[EditRequest]]) -> Tensor:
         """Return the losses before each step, one row per pass, one column per request."""
         batches = [TargetBatch(self.language_model, chunk, "target") for chunk in chunks]
-        forwards = [self._forward(batch) for batch in batches]
+        model, lowest = self.language_model, self.layers[0]
+        forwards = [logits_above(model, lowest, batch, "adapters", self.fast) for batch in batches]
         for name in self.edited_matrices():
             self.adapted(name).lora_dropout.train()  # of this edit's adapters; the model stays in evaluation mode
         optimizer = torch.optim.Adam([parameter for _, parameter in self._trained()], lr=self.learning_rate)
@@ -237,18 +237,6 @@ class LoRA(EditingModule):
                 losses.append(each.detach())
             history.append(torch.cat(losses))
         return torch.stack(history)
-
-    def _forward(self, batch: TargetBatch) -> Callable[[], Tensor]:
-        """Return a function that computes the logits, starting at the first block with adapters if possible."""
-
-        @torch.no_grad()
-        def upper() -> Callable[[], Tensor] | None:
-            above = AboveBlock(self.language_model, self.layers[0] - 1, batch)
-            return above.logits if agrees(above.logits(), above.forward.base_logits) else None
-
-        if self.fast and self.layers[0] and (fast := self.language_model.fast_path.attempt("adapters", upper)):
-            return fast
-        return lambda: self.language_model.logits_at(batch.ids, batch.mask, batch.rows, batch.positions)
 
     # -- hooks for other kinds of adapters ------------------------------------------------------------------------
     def settings(self) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class StepFilter(Protocol):
 
 @dataclass(frozen=True)
 class StepBackup:
-    """The state before a step, to undo it: the matrices, and whether something was pending."""
+    """The state before a step, to undo it: the edited parts, and whether something was pending."""
 
-    matrices: Mapping[str, Mapping[str, Tensor]]
+    parts: Mapping[str, Mapping[str, Tensor]]
     pending: Sequence[bool]

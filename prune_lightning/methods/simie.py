@@ -17,7 +17,7 @@ from prune_lightning.methods.costs import protecting
 from prune_lightning.methods.least_squares import RecursiveInverse, regression_update
 from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.types import EditRequest, LowRankUpdate
+from prune_lightning.types import EditRequest, LowRankUpdate, MemoryUpdate
 
 
 class SimIE(EditingModule):
@@ -56,6 +56,8 @@ class SimIE(EditingModule):
         **kwargs: Any,
     ) -> None:
         inner = editor(language_model=language_model)
+        if not inner.in_weights:
+            raise UserError(f"SimIE combines changes of weights, and {type(inner).__name__} changes none")
         super().__init__(language_model, inner.layers, **kwargs)
         if not ridge > 0:
             raise UserError(f"SimIE's `ridge` is expected to be positive, but got {ridge}")
@@ -89,6 +91,7 @@ class SimIE(EditingModule):
             single, details = self.editor.compute_update(requests)
         updates = {}
         for name, update in single.items():
+            assert not isinstance(update, MemoryUpdate)
             keys, matrix = self._keys[name], self.edited_matrices()[name]
             carried = matrix.delta().to(keys) @ keys + matrix.withheld_on(keys)
             solved = self._inverse(name, keys).solve(keys)

@@ -29,6 +29,7 @@ class TargetBatch:
         requests: The requests.
         loss: ``target`` or ``prompt_last``.
         end_of_text: The end-of-text token is the last one of each target.
+        prefixes: Texts before each prompt; :math:`b` is the number of requests times that of the prefixes.
 
     Raises:
         UserError: ``end_of_text`` with a tokenizer that has no such token.
@@ -41,9 +42,14 @@ class TargetBatch:
     """
 
     def __init__(
-        self, model: LanguageModel, requests: Sequence[EditRequest], loss: str, end_of_text: bool = False
+        self,
+        model: LanguageModel,
+        requests: Sequence[EditRequest],
+        loss: str,
+        end_of_text: bool = False,
+        prefixes: Sequence[str] = ("",),
     ) -> None:
-        encoded = [target_row(model, request, "") for request in requests]
+        encoded = [target_row(model, request, prefix) for request in requests for prefix in prefixes]
         if end_of_text:
             end = model.tokens.tokenizer.eos_token_id
             if end is None:
@@ -65,10 +71,10 @@ class TargetBatch:
         self._label = long([token for row in encoded for token in row.target])
         self._place = self._owner if loss == "prompt_last" else torch.arange(len(self._owner), device=model.device)
         self._share = 1 / long([len(row.target) for row in encoded])[self._owner]
-        self._count = len(requests)
+        self._count = len(encoded)
 
     def losses(self, logits: Tensor) -> Tensor:
-        """Return the loss of each request, shape ``(b,)``, fp32 at least.
+        """Return the loss of each row, shape ``(b,)``, fp32 at least.
 
         Args:
             logits: At these positions, shape ``(n, vocabulary)``.

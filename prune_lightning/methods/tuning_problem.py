@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.models.cached_forward import CachedForward
+from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.hooks import capture, replace_weight
 from prune_lightning.models.language_model import LanguageModel
 
@@ -98,3 +99,24 @@ class AboveBlock:
         """Return the logits at the positions of the batch, with ``hidden`` in place of the block's output if given."""
         hidden = self.forward.hidden if hidden is None else hidden
         return self.forward.logits_at(hidden, self.batch.rows, self.batch.positions)
+
+
+def logits_above(model: LanguageModel, layer: int, batch: TargetBatch, kind: str, fast: bool) -> Callable[[], Tensor]:
+    """Return a function that computes the logits of a batch; blocks below ``layer`` are run once, if that is possible.
+
+    Args:
+        model: The language model.
+        layer: The lowest block in which something changes.
+        batch: Where logits are read.
+        kind: Name of the fast path, see :class:`~prune_lightning.models.fast_path.FastPath`.
+        fast: Whether to try it.
+    """
+
+    @torch.no_grad()
+    def upper() -> Callable[[], Tensor] | None:
+        above = AboveBlock(model, layer - 1, batch)
+        return above.logits if agrees(above.logits(), above.forward.base_logits) else None
+
+    if fast and layer and (found := model.fast_path.attempt(kind, upper)):
+        return found
+    return lambda: model.logits_at(batch.ids, batch.mask, batch.rows, batch.positions)

@@ -19,15 +19,15 @@ def _tensor(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
-def _apart(value: Tensor, rows: int | None) -> Tensor:
+def apart(value: Tensor, rows: int | None) -> Tensor:
     """Return ``(rows, length, width)`` from a module that has rows and tokens in one axis, like OPT's MLP."""
     return value if rows is None or value.ndim != 2 else value.unflatten(0, (rows, -1))
 
 
 def _changed(value: Tensor, change: Callable[[Tensor], Tensor], rows: int | None) -> Tensor:
     """Return ``change(value)`` in the shape of ``value``."""
-    apart = _apart(value, rows)
-    return change(apart) if apart.ndim == value.ndim else change(apart).flatten(0, 1)
+    whole = apart(value, rows)
+    return change(whole) if whole.ndim == value.ndim else change(whole).flatten(0, 1)
 
 
 class Recorder:
@@ -64,7 +64,7 @@ def capture(
 
     def on_input(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            recorder.inputs[index] = _apart(args[0], rows)
+            recorder.inputs[index] = apart(args[0], rows)
             done()
 
         return hook
@@ -72,7 +72,7 @@ def capture(
     def on_output(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             # A copy, since some blocks, such as Falcon's, add to their MLP's output in place.
-            recorder.outputs[index] = _apart(_tensor(output), rows).clone()
+            recorder.outputs[index] = apart(_tensor(output), rows).clone()
             done()
 
         return hook

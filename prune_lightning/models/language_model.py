@@ -17,6 +17,7 @@ from prune_lightning.models.adapters import refuse_adapters
 from prune_lightning.models.family import ModelFamily, number_of_experts, stores_transposed
 from prune_lightning.models.fast_path import FastPath, agrees
 from prune_lightning.models.hooks import capture, edit_input, edit_output, few_rows
+from prune_lightning.models.prompt_memory import PromptMemory, PromptReader, Row
 from prune_lightning.models.token_tree import grow, tree_inputs
 from prune_lightning.models.tokenization import Tokens
 
@@ -40,6 +41,10 @@ class LanguageModel(nn.Module):
         model: The model; without adapters. It is put into evaluation mode and its parameters are frozen.
         tokenizer: Its fast tokenizer.
         family: Module paths of the architecture; found by ``model_type`` if not given.
+
+    Attributes:
+        memory: What changes its answers besides the weights; ``None`` for nothing.
+        reader: Where the prompts of a forward pass end, for a memory.
     """
 
     def __init__(
@@ -51,6 +56,8 @@ class LanguageModel(nn.Module):
         self.tokens = Tokens(tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         self.family = family or ModelFamily.of(model.config)
         self.fast_path = FastPath(type(model).__name__)
+        self.memory: PromptMemory | None = None
+        self.reader = PromptReader()
         self._joins: dict[int, bool] = {}
 
     @property
@@ -245,6 +252,19 @@ class LanguageModel(nn.Module):
         head = self.model.get_output_embeddings()
         with edit_input(head, lambda hidden: hidden[rows, positions].unsqueeze(1)), few_rows(head):
             return self(input_ids, attention_mask, **kwargs).squeeze(1)
+
+    def asked(self, rows: Sequence[Row]) -> list[Row]:
+        """Return what is run in place of rows of tokens: the same rows, unless a memory changes prompts."""
+        return [row if self.memory is None else self.memory.asked(row) for row in rows]
+
+    @contextmanager
+    def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
+        """Say, for the forward passes inside the block, how many tokens of each row are its prompt."""
+        self.reader.lengths = torch.tensor(lengths)
+        try:
+            yield
+        finally:
+            self.reader.lengths = None
 
     @contextmanager
     def frozen_mode(self) -> Iterator[None]:

@@ -43,6 +43,8 @@ def trees(model: LanguageModel, sequences: Sequence[Sequence[int]], length: int,
         length: Tokens per row.
         tokens: Number of tokens of plain rows, to compare with.
     """
+    if model.memory is not None:  # it may change the same tokens in one sequence and not in another
+        return None
     rows = grow(sequences, length)
     if sum(len(row.ids) for row in rows) > PAYS * tokens or max(map(len, sequences)) > model.tree_depth:
         return None

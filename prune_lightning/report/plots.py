@@ -37,7 +37,7 @@ class Spectra:
 
 def plot_spectra(spectra: Sequence[Spectra]) -> Figure:
     """Draw the singular values of the original, edited and restrained matrices, and of the changes."""
-    columns = min(len(spectra), 3)
+    columns = max(1, min(len(spectra), 3))
     rows = -(-len(spectra) // columns)
     figure = Figure(figsize=(6 * columns, 4.2 * rows), layout="constrained")
     all_axes = np.atleast_1d(figure.subplots(rows, columns)).flatten()

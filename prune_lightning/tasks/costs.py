@@ -76,7 +76,7 @@ def memory(weights: float, cost: Cost, restraint: RestraintCost, kept: Changes, 
         found["factors of changes"] = float(factors * FP64)
     found |= cost.memory
     found["restraint"] = restraint.memory
-    writing = size * w + 4 * max(m * n for m, n in cost.matrices) * kept.entry
+    writing = size * w + 4 * max((m * n for m, n in cost.matrices), default=0) * kept.entry
     moments = {"writing": float(writing), **cost.peaks}
     largest = max(moments, key=lambda name: moments[name])
     return found | {f"largest moment: {largest}": moments[largest]}

@@ -90,7 +90,8 @@ def _run(config: DictConfig, given: DictConfig) -> None:
             exports = export_all(wanted, config, folder, job.module, job.stream, out)
         summary = RunSummary(_about(config, job)).collect([job.module, job.stream, *job.callbacks()])
         with clock.prefixed("control/"):
-            control = _control(config, job, run_log) if job.restraint and config.control else None
+            restrained = job.restraint and job.module.edited_matrices()
+            control = _control(config, job, run_log) if restrained and config.control else None
     if not trainer.is_global_zero:
         return
     summary.add({"evaluate_share": _share(summary)})

@@ -112,7 +112,8 @@ class Needs:
         method = instantiate(config.method, _partial_=True, _convert_="all")
         cost = costs.method_cost(method.func, model, shape, method.keywords)
         kept = costs.changes(cost, model, shape)
-        restraint = build(config.restraint, "restraint").cost(kept) if config.restraint else RestraintCost()
+        restrained = config.restraint and cost.matrices
+        restraint = build(config.restraint, "restraint").cost(kept) if restrained else RestraintCost()
         return cls(model, shape, cost, restraint, kept, counted)
 
     def memory(self) -> dict[str, float]:
@@ -176,7 +177,7 @@ def _speed(
     given = {name: config.plan.get(key) for name, (key, _) in _UNITS.items()}
     found = {name: value * _UNITS[name][1] for name, value in given.items() if value is not None}
     if len(found) < len(_UNITS):
-        out, inner = needs.cost.matrices[-1]
+        out, inner = (needs.cost.matrices or [model.edited_shape(model.num_layers - 1)])[-1]
         own = asdict(planned.speed(device, model.dtype, (max(1, needs.cost.length), inner, out)))
         found = own | found
     return Machine(**found)

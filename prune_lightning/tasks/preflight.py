@@ -13,6 +13,7 @@ from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.evaluation.measurement import Measurement
 from prune_lightning.export.formats import FORMATS, check_base, format_named
+from prune_lightning.export.sources import check_in_weights
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.tasks.setup import choice
 
@@ -63,6 +64,8 @@ def _check_exports(
         raise UserError(
             f"data.protocol={stream.protocol.value} leaves no edited model; export belongs to sequential protocols"
         )
+    for name in wanted:
+        check_in_weights(module.in_weights, f"method={choice('method')}", name)
     causes = [f"method={choice('method')}"] if not module.low_rank else []
     causes += [f"restraint={choice('restraint')}"] if restraint and not restraint.low_rank else []
     for name in wanted:

@@ -1,0 +1,133 @@
+"""MEMOIR against the public code, and its training in the space of the inputs against dense gradient descent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import SHARED
+from safetensors.torch import load_file
+from torch import nn
+
+from prune_lightning.errors import UserError
+from prune_lightning.methods.memoir import MEMOIR, with_columns
+from prune_lightning.methods.residual_training import train_columns
+from prune_lightning.methods.target_batch import TargetBatch
+from prune_lightning.models.contexts import ContextOptions
+from prune_lightning.models.hooks import capture, edit_output
+from prune_lightning.models.loading import load_language_model
+from prune_lightning.types import EditRequest
+
+ORACLES = SHARED / "oracles"
+REQUEST = EditRequest(0, "Japan", "The capital of Japan is", "a tall river")
+
+
+class Published(MEMOIR):
+    """The public loss divides by the positions from one before the target's first token to the end of the batch."""
+
+    lengths: list[int]
+
+    def _batch(self, request):
+        batch = super()._batch(request)
+        batch._share = 1 / (self.lengths[self.run.num_requests] - batch.positions)
+        return batch
+
+
+@pytest.mark.skipif(not ORACLES.is_dir(), reason="the oracles are not part of the project")
+def test_four_edits_match_the_public_code():
+    about = json.loads((ORACLES / "oracles_2026.json").read_text())
+    setting, requests = about["methods"]["memoir"]["hyper_parameters"], about["requests"]
+    theirs = load_file(ORACLES / "oracles_2026.safetensors")
+    model = load_language_model(str(ORACLES / "oracle-gpt2"), "float64")
+    module = Published(
+        language_model=model,
+        layers=[4],
+        count=setting["top_k"],
+        threshold=setting["irr_threshold"],
+        steps=setting["n_iter"],
+        learning_rate=setting["edit_lr"],
+        clip=setting["grad_clip_norm"],
+        weight_decay=setting["weight_decay"],
+        contexts=ContextOptions(fixed=[each.removesuffix("{}") for each in setting["context_templates"][1:]]),
+    )
+    module.prepare()
+    module.lengths = [theirs[f"memoir.edit{i}.input_ids"].shape[1] for i in range(4)]
+    module.side.background = theirs["memoir.background_mean"]
+    module.side.permutation = theirs["memoir.permutation"]
+    for i, record in enumerate(requests[:4]):
+        report = module.edit([EditRequest(i, record["subject"], record["prompt"], record["target_new"])])
+        module.run.settle()
+        assert report.details[0]["losses"] == pytest.approx(theirs[f"memoir.edit{i}.losses"].tolist(), rel=1e-6)
+        if (expected := theirs.get(f"memoir.edit{i}.weight")) is not None:
+            assert float((module.side.matrix.T - expected).norm() / expected.norm()) < 1e-6
+    assert torch.equal(module.side.masks, theirs["memoir.masks"].bool())
+    rows = model.tokens.encode_all(setting["queries"])
+    ids, mask = model.tokens.pad(rows, model.device)  # all in one batch, which theirs are not
+    with torch.no_grad():
+        logits = model.logits_at(ids, mask, torch.arange(len(rows)), mask.sum(1) - 1)
+    fires = theirs["memoir.query.fires"]
+    assert torch.equal(module.side._mask.any(1), fires >= 0)
+    assert float((logits - theirs["memoir.query.logits"]).norm() / theirs["memoir.query.logits"].norm()) < 1e-6
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("clip", [0.05, 1e6])
+def test_training_is_dense_gradient_descent(weight_decay, clip, tiny):
+    model = tiny("llama")
+    host, batch = model.rewrite_module(1), TargetBatch(model, [REQUEST], "target", prefixes=("", "The river. "))
+    with torch.no_grad(), capture([host], rows=2) as seen:
+        model(batch.ids, batch.mask)
+    inputs, real, columns = seen.inputs[0], batch.mask.bool(), torch.tensor([1, 4, 30])
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(32, 3, dtype=torch.float64, generator=generator) * 0.1
+    found = train_columns(
+        model,
+        host,
+        1,
+        batch,
+        inputs[real][:, columns],
+        start,
+        steps=4,
+        learning_rate=0.5,
+        clip=clip,
+        weight_decay=weight_decay,
+        stop_loss=0.0,
+        fast=True,
+    )
+    matrix = nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([matrix], lr=0.5, weight_decay=weight_decay)
+    losses = []
+    for _ in range(4):
+        with edit_output(host, lambda output: output + inputs[..., columns] @ matrix.T, rows=2):
+            loss = batch.losses(model.logits_at(batch.ids, batch.mask, batch.rows, batch.positions)).mean()
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([matrix], clip)
+        optimizer.step()
+    change = matrix.detach() - found.kept * start
+    assert found.losses == pytest.approx(losses, rel=1e-9)
+    assert torch.allclose(found.weights.T @ found.inputs, change, rtol=1e-8, atol=1e-11)
+    assert found.norm() == pytest.approx(float(change.norm()), rel=1e-6)
+    part = found.factors()
+    whole = with_columns(torch.zeros(32, 32, dtype=torch.float64), columns, part, 1.0)
+    assert torch.allclose(whole[:, columns], change, rtol=1e-8, atol=1e-11)
+    assert int((whole != 0).any(0).sum()) == 3
+
+
+def test_a_prompt_uses_the_mask_it_shares_most_with(tiny):
+    model = tiny("gpt2")
+    module = MEMOIR(language_model=model, layers=[1], count=8, threshold=0.75, contexts=ContextOptions(fixed=[]))
+    memory = module.side
+    memory.masks = torch.zeros(2, 32, dtype=torch.bool)
+    memory.masks[0, :8], memory.masks[1, 4:12] = True, True
+    queries = torch.tensor([[0, 1, 2, 3, 4, 5, 20, 21], [5, 6, 7, 8, 9, 10, 11, 31], [0, 1, 8, 9, 10, 29, 30, 31]])
+    entry, share = memory.closest(queries)
+    assert (entry.tolist(), share.tolist()) == ([0, 1, 1], [6 / 8, 7 / 8, 3 / 8])
+
+
+@pytest.mark.parametrize("wrong", [{"layers": [0, 1]}, {"threshold": 1.5}, {"clip": 0.0}])
+def test_a_wrong_option_is_named(wrong, tiny):
+    with pytest.raises(UserError, match=r"layers|threshold|clip"):
+        MEMOIR(language_model=tiny("gpt2"), **{"layers": [1], **wrong})

@@ -1,0 +1,289 @@
+"""What every editor owes that writes into a memory beside the weights, on a tiny model of every family."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, quiet_trainer
+from test_conformance import MEMORIES, build
+from torch.utils.data import DataLoader
+
+from prune_lightning.callbacks import PRUNE, RECT, EditLedger, Guards
+from prune_lightning.data.stream import EditBatch
+from prune_lightning.editor import Editor
+from prune_lightning.errors import UserError
+from prune_lightning.evaluation.decoding import decode
+from prune_lightning.evaluation.scoring import score_encoded, score_pairs, token_nll
+from prune_lightning.evaluation.stream import UnrelatedAnswers
+from prune_lightning.export.sources import load_run
+from prune_lightning.ledger import Ledger, check_base, rebuild, without
+from prune_lightning.ledger.store import Ledger as Store
+from prune_lightning.models.prompt_memory import PromptMemory
+from prune_lightning.requests import Probe
+from prune_lightning.types import EditRequest
+
+CAPITALS = [("Japan", "Rome"), ("Italy", "a tall river"), ("France", "Oslo"), ("Spain", "Tokyo"), ("Peru", "Berlin")]
+REQUESTS = [EditRequest(i, name, f"The capital of {name} is", new) for i, (name, new) in enumerate(CAPITALS)]
+OTHERS = ["A dog", "By profession, Claude Monet was a", "The old king saw the river and", "In the morning they"]
+
+
+def edited(name, model, requests=REQUESTS, size=1):
+    """Return a module with some edits."""
+    module = build(name, model)
+    for begin in range(0, len(requests), size):
+        module.edit(requests[begin : begin + size])
+        module.run.settle()
+    return module
+
+
+def next_logits(model, prompts: Sequence[str]) -> torch.Tensor:
+    """Return the logits after each prompt, one by one and without any help."""
+    with torch.no_grad():
+        return torch.stack(
+            [model.model(torch.tensor([model.tokens.encode(prompt)])).logits[0, -1] for prompt in prompts]
+        )
+
+
+def asks_otherwise(module) -> bool:
+    """Whether the memory changes what the model is asked, see `test_ike.py`, and not what it computes."""
+    return type(module.side).asked is not PromptMemory.asked
+
+
+def equal(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", MEMORIES)
+def test_only_the_answers_change_and_restore_is_exact(method, family, tiny):
+    model = tiny(family)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    prompts = [*(request.prompt for request in REQUESTS[:2]), *OTHERS]
+    unedited = next_logits(model, prompts)
+    module = build(method, model)
+    updates, details = module.compute_update(REQUESTS[:2])
+    assert (list(updates), len(details)) == ([module.side.name], 2)
+    assert torch.equal(next_logits(model, prompts), unedited), "compute_update has to be pure"
+    assert model.memory is None
+
+    module.run.parts[module.side.name].add(updates[module.side.name])
+    after = score_pairs(model, [request.pair() for request in REQUESTS[:2]])
+    with module.unedited():
+        assert torch.equal(next_logits(model, prompts), unedited)
+        was = score_pairs(model, [request.pair() for request in REQUESTS[:2]])
+    assert (after.nll < was.nll).all() or asks_otherwise(module)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters()), "the weights stay as they are"
+
+    module.run.restore()
+    assert torch.equal(next_logits(model, prompts), unedited), "restore has to be exact"
+    assert model.memory is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "nothing is left in the model"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", MEMORIES)
+def test_scores_do_not_depend_on_what_else_is_in_a_batch(method, family, tiny):
+    """Pairs with common beginnings, which are run as trees without a memory, in one batch and one by one."""
+    model = tiny(family)
+    module = edited(method, model, REQUESTS[:3])
+    pairs = [
+        (prompt, answer) for prompt in [r.prompt for r in REQUESTS] + OTHERS for answer in ("Rome", "a tall river")
+    ]
+    encoded = model.tokens.encode_pairs(pairs)
+    together, alone = score_encoded(model, encoded), [score_encoded(model, [pair]) for pair in encoded]
+    with module.unedited():
+        unedited = score_encoded(model, encoded)
+    assert torch.allclose(
+        together.nll, torch.cat([one.nll for one in alone]), rtol=1e-5, atol=1e-5
+    )  # GPT-J turns in fp32
+    assert not torch.allclose(together.nll, unedited.nll, rtol=1e-3)
+    for pair, logits in zip(encoded[:6:2], next_logits(model, [r.prompt for r in REQUESTS[:3]]), strict=True):
+        first = score_encoded(model, [pair]).predicted[0, 0]
+        if not asks_otherwise(module):
+            assert int(first) == int(logits.argmax()), "what is scored is what the model says by itself"
+    nll, count = token_nll(model, OTHERS)
+    for i, text in enumerate(OTHERS):
+        assert torch.allclose(nll[i] / count[i], (lambda found: found[0] / found[1])(token_nll(model, [text]))[0])
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])  # NaN in rows padded on the left
+@pytest.mark.parametrize("method", MEMORIES)
+def test_generation_says_what_the_scores_say(method, family, tiny):
+    """Cached generation of rows of several lengths, padded on the left, and each token scored in a pass of its own."""
+    model = tiny(family)
+    module = edited(method, model, REQUESTS[:3])
+    prompts = model.tokens.encode_all([r.prompt for r in REQUESTS[:3]] + OTHERS)
+    together = decode(model, prompts, [4] * len(prompts))
+    assert [one.ids for one in together] == [decode(model, [ids], [4])[0].ids for ids in prompts]
+    for ids, found in zip(prompts, together, strict=True):
+        pair = type(model.tokens.encode_pair("a", "b"))([*ids, *found.ids], len(ids))
+        assert bool(score_encoded(model, [pair]).hit.all())
+    with module.unedited():
+        assert [one.ids for one in decode(model, prompts, [4] * len(prompts))] != [one.ids for one in together]
+
+
+@pytest.mark.parametrize("method", MEMORIES)
+def test_probes_are_asked_as_prompts(method, tiny):
+    model = tiny("llama")
+    probes = [Probe("A dog", "is a cat"), Probe(REQUESTS[0].prompt, "Rome"), Probe(REQUESTS[0].prompt)]
+    answers = UnrelatedAnswers(model, probes)
+    edited(method, model, REQUESTS[:1])
+    expected = score_pairs(model, [probes[1].pair()]).predicted[0].tolist()
+    found = {tuple(row[0]): out for row, out in zip(answers._rows, answers._outputs(model), strict=True)}
+    row = tuple(model.tokens.encode_pairs([probes[1].pair()])[0].ids[:-1])
+    assert found[row] == expected
+
+
+# -- the stream, the ledger, and back ---------------------------------------------------------------------------------
+def stream(size=1, requests=REQUESTS):
+    return DataLoader([EditBatch(requests[i : i + size]) for i in range(0, len(requests), size)], batch_size=None)
+
+
+@pytest.mark.parametrize("snapshot", [1, 1000])
+@pytest.mark.parametrize("method", MEMORIES)
+def test_a_resumed_stream_ends_as_the_straight_one(method, snapshot, tiny, tmp_path):
+    straight = build(method, tiny("llama"))
+    quiet_trainer().fit(straight, stream())
+    first = build(method, tiny("llama"))
+    quiet_trainer(EditLedger(tmp_path, snapshot_every=snapshot)).fit(first, stream(requests=REQUESTS[:3]))
+    (tmp_path / "snapshot_final.safetensors").unlink()
+    module = build(method, tiny("llama"))
+    keeper = EditLedger(tmp_path, ledger=Ledger.open(tmp_path), snapshot_every=snapshot)
+    quiet_trainer(keeper).fit(module, stream(requests=REQUESTS[3:]))
+    assert keeper.rebuilt is not None
+    assert keeper.rebuilt.exact
+    assert equal(module.side.state_dict(), straight.side.state_dict())
+    assert torch.equal(
+        *(next_logits(one.language_model, [*OTHERS[:2], REQUESTS[4].prompt]) for one in (module, straight))
+    )
+
+    again, ledger = build(method, tiny("llama")), Store.open(tmp_path)
+    check_base(ledger, again)
+    rebuild(again, ledger, memory=False)
+    assert equal(again.side.state_dict(), straight.side.state_dict())
+    for count in (0, 2):
+        again.run.restart()
+        rebuild(again, ledger, count, memory=False)
+        short = edited(method, tiny("llama"), REQUESTS[:count])
+        assert equal(again.side.state_dict(), short.side.state_dict())
+
+
+@pytest.mark.parametrize("method", MEMORIES)
+def test_single_edits_are_taken_back_as_if_they_never_were(method, tiny, tmp_path):
+    """As if only the other updates had been written, bit for bit."""
+    module = build(method, tiny("llama"))
+    quiet_trainer(EditLedger(tmp_path)).fit(module, stream())
+    records = list(Ledger.open(tmp_path).steps(module.device))
+    module.run.restart()
+    if module.run.parts[module.side.name].inseparable:
+        with pytest.raises(UserError, match="cannot be taken back"):
+            without(module, records, {2})
+        return
+    assert [record.step for record in without(module, records, {2})] == [2]
+    never = build(method, tiny("llama"))
+    for record in records[:1] + records[2:]:
+        for events in record.events.values():
+            never.side.replay(events)
+    never.side.write()
+    assert equal(module.side.state_dict(), never.side.state_dict())
+    answers = score_pairs(module.language_model, [request.pair() for request in REQUESTS])
+    assert torch.equal(answers.nll, score_pairs(never.language_model, [r.pair() for r in REQUESTS]).nll)
+    if method != "memoir":  # its edits are trained on top of each other, those of the others meet nothing here
+        again = edited(method, tiny("llama"), [*REQUESTS[:1], *REQUESTS[2:]])
+        expected = again.side.state_dict()
+        assert {name: t.shape for name, t in module.side.state_dict().items()} == {
+            n: t.shape for n, t in expected.items()
+        }
+        assert method != "grace" or torch.equal(module.side.book.radii, again.side.book.radii)
+
+
+def test_what_cannot_be_taken_back_says_why(tiny, tmp_path):
+    module = build("grace", tiny("gpt2"))
+    quiet_trainer(EditLedger(tmp_path)).fit(module, stream(requests=REQUESTS[:2]))
+    records = list(Ledger.open(tmp_path).steps(module.device))
+    held = module.side.state_dict()
+    module.side.inseparable = "its edits share their weights"
+    with pytest.raises(UserError, match="single edits cannot be taken back: its edits share their weights"):
+        without(module, records, {1})
+    assert equal(module.side.state_dict(), held)
+    module.run.restart()
+    assert without(module, records, set()) == []
+    assert equal(module.side.state_dict(), held)
+
+
+@pytest.mark.parametrize("method", MEMORIES)
+def test_an_edit_that_a_guard_undoes_leaves_nothing(method, tiny):
+    module = edited(method, tiny("llama"), REQUESTS[:2])
+    held = module.side.state_dict()
+    before = module.run.backup()
+    module.edit(REQUESTS[2:3])
+    assert not equal(held, module.side.state_dict())
+    module.run.roll_back(before, "a test")
+    assert equal(held, module.side.state_dict())
+    module.compute_update = broken(module.compute_update)
+    with pytest.warns(UserWarning, match="not finite"):
+        module.edit(REQUESTS[2:3])
+    assert equal(held, module.side.state_dict())
+
+
+def broken(compute):
+    """Return updates with NaN."""
+
+    def computed(requests):
+        updates, details = compute(requests)
+        ((name, update),) = updates.items()
+        return {name: type(update)({**update.tensors, "broken": torch.tensor([float("nan")])})}, details
+
+    return computed
+
+
+@pytest.mark.parametrize("method", MEMORIES)
+def test_a_batch_is_written_as_its_edits_one_by_one(method, tiny):
+    together, alone = (edited(method, tiny("llama"), REQUESTS[:2], size=size) for size in (2, 1))
+    for name, tensor in together.side.state_dict().items():
+        other = alone.side.state_dict()[name]
+        assert tensor.shape == other.shape
+        assert torch.allclose(tensor.double(), other.double(), rtol=1e-6, atol=1e-8), name
+
+
+@pytest.mark.parametrize("restraint", [lambda: PRUNE(2.0), lambda: PRUNE(2.0, schedule="end"), lambda: RECT(0.4)])
+@pytest.mark.parametrize("method", MEMORIES)
+def test_a_restraint_says_once_that_it_has_nothing_to_do(method, restraint, tiny):
+    module = build(method, tiny("gpt2"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quiet_trainer(restraint(), Guards()).fit(module, stream(requests=REQUESTS[:2]))
+    assert sum("has nothing to restrain" in str(each.message) for each in said) == 1
+    assert len(module.side) == 2
+
+
+@pytest.mark.parametrize("method", MEMORIES)
+def test_an_editor_is_saved_and_opened_exactly(method, tmp_path):
+    facts = [{"subject": name, "prompt": f"The capital of {name} is", "target_new": new} for name, new in CAPITALS[:2]]
+    with Editor("bundled", method, "none", progress=False) as editor:
+        editor.edit(facts)
+        model, held = editor._session.language_model, editor._session.module.side.state_dict()
+        said = next_logits(model, [*(fact["prompt"] for fact in facts), *OTHERS])
+        with pytest.raises(UserError, match=r"export=full: .* Editor.open"):
+            editor.export("full", tmp_path / "full")
+        report = editor.save(tmp_path / "saved")
+        assert "Editor.open" in report.line()
+        with editor.base() as base:
+            assert not any(module._forward_hooks for module in base.modules())
+    source = load_run(tmp_path / "saved")
+    assert torch.equal(next_logits(source.language_model, [fact["prompt"] for fact in facts]), said[:2])
+    with Editor.open(tmp_path / "saved", progress=False) as opened:
+        assert equal(opened._session.module.side.state_dict(), held)
+        again = next_logits(opened._session.language_model, [*(fact["prompt"] for fact in facts), *OTHERS])
+        assert torch.equal(again, said)
+        taken = opened.undo(edits=[1])
+        assert [request.subject for request in taken] == [CAPITALS[0][0]]
+        assert len(opened._session.module.side) == 1
+
+
+def test_every_editor_without_weights_is_tested_here():
+    assert "grace" in MEMORIES
+    assert (ROOT / "configs" / "method" / "grace.yaml").exists()
