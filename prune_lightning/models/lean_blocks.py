@@ -138,6 +138,13 @@ class LeanBlock:
             out[..., half:].addcmul_(heads[..., :half], high)
         return out.flatten(1)
 
+    def _by_key(self, left: Tensor, which: int, new: Tensor) -> Tensor:
+        """Return the products with earlier keys (``which`` 0) or values (1), and with the new ones, by token."""
+        products = left @ new.transpose(1, 2)
+        if self._past is None:
+            return products
+        return torch.cat([left @ self._past[which].transpose(1, 2), products], dim=-1)
+
     # -- forward and backward -----------------------------------------------------------------------------------------
     def forward(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the block's output for ``(n, width)`` and what :meth:`backward` needs."""
@@ -146,10 +153,7 @@ class LeanBlock:
         query = self._spread(self._rotate(_linear(attention.q_proj, normed)), self.heads)
         key = self._spread(self._rotate(_linear(attention.k_proj, normed)), self.shared)
         value = self._spread(_linear(attention.v_proj, normed), self.shared)
-        scores = query.new_empty(len(query), query.shape[1], self._before + key.shape[1])
-        if self._past is not None:
-            torch.bmm(query, self._past[0].transpose(1, 2), out=scores[..., : self._before])
-        torch.bmm(query, key.transpose(1, 2), out=scores[..., self._before :])
+        scores = self._by_key(query, 0, key)
         weights = torch.add(self._mask, scores, alpha=attention.scaling).softmax(-1)
         mixed = weights[..., self._before :] @ value
         if self._past is not None:
@@ -179,10 +183,7 @@ class LeanBlock:
             mixed = mixed.new_zeros(len(hidden), mixed.shape[1]).index_copy_(0, self.tokens.read, mixed)
             gradient = gradient.new_zeros(hidden.shape).index_copy_(0, self.tokens.read, gradient)
         mixed = self._padded(mixed)
-        by_weight = query.new_empty(weights.shape)
-        if self._past is not None:
-            torch.bmm(mixed, self._past[1].transpose(1, 2), out=by_weight[..., : self._before])
-        torch.bmm(mixed, value.transpose(1, 2), out=by_weight[..., self._before :])
+        by_weight = self._by_key(mixed, 1, value)
         scores = torch.ops.aten._softmax_backward_data(by_weight, weights, -1, weights.dtype).mul_(attention.scaling)
         later = scores[..., self._before :]
         by_query = later @ key
