@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.hooks import capture, capture_keywords, only_at, pass_through, replace_output
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.lean_blocks import LeanBlock, LeanBlocks, Tokens, is_lean
+from prune_lightning.models.lean_blocks import LeanBlock, LeanBlocks, Places, is_lean
 from prune_lightning.models.packing import PAYS, pack, plain
 
 LEAN = "lean blocks"
@@ -196,15 +196,15 @@ class CachedForward:
             self.model.logits_at(*self._inputs, rows[:1], offsets[:1], past_key_values=self._cache(), **self._options)
         if not all({"attention_mask", "position_embeddings"} <= set(kwargs) for kwargs in seen):
             return None
-        tokens = Tokens.of(self._mask[:, self._before :], rows, offsets)
+        places = Places.of(self._mask[:, self._before :], rows, offsets)
         return LeanBlocks(
             [
                 LeanBlock(
-                    block, past, kwargs["attention_mask"], kwargs["position_embeddings"], tokens, block is above[-1]
+                    block, past, kwargs["attention_mask"], kwargs["position_embeddings"], places, block is above[-1]
                 )
                 for block, past, kwargs in zip(above, self._past, seen, strict=True)
             ],
-            tokens,
+            places,
         )
 
     def _places(self, rows: Tensor, offsets: Tensor) -> Sequence[tuple[nn.Module, Tensor]]:

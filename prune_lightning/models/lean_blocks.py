@@ -44,7 +44,7 @@ def is_lean(block: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Places:
     """Where the tokens that run lie in the padded rows.
 
     Args:
@@ -58,7 +58,7 @@ class Tokens:
     read: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor, rows: Tensor, positions: Tensor) -> Tokens:
+    def of(cls, mask: Tensor, rows: Tensor, positions: Tensor) -> Places:
         """Return them for a mask of right-padded rows, and the places that are read."""
         real = torch.nonzero(mask.flatten())[:, 0]
         slot = torch.zeros(mask.numel(), dtype=torch.long, device=mask.device)
@@ -76,7 +76,7 @@ class LeanBlock:
         mask: What the model passes to the block: ``(rows or 1, 1, length, earlier + length)``, boolean or additive;
             ``None`` if causality is all there is to it.
         rotation: Cosine and sine of the positions, both ``(rows or 1, length, size)``.
-        tokens: The tokens that run.
+        places: The tokens that run.
         last: Whether only the tokens that are read run beyond the attention.
     """
 
@@ -86,16 +86,16 @@ class LeanBlock:
         past: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         rotation: tuple[Tensor, Tensor],
-        tokens: Tokens,
+        places: Places,
         last: bool,
     ) -> None:
-        self.block, self.tokens, self.last = block, tokens, last
-        rows, length = tokens.slot.shape
+        self.block, self.places, self.last = block, places, last
+        rows, length = places.slot.shape
         size = block.self_attn.head_dim
         self._size, self._rows, self._length = size, rows, length
         self.heads = block.self_attn.q_proj.out_features // size
         self.shared = block.self_attn.k_proj.out_features // size
-        cos, sin = (t.expand(rows, length, size).flatten(0, 1)[tokens.real][:, None] for t in rotation)
+        cos, sin = (t.expand(rows, length, size).flatten(0, 1)[places.real][:, None] for t in rotation)
         half = size // 2
         self._cos, self._sin = cos, (sin[..., :half].contiguous(), sin[..., half:].contiguous())
         before = 0 if past is None else past[0].shape[2]
@@ -117,13 +117,13 @@ class LeanBlock:
     # -- layouts ------------------------------------------------------------------------------------------------------
     def _spread(self, packed: Tensor, heads: int) -> Tensor:
         """Return ``(n, heads * size)`` as ``(rows * shared, groups * length, size)``."""
-        padded = packed[self.tokens.slot.flatten()].view(self._rows, self._length, self.shared, -1, self._size)
+        padded = packed[self.places.slot.flatten()].view(self._rows, self._length, self.shared, -1, self._size)
         return padded.permute(0, 2, 3, 1, 4).reshape(self._rows * self.shared, -1, self._size)
 
     def _gather(self, spread: Tensor) -> Tensor:
         """Return the tokens of what :meth:`_spread` returned, ``(n, heads * size)``."""
         apart = spread.view(self._rows, self.shared, -1, self._length, self._size).permute(0, 3, 1, 2, 4)
-        return apart.reshape(self._rows * self._length, -1)[self.tokens.real]
+        return apart.reshape(self._rows * self._length, -1)[self.places.real]
 
     def _rotate(self, packed: Tensor, back: bool = False) -> Tensor:
         """Rotate ``(n, heads * size)`` to its positions, or a gradient back."""
@@ -160,7 +160,7 @@ class LeanBlock:
             mixed = mixed.baddbmm_(weights[..., : self._before], self._past[1])
         mixed = self._gather(mixed)
         if self.last:
-            mixed, hidden_read = mixed[self.tokens.read], hidden[self.tokens.read]
+            mixed, hidden_read = mixed[self.places.read], hidden[self.places.read]
         else:
             hidden_read = hidden
         middle = _linear(attention.o_proj, mixed).add_(hidden_read)
@@ -180,8 +180,8 @@ class LeanBlock:
         gradient = _norm_back(block.post_attention_layernorm, middle, second, down).add_(gradient)
         mixed = gradient @ attention.o_proj.weight
         if self.last:  # the others' outputs are not read
-            mixed = mixed.new_zeros(len(hidden), mixed.shape[1]).index_copy_(0, self.tokens.read, mixed)
-            gradient = gradient.new_zeros(hidden.shape).index_copy_(0, self.tokens.read, gradient)
+            mixed = mixed.new_zeros(len(hidden), mixed.shape[1]).index_copy_(0, self.places.read, mixed)
+            gradient = gradient.new_zeros(hidden.shape).index_copy_(0, self.places.read, gradient)
         mixed = self._padded(mixed)
         by_weight = self._by_key(mixed, 1, value)
         scores = torch.ops.aten._softmax_backward_data(by_weight, weights, -1, weights.dtype).mul_(attention.scaling)
@@ -198,7 +198,7 @@ class LeanBlock:
 
     def _padded(self, packed: Tensor) -> Tensor:
         """Spread a gradient, zero at padding."""
-        padded = packed.new_zeros(self._rows * self._length, packed.shape[1]).index_copy_(0, self.tokens.real, packed)
+        padded = packed.new_zeros(self._rows * self._length, packed.shape[1]).index_copy_(0, self.places.real, packed)
         apart = padded.view(self._rows, self._length, self.shared, -1, self._size).permute(0, 2, 3, 1, 4)
         return apart.reshape(self._rows * self.shared, -1, self._size)
 
@@ -243,15 +243,15 @@ class LeanBlocks:
 
     Args:
         blocks: The blocks, from below.
-        tokens: The tokens that run.
+        places: The tokens that run.
     """
 
-    def __init__(self, blocks: Sequence[LeanBlock], tokens: Tokens) -> None:
-        self.blocks, self.tokens = blocks, tokens
+    def __init__(self, blocks: Sequence[LeanBlock], places: Places) -> None:
+        self.blocks, self.places = blocks, places
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the last block's output for ``(rows, length, width)``; zero where it is not read."""
         flat = hidden.flatten(0, 1)
-        found: Tensor = _Run.apply(flat[self.tokens.real], self.blocks)  # type: ignore[no-untyped-call]
-        places = self.tokens.real[self.tokens.read]
-        return torch.zeros_like(flat).index_copy(0, places, found).view_as(hidden)
+        found: Tensor = _Run.apply(flat[self.places.real], self.blocks)  # type: ignore[no-untyped-call]
+        read = self.places.real[self.places.read]
+        return torch.zeros_like(flat).index_copy(0, read, found).view_as(hidden)
