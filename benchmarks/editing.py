@@ -5,12 +5,12 @@
     python benchmarks/editing.py --model smollm2          real weights, at the layers of configs/model/smollm2.yaml
     python benchmarks/editing.py --methods memit --batch-sizes 1 --json FILE --trace TRACE.json.gz
 
-The plain path is that of the papers' and the public code: each value is optimised alone, every step runs the whole
-model and computes all logits (``tests/plain_values.py``), and keys and hidden states need two whole forward passes per
-edited layer. There is no early stopping, and 20 steps each by default. Both paths run for a few steps before they are
-timed. The plain path is timed on the first requests only, since it processes them one by one, and its values are
-compared. Another run, with PRUNE, gives the shares of the parts; on a GPU it waits at the ends of each. Of large
-batches it is the only one.
+The plain path costs what the public code costs: each value is optimised alone, every step runs the whole model on all
+rows of the request and computes all logits, without gradients of weights (``tests/plain_values.py``). Per edited layer,
+keys need a whole forward pass of all rows, and hidden states one of the clean prompts. There is no early stopping, and
+20 steps each by default. Both paths run for a few steps before they are timed. The plain path is timed on the first
+requests only, since it processes them one by one, and its values are compared. Another run, with PRUNE, gives the
+shares of the parts; on a GPU it waits at the ends of each. Of large batches it is the only one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.layerwise_keys import LayerwiseKeyReader
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.methods.memit import MEMIT
-from prune_lightning.methods.prompts import key_row
+from prune_lightning.methods.prompts import target_row
 from prune_lightning.methods.rome import ROME
 from prune_lightning.methods.value import ValueOptions
 from prune_lightning.methods.value_problem import ShiftSite
@@ -204,11 +204,15 @@ def plain_edit(module: LocateThenEdit, requests: list[EditRequest]) -> tuple[Ten
     values, _, losses, _ = zip(
         *(plain_value(model, rows, site, module.value) for rows in module.rows(requests)), strict=True
     )
-    rows = [key_row(model, request, prefix) for request in requests for prefix in module.prefixes]
-    ids, mask = model.tokens.pad([row.ids for row in rows], model.device)
+    passes = [
+        model.tokens.pad(
+            [target_row(model, request, prefix).ids for request in requests for prefix in some], model.device
+        )
+        for some in (module.prefixes, module.prefixes[:1])
+    ]
     with torch.no_grad():
-        for _ in range(2 * len(module.layers)):
-            model(ids, mask)
+        for inputs in passes * len(module.layers):
+            model(*inputs)
     return torch.stack(values), [of_request[0] for of_request in losses]
 
 

@@ -16,6 +16,7 @@ from prune_lightning.evaluation.case_rows import resampled
 from prune_lightning.evaluation.drift import Drift
 from prune_lightning.evaluation.measurement import Stream
 from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.metrics import drift as drift_metric
 from prune_lightning.metrics.drift import kl_divergence, seen_change
 from prune_lightning.types import DenseUpdate, LowRankUpdate
 
@@ -37,7 +38,7 @@ def watched(model, *layers, **options):
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
-def test_divergence_equals_its_definition(size):
+def test_divergence_equals_its_definition(size, monkeypatch):
     torch.manual_seed(0)
     before = torch.randn(50, 300) * 4
     after = before + size * torch.randn(50, 300)
@@ -47,6 +48,8 @@ def test_divergence_equals_its_definition(size):
     # Logits of 4 are known to 2e-7, so that the divergence of near ones has 2e-7 / size as its relative error.
     assert torch.allclose(found.double(), expected, rtol=1e-5 + 1e-6 / size)
     assert (kl_divergence(before, before) == 0).all()
+    monkeypatch.setattr(drift_metric, "_CACHED", 7 * 300)  # in pieces of seven rows
+    assert torch.equal(kl_divergence(before, after), found)
 
 
 def test_divergence_of_broken_logits_is_infinite():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from prune_lightning.errors import UserError
 from prune_lightning.models.batching import TOKEN_BUDGET, by_length
 from prune_lightning.models.generating import generation_settings
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.prefilled import Prefilled, prefills
+
+PREFILLED = "prompts with shared beginnings"
 
 
 @dataclass(frozen=True)
@@ -56,26 +60,24 @@ class _Rows:
         self.finite_until = list(limits)
         self.noise = [torch.Generator().manual_seed(seed) for seed in sampling.seeds] if sampling else []
 
-    def scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def scores(self, step: int, scores: Tensor, rows: Sequence[int]) -> Tensor:
         """Record non-finite rows. Under sampling, add Gumbel noise, so that the argmax is a draw from the softmax."""
-        step = input_ids.shape[1] - self.start
-        for row in (~torch.isfinite(scores.logsumexp(-1))).nonzero().flatten().tolist():
-            self.finite_until[row] = min(self.finite_until[row], step)
+        for place in (~torch.isfinite(scores.logsumexp(-1))).nonzero().flatten().tolist():
+            self.finite_until[rows[place]] = min(self.finite_until[rows[place]], step)
         if self.sampling is None:
             return scores
         top, index = scores.topk(min(self.sampling.k, scores.shape[1]))
-        uniform = torch.stack([torch.rand(top.shape[1], generator=generator) for generator in self.noise])
+        uniform = torch.stack([torch.rand(top.shape[1], generator=self.noise[row]) for row in rows])
         noise = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(uniform.dtype).tiny)))
         return torch.full_like(scores, -torch.inf).scatter(1, index, top + noise.to(top))
 
-    def done(self, input_ids: Tensor) -> Tensor:
-        """Return which rows have reached a stop text, their limit, or non-finite logits."""
-        new = input_ids.shape[1] - self.start
-        done = [new >= min(ends) for ends in zip(self.limits, self.finite_until, strict=True)]
+    def done(self, new: Sequence[Sequence[int]], rows: Sequence[int]) -> list[bool]:
+        """Return which of some rows have reached a stop text, their limit, or non-finite logits."""
+        done = [len(ids) >= min(self.limits[i], self.finite_until[i]) for ids, i in zip(new, rows, strict=True)]
         if self.stops:
-            texts = self.tokens.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+            texts = self.tokens.tokenizer.batch_decode(new, skip_special_tokens=True)
             done = [over or self._stopped(text) for over, text in zip(done, texts, strict=True)]
-        return torch.tensor(done, device=input_ids.device)
+        return done
 
     def _stopped(self, text: str) -> bool:
         return any(stop in text for stop in self.stops)
@@ -98,7 +100,7 @@ class _Choose(LogitsProcessor):
         self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        return self.rows.scores(input_ids, scores)
+        return self.rows.scores(input_ids.shape[1] - self.rows.start, scores, range(len(scores)))
 
 
 class _Done(StoppingCriteria):
@@ -106,10 +108,10 @@ class _Done(StoppingCriteria):
         self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        return self.rows.done(input_ids)
+        done = self.rows.done(input_ids[:, self.rows.start :].tolist(), range(len(input_ids)))
+        return torch.tensor(done, device=input_ids.device)
 
 
-@torch.no_grad()
 def check_room(what: str, model: LanguageModel, new_tokens: int) -> None:
     """Check that a number of new tokens leaves room for a prompt.
 
@@ -125,6 +127,7 @@ def check_room(what: str, model: LanguageModel, new_tokens: int) -> None:
         raise UserError(f"{what}: {new_tokens} new tokens leave no room in a context of {model.tokens.max_length}")
 
 
+@torch.no_grad()
 def decode(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -158,16 +161,46 @@ def decode(
         for places in by_length([len(asked[i]) + limits[i] for i in wanted], token_budget):
             group = [wanted[place] for place in places]
             cut = [list(asked[i])[-room:] for i in group]
-            ids, mask = model.tokens.pad([row[::-1] for row in cut], model.device)
             drawn = TopK(sampling.k, [sampling.seeds[i] for i in group]) if sampling else None
-            rows = _Rows(model, ids.shape[1], [limits[i] for i in group], stops, drawn)
-            generated = model.model.generate(
-                input_ids=ids.flip(1),
-                attention_mask=mask.flip(1),
-                max_new_tokens=max(rows.limits),
-                logits_processor=[_Choose(rows)],
-                stopping_criteria=[_Done(rows)],
-            )
+            rows = _Rows(model, max(map(len, cut)), [limits[i] for i in group], stops, drawn)
+            # A memory has to know where each prompt ends, which only whole rows show.
+            shares = model.memory is None and model.fast_path.holds(PREFILLED, partial(prefills, model))
+            generated = (_continued if shares else _generated)(model, cut, rows, ends)
             for row, i in enumerate(group):
-                results[i] = rows.continuation(row, generated[row, ids.shape[1] :].tolist(), ends)
+                results[i] = rows.continuation(row, generated[row], ends)
     return results
+
+
+def _generated(model: LanguageModel, prompts: list[list[int]], rows: _Rows, ends: set[int]) -> list[list[int]]:
+    """Return new tokens by the model's own ``generate``; what follows a row's end is arbitrary."""
+    ids, mask = model.tokens.pad([row[::-1] for row in prompts], model.device)
+    generated = model.model.generate(
+        input_ids=ids.flip(1),
+        attention_mask=mask.flip(1),
+        max_new_tokens=max(rows.limits),
+        logits_processor=[_Choose(rows)],
+        stopping_criteria=[_Done(rows)],
+    )
+    return [row[ids.shape[1] :].tolist() for row in generated]
+
+
+def _continued(model: LanguageModel, prompts: list[list[int]], rows: _Rows, ends: set[int]) -> list[list[int]]:
+    """Return the same, with beginnings that prompts share computed once; rows that end leave the batch."""
+    new: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))
+    prefilled = Prefilled(model, prompts)
+    logits = prefilled.logits
+    for step in range(max(rows.limits)):
+        chosen = rows.scores(step, logits, active).argmax(-1)
+        for row, token in zip(active, chosen.tolist(), strict=True):
+            new[row].append(token)
+        done = rows.done([new[row] for row in active], active)
+        going = [k for k, row in enumerate(active) if not (done[k] or new[row][-1] in ends)]
+        if not going:
+            break
+        if len(going) < len(active):
+            kept = torch.tensor(going, device=chosen.device)
+            active, chosen = [active[k] for k in going], chosen[kept]
+            prefilled.select(kept)
+        logits = prefilled.append(chosen)
+    return new

@@ -56,9 +56,13 @@ def key_row(model: LanguageModel, request: EditRequest, prefix: str) -> EditRow:
 
 
 def kl_row(model: LanguageModel, request: EditRequest) -> EditRow:
-    """Return the row "{subject} is a", on which an edit should not change the prediction at the subject."""
+    """Return the row "{subject} is a", on which an edit should not change the prediction at the subject.
+
+    It ends there, since nothing after the subject changes that prediction.
+    """
     text = f"{request.subject} is a"
-    return EditRow(model.tokens.encode(text), model.tokens.subject_last(text, len(request.subject)), [])
+    subject = model.tokens.subject_last(text, len(request.subject))
+    return EditRow(model.tokens.encode(text)[: subject + 1], subject, [])
 
 
 def _behind(model: LanguageModel, request: EditRequest, prefix: str) -> tuple[TextPair, int]:

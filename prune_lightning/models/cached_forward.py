@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from prune_lightning.models.hooks import capture, only_at, pass_through, replace_output
+from prune_lightning.models.fast_path import agrees
+from prune_lightning.models.hooks import capture, capture_keywords, only_at, pass_through, replace_output
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.lean_blocks import LeanBlock, LeanBlocks, Places, is_lean
 from prune_lightning.models.packing import PAYS, pack, plain
+
+LEAN = "lean blocks"
 
 
 class CachedForward:
@@ -32,8 +36,10 @@ class CachedForward:
         rows: Row of each position whose logits are read, shape ``(n,)``.
         positions: These positions, not before their row's ``start``, shape ``(n,)``.
         above: Higher blocks after which a rerun may begin, too; see :meth:`behind`.
-        compact: Whether to compute prefixes that rows share only once, run MLPs without padding, and run the last
-            block's MLP only where logits are read. Hooks that read or change activations need whole rows (``False``).
+        compact: Whether to compute prefixes that rows share only once, leave out padding, and run the last block's MLP
+            only where logits are read. On a CPU, blocks of the commonest kind run as
+            :class:`~prune_lightning.models.lean_blocks.LeanBlocks`. Hooks that read or change activations need whole
+            rows (``False``).
 
     Attributes:
         base_logits: Logits at these positions in the ordinary forward pass, shape ``(n, vocabulary)``.
@@ -65,6 +71,7 @@ class CachedForward:
                 **packed.inputs, rows=read, positions=at, past_key_values=cache, use_cache=True
             )
         self._read: tuple[Tensor, Tensor, list[tuple[nn.Module, Tensor]]] | None = None
+        self._lean: tuple[Tensor, Tensor, LeanBlocks | None] | None = None
         row = torch.arange(len(ids), device=ids.device)
 
         # Later tokens begin at slot 0 of the rerun, and earlier ones end right before it, padded on the left. So the
@@ -100,7 +107,7 @@ class CachedForward:
     def behind(self, layer: int) -> CachedForward:
         """Return a rerun after ``layer`` or one of the blocks ``above``, which shares the cached states."""
         other = copy(self)
-        other._read = None
+        other._read = other._lean = None
         other.layer, other._past = layer, self._past[layer - self.layer :]
         return other
 
@@ -110,7 +117,7 @@ class CachedForward:
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows, possibly repeated, and truncate to the longest of them."""
-        self._read = None
+        self._read = self._lean = None
         mask = self._mask[rows]
         before = self._before
         drop = before - int(mask[:, :before].sum(1).max()) if before else 0
@@ -131,18 +138,74 @@ class CachedForward:
         Returns:
             Logits, shape ``(n, vocabulary)``.
         """
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        output = (hidden,) if self._in_tuple else hidden
+        lean = self._lean_blocks(rows, offsets) if self._compact else None
+        if lean is None:
+            return self._rerun(hidden, rows, offsets)
+
+        def same() -> bool:
+            with torch.no_grad():
+                return agrees(self._beyond(lean(hidden), rows, offsets), self._rerun(hidden, rows, offsets))
+
+        if not self.model.fast_path.holds(LEAN, same):
+            return self._rerun(hidden, rows, offsets)
+        return self._beyond(lean(hidden), rows, offsets)
+
+    def _rerun(self, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Run the model's own blocks."""
         below = [self.model.block(index) for index in range(self.layer)]
         with ExitStack() as stack:
             stack.enter_context(pass_through(below, self._in_tuple))
-            stack.enter_context(replace_output(self.model.block(self.layer), output))
+            stack.enter_context(replace_output(self.model.block(self.layer), self._output(hidden)))
             for mlp, places in self._places(rows, offsets) if self._compact else ():
                 stack.enter_context(only_at(mlp, places))
-            positions = {"position_ids": self._positions} if self.model.takes_positions else {}
-            return self.model.logits_at(
-                ids, self._mask, rows, offsets, past_key_values=self._cache(), use_cache=True, **positions
-            )
+            return self.model.logits_at(*self._inputs, rows, offsets, past_key_values=self._cache(), **self._options)
+
+    def _beyond(self, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Run what follows the last block."""
+        *below, last = (self.model.block(index) for index in range(self.model.num_layers))
+        with pass_through(below, self._in_tuple), replace_output(last, self._output(hidden)):
+            ids, later = self._inputs[0], self._mask[:, self._before :]
+            return self.model.logits_at(ids, later, rows, offsets, **{**self._options, "use_cache": False})
+
+    def _output(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._in_tuple else hidden
+
+    @property
+    def _inputs(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(self._positions), self._mask
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"use_cache": True} | ({"position_ids": self._positions} if self.model.takes_positions else {})
+
+    def _lean_blocks(self, rows: Tensor, offsets: Tensor) -> LeanBlocks | None:
+        """Return the upper blocks in lean form, or ``None`` if they have none; found once while the places are same."""
+        if self._lean is None or self._lean[0] is not rows or self._lean[1] is not offsets:
+            self._lean = rows, offsets, self._built(rows, offsets)
+        return self._lean[2]
+
+    @torch.no_grad()
+    def _built(self, rows: Tensor, offsets: Tensor) -> LeanBlocks | None:
+        above = [self.model.block(index) for index in range(self.layer + 1, self.model.num_layers)]
+        fits = not self.hidden.is_cuda and self.hidden.dtype in (torch.float32, torch.float64)
+        if not (above and fits and self.model.takes_positions and all(map(is_lean, above))):
+            return None
+        # The model computes masks and rotations itself, and passes them to its blocks.
+        everything = [self.model.block(index) for index in range(self.model.num_layers)]
+        with pass_through(everything, self._in_tuple), capture_keywords(above) as seen:
+            self.model.logits_at(*self._inputs, rows[:1], offsets[:1], past_key_values=self._cache(), **self._options)
+        if not all({"attention_mask", "position_embeddings"} <= set(kwargs) for kwargs in seen):
+            return None
+        places = Places.of(self._mask[:, self._before :], rows, offsets)
+        return LeanBlocks(
+            [
+                LeanBlock(
+                    block, past, kwargs["attention_mask"], kwargs["position_embeddings"], places, block is above[-1]
+                )
+                for block, past, kwargs in zip(above, self._past, seen, strict=True)
+            ],
+            places,
+        )
 
     def _places(self, rows: Tensor, offsets: Tensor) -> Sequence[tuple[nn.Module, Tensor]]:
         """Return the MLPs with the tokens they need; found once while the same positions are read, since it waits."""

@@ -35,6 +35,13 @@ class FastPath:
     def __init__(self, architecture: str) -> None:
         self._architecture = architecture
         self._refused: set[str] = set()
+        self._held: dict[str, bool] = {}
+
+    def holds(self, kind: str, check: Callable[[], bool]) -> bool:
+        """Return whether a fast path fits the model, which is checked once; nothing is said if it does not."""
+        if kind not in self._held:
+            self._held[kind] = check()
+        return self._held[kind]
 
     def attempt(self, kind: str, run: Callable[[], T | None]) -> T | None:
         """Return the value of ``run``, or ``None`` if the plain path has to be used.

@@ -88,6 +88,22 @@ def capture(
 
 
 @contextmanager
+def capture_keywords(modules: Sequence[nn.Module]) -> Iterator[list[dict[str, Any]]]:
+    """Record the keyword arguments of modules, in the order of the calls, inside the block."""
+    found: list[dict[str, Any]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(kwargs)
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def edit_output(module: nn.Module, change: Callable[[Tensor], Tensor], rows: int | None = None) -> Iterator[None]:
     """Replace a module's output by ``change(output)`` in every forward pass inside the block; see :func:`capture`."""
 
