@@ -53,9 +53,9 @@ class _NoScores(Metric):
 class Answers(EditingMeasurement):
     """Greedy answers to an edit's prompt, to its first paraphrases and to its first locality prompts.
 
-    Rows have ``now``, ``paraphrases`` and ``locality``. The answer to a paraphrase or to a locality prompt is as long as
-    the expected one, in tokens. It costs about as much as one scoring of the edits. Of the unedited model only the
-    answers are taken that the edits do not give as ``target_old``.
+    Rows have ``now``, ``paraphrases`` and ``locality``. The answer to a paraphrase or to a locality prompt is as long
+    as the expected one, in tokens. The cost is about that of scoring the edits once. The unedited model is only asked
+    what the edits do not give as ``target_old``.
 
     Args:
         max_probes: Largest number of paraphrases, and of locality prompts, of each edit.
@@ -83,7 +83,9 @@ class Answers(EditingMeasurement):
         metric.update()
         unedited, self._unedited = self._unedited, False
         asked = [(i, q) for i, request in cases.items() for q in (self._unknown if unedited else self._all)(request)]
-        rows: dict[int, dict[str, Any]] = {i: {"case": i, "now": None, "paraphrases": [], "locality": []} for i in cases}
+        rows: dict[int, dict[str, Any]] = {
+            i: {"case": i, "now": None, "paraphrases": [], "locality": []} for i in cases
+        }
         for (i, question), text in zip(asked, _answers(model, [question for _, question in asked]), strict=True):
             if question.kind == "now":
                 rows[i]["now"] = text

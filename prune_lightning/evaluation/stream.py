@@ -133,7 +133,9 @@ class StreamScores:
     }
     headlines: ClassVar[Mapping[str, Headline]] = {
         "efficacy": Headline("accuracy/final", "The new answer is what the model says."),
-        "locality": Headline("locality_agreement", "The first choices after unrelated prompts are the unedited model's."),
+        "locality": Headline(
+            "locality_agreement", "The first choices after unrelated prompts are the unedited model's."
+        ),
     }
     short: ClassVar[Sequence[str]] = ("score/acquisition", "score/forgetting", "locality_agreement")
     lower: ClassVar[frozenset[str]] = frozenset(

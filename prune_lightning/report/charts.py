@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prune_lightning.report.table import figure, percent
+from prune_lightning.report.table import percent
 from prune_lightning.report.trajectories import Curve, points
 
 _LINE_HEIGHT = 17  # of a label, in pixels
@@ -78,22 +78,20 @@ class Drawn:
     label: tuple[float, float] = (0.0, 0.0)
 
 
-def series(
-    key: str, curves: Mapping[str, tuple[str, Curve, Curve]], at_least: int = 2
-) -> list[Series]:
-    """Return the curves of a score.
+def series(key: str, curves: Mapping[str, tuple[str, Curve, Curve]], few: int = 0) -> list[Series]:
+    """Return the curves of a score that have at least two values.
 
     Args:
         key: The score.
         curves: By label: the kind, the scores at each count, and their intervals.
-        at_least: Fewest values of a curve.
+        few: Edit count below which there are too few cases for an interval.
     """
     result = []
     for name, (kind, curve, intervals) in curves.items():
         x, y = points(curve, key)
-        bounds = {entry["num_requests"]: entry.get(key) for entry in intervals}
+        bounds = {entry["num_requests"]: entry.get(key) for entry in intervals if entry["num_requests"] >= few}
         band = [tuple(b) if (b := bounds.get(count)) and None not in b else None for count in x]
-        if sum(map(math.isfinite, y)) >= at_least:
+        if sum(map(math.isfinite, y)) >= 2:
             result.append(Series(name, kind, x, y, band))
     return result
 
@@ -111,7 +109,7 @@ def draw(
         labelled: Whether each curve has a label at its end.
         first: Smallest edit count.
     """
-    text = percent if share else figure
+    text = percent if share else _short
     words = max((len(f"{line.name}") for line in lines), default=0)
     margin = min(_CHARACTER * max(words, 6) + 18, 0.42 * width) if labelled else 14
     left, top, right, bottom = _LEFT, _TOP, width - margin, height - _BOTTOM
@@ -134,6 +132,10 @@ def draw(
     chart.lines = [_drawn(line, at_x, at_y, text) for line in lines]
     _place_labels(chart.lines, right + 10, top, bottom)
     return chart
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def _finite(line: Series) -> list[float]:
@@ -195,7 +197,7 @@ def _place_labels(lines: Sequence[Drawn], x: float, top: float, bottom: float) -
     places = [line.label[1] for line in order]
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + height)
-    limit = bottom - 6
+    limit = bottom - _LINE_HEIGHT - 8
     for i in reversed(range(len(places))):
         places[i] = min(places[i], limit)
         limit = places[i] - height

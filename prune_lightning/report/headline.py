@@ -56,23 +56,40 @@ class Tile:
         if self.n is None:
             return ""
         unit = self.unit.removesuffix("s") if self.n == 1 else self.unit
-        return f"{self.n:,} {unit}" + ("" if self.interval else ", too few for an interval")
+        return f"{self.n:,} {unit}" + (", too few for an interval" if self.n < ENOUGH else "")
 
-    def points(self) -> str:
-        """Return the difference in percentage points, with a sign."""
+    @property
+    def verdict(self) -> str:
+        """``better`` or ``worse`` than the control run; empty if the difference's interval holds 0."""
+        low, high = self.difference_interval or (0.0, 0.0)
+        return "better" if low > 0 else "worse" if high < 0 else ""
+
+    def versus(self) -> str:
+        """Return how the value compares with that of the control run, in words."""
         if self.difference is None:
             return ""
-        return f"{100 * self.difference:+.0f}".replace("-0", "±0").replace("+0", "±0").replace("-", "−")
+        size = round(100 * abs(self.difference))
+        return f"{size} point{'s' * (size != 1)} {self.verdict}" if self.verdict else "no clear difference"
+
+
+def points(value: float) -> str:
+    """Return a difference of shares in percentage points, with a sign.
+
+    >>> points(0.63), points(-0.046), points(-0.001)
+    ('+63', '−5', '±0')
+    """
+    number = round(100 * value)
+    return f"{number:+d}".replace("-", "−") if number else "±0"
 
 
 def names(summary: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the names of the method and of the restraint; the latter is empty without one."""
+    """Return the names of the method and of the restraint of a run or of a ledger's base; the latter may be empty."""
     titles = summary.get("titles", {})
     method, restraint = str(summary.get("method", "")), str(summary.get("restraint", "") or "none")
-    target = str((summary.get("restraint_options") or {}).get("_target_", ""))
+    kinds = {name: str((summary.get(f"{name}_options") or {}).get("_target_", "")) for name in ("method", "restraint")}
     return (
-        titles.get("method") or shown_name(method),
-        "" if restraint == "none" else shown_name(restraint, target.rpartition(".")[2]),
+        titles.get("method") or shown_name(method, kinds["method"].rpartition(".")[2]),
+        "" if restraint == "none" else shown_name(restraint, kinds["restraint"].rpartition(".")[2]),
     )
 
 

@@ -11,14 +11,14 @@ from jinja2 import Environment, PackageLoader
 
 from prune_lightning.report.charts import Chart, Series, draw, series
 from prune_lightning.report.edits import STATES, read_edits
-from prune_lightning.report.headline import Tile, names, sentence, tiles
+from prune_lightning.report.headline import ENOUGH, Tile, names, points, sentence, tiles
 from prune_lightning.report.labels import Labels
 from prune_lightning.report.printed import columns_of, compared_of
 from prune_lightning.report.table import figure, percent, rows
 from prune_lightning.report.trajectories import Curve
 
 MOST_EDITS = 2000
-_WIDE, _NARROW, _SMALL = (860, 380), (350, 300), (330, 190)
+_WIDE, _NARROW, _SMALL = (1060, 400), (350, 300), (330, 190)
 _CHANGE = "spectrum/sigma_max_delta"
 Curves = dict[str, tuple[str, Curve, Curve]]
 
@@ -47,7 +47,7 @@ def write_page(
     environment = Environment(
         loader=PackageLoader("prune_lightning", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "figure": figure}
+    environment.filters |= {"percent": percent, "points": points, "figure": figure}
     page = environment.get_template("page.html.j2").render(
         sentence=sentence(summary),
         tiles=found,
@@ -105,11 +105,13 @@ def _questions(summary: Mapping[str, Any], found: Sequence[Tile]) -> list[dict[s
     curves, by_name = _curves(summary), {tile.quantity: tile for tile in found}
     held, kept = by_name["efficacy"], by_name["retention"]
     cost = kept if kept.key else by_name["locality"]
-    after = {name: (kind, [e for e in curve if e["num_requests"]], more) for name, (kind, curve, more) in curves.items()}
+    after = {
+        name: (kind, [e for e in curve if e["num_requests"]], more) for name, (kind, curve, more) in curves.items()
+    }
     questions = []
     if held.key:
         text = f"Share of the edits so far that hold. {held.meaning}"
-        questions.append(_question("Do the edits hold?", text, series(held.key, after), True, 1))
+        questions.append(_question("Do the edits hold?", text, series(held.key, after, ENOUGH), True, 1))
     if cost.key:
         text = "Abilities kept, relative to the unedited model." if cost is kept else cost.meaning
         questions.append(_question("What did it cost?", text, series(cost.key, curves), True, 0))
@@ -134,7 +136,8 @@ def _small(summary: Mapping[str, Any], labels: Labels) -> dict[str, list[tuple[s
     shown: dict[str, list[tuple[str, Chart]]] = {}
     for title, lines in rows(columns_of(summary), labels).items():
         for row in lines:
-            drawn = series(row.key, curves) if row.key in keys else []
+            few = ENOUGH if row.key.startswith(("edit/", "stream/")) else 0
+            drawn = series(row.key, curves, few) if row.key in keys else []
             if drawn:
                 shares = all(-1e-9 <= v <= 1 + 1e-9 for line in drawn for v in line.y if v == v)
                 share = shares and not row.key.startswith(("drift/", "spectrum/"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +27,27 @@ def columns_of(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def compared_of(summary: Mapping[str, Any]) -> list[str]:
     """Return the titles of the columns of which the better one is marked."""
     return list(columns_of(summary))[1:]
+
+
+def finished_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a run of `train.py`, or ``None`` if its edits have been changed since, or never ended.
+
+    Args:
+        folder: The run's folder.
+    """
+    summary, edits, steps = folder / "summary.json", folder / "edits.jsonl", folder / "ledger" / "steps.jsonl"
+    if not (summary.is_file() and edits.is_file()):
+        return None
+    recorded = [line["request"] for line in _lines(edits)]
+    if steps.is_file() and [request for step in _lines(steps) for request in step["requests"]] != recorded:
+        return None
+    found = json.loads(summary.read_text("utf-8"))
+    return found if "final" in found else None
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        yield from (json.loads(line) for line in file if line.strip())
 
 
 def print_result(summary: Mapping[str, Any], out: Console, every: bool = False) -> None:

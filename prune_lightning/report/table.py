@@ -110,9 +110,7 @@ def _cell(scores: Mapping[str, Any], key: str) -> str:
     return above + figure(scores.get(key))
 
 
-def _best(
-    columns: Mapping[str, Mapping[str, Any]], key: str, labels: Labels, compared: Sequence[str]
-) -> int | None:
+def _best(columns: Mapping[str, Mapping[str, Any]], key: str, labels: Labels, compared: Sequence[str]) -> int | None:
     """Return the index of the best column compared; ``None`` if two look the same, or if better is not defined."""
     higher = labels.higher_is_better(key)
     titles = [title for title in compared if key in columns[title]]
@@ -147,7 +145,7 @@ def result_table(
     table.add_column("")
     for column in ("n", *columns):
         table.add_column(Text(column), justify="right")
-    grouped = rows(columns, names, compared, None if every else _main(columns, names))
+    grouped = rows(columns, names, compared, None if every else main_keys(columns, names))
     for group, lines in grouped.items():
         if every:
             table.add_row(Text(group, "bold"))
@@ -159,7 +157,7 @@ def result_table(
     return table
 
 
-def _main(columns: Mapping[str, Mapping[str, Any]], labels: Labels) -> list[str]:
+def main_keys(columns: Mapping[str, Mapping[str, Any]], labels: Labels) -> list[str]:
     """Return the keys of the main scores that have a value."""
     latest = list(columns.values())[1:] or list(columns.values())
     scores = {key: value for part in reversed(latest) for key, value in part.items()}

@@ -20,8 +20,8 @@ from prune_lightning import __version__
 from prune_lightning.callbacks import EditEvaluation
 from prune_lightning.evaluation.stream import FORMS, entries
 from prune_lightning.report.curves import plot_abilities, plot_editing, plot_immediate, plot_retention
-from prune_lightning.report.labels import Labels
 from prune_lightning.report.headline import sentence
+from prune_lightning.report.labels import Labels
 from prune_lightning.report.page import write_page
 from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
 from prune_lightning.report.printed import columns_of, print_result
