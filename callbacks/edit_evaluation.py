@@ -32,7 +32,13 @@ from ._editing import editing_module
 from ._lightning import LightningCallback
 from ._order import Place, check_order
 
-_SPECTRUM = {"sigma_max_delta": "largest σ of the change", "condition_number": "condition number"}
+_SPECTRUM = {
+    "title": "spectrum",
+    "scores": {"sigma_max_delta": "largest σ of the change", "condition_number": "condition number"},
+    "headlines": {},
+    "short": ["sigma_max_delta", "condition_number"],
+    "lower": ["condition_number", "sigma_max_delta"],
+}
 
 
 class EditEvaluation(LightningCallback):
@@ -244,11 +250,12 @@ class EditEvaluation(LightningCallback):
             "final": final,
             "curve": self.curve,
             "intervals": evaluator.intervals,
+            "num_cases": evaluator.num_cases,
             "stream": _trajectories(evaluator),
             "retention": evaluator.retention.facts(),
             "measurements": {m.name: dict(facts) for m in evaluator.measurements if (facts := m.facts())},
             "case_rows_left_out": evaluator.rows.left_out,
-            "labels": {**evaluator.labels(), "spectrum": {"title": "spectrum", "scores": _SPECTRUM}},
+            "labels": {**evaluator.labels(), "spectrum": _SPECTRUM},
             "evaluate_s": sum(evaluator.seconds.values()),
             "evaluate_s_by": dict(evaluator.seconds),
         }

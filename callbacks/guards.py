@@ -57,6 +57,7 @@ class Guards(LightningCallback):
         found: Number of steps in which each guard found a problem.
         refused: Number of requests that were refused.
         readings: The perplexity readings, in order.
+        findings: Each finding: the ``guard``, its ``reason``, and the first and the last of the step's ``edits``.
         stopped: Reason for ending the run early, or ``None``.
 
     Raises:
@@ -94,6 +95,7 @@ class Guards(LightningCallback):
         self.found: Counter[str] = Counter()
         self.refused = 0
         self.readings: list[PerplexityReading] = []
+        self.findings: list[dict[str, Any]] = []
         self.stopped: str | None = None
         self._file: Path | None = None
         self._refusal: tuple[str, str, Finding] | None = None
@@ -166,6 +168,13 @@ class Guards(LightningCallback):
                 self._quarantine(module, batch, name, policy, finding)
             if policy == "stop":
                 self._stop(trainer, module, f"{name}: {finding.reason}")
+        if "found" in self._step:
+            self._step["edits"] = [module.run.num_requests - len(batch.requests) + 1, module.run.num_requests]
+            self._keep_findings(self._step)
+
+    def _keep_findings(self, step: Mapping[str, Any]) -> None:
+        for guard, reason in zip(step.get("found", []), step.get("reasons", []), strict=False):
+            self.findings.append({"guard": guard, "reason": reason, "edits": step["edits"]})
 
     def _due(self, trainer: L.Trainer, module: EditingModule, batch: EditBatch) -> bool:
         assert self.sentinel is not None
@@ -205,6 +214,7 @@ class Guards(LightningCallback):
     def _note(self, name: str, reason: str, requests: Sequence[EditRequest]) -> None:
         self.found[name] += 1
         self._step.setdefault("found", []).append(name)
+        self._step.setdefault("reasons", []).append(reason)
         if self.found[name] == 1:
             cases = ", ".join(str(request.case_id) for request in requests)
             rank_zero_warn(f"case {cases}: {reason} ({name}); further ones are counted in the summary")
@@ -245,6 +255,7 @@ class Guards(LightningCallback):
         guards = {
             "policy": self.policy,
             "found": dict(self.found),
+            "findings": self.findings,
             "refused": self.refused,
             "perplexity": [asdict(reading) for reading in self.readings],
             "stopped": self.stopped,
@@ -262,6 +273,7 @@ class Guards(LightningCallback):
             self._file.unlink(missing_ok=True)
         for state in states:
             self.found.update(state.get("found", []))
+            self._keep_findings(state)
             self._write(state.get("refused", []))
             if "norm" in state:
                 self._written(state["norm"])

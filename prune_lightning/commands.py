@@ -103,11 +103,23 @@ def compare(
         typer.echo(str(editor.compare(prompts or None, tokens)))
 
 
-@app.command(epilog="prune-lightning report out")
-def report(run: Run, device: Device = None) -> None:
-    """Score the edits, and what else changed."""
+@app.command(epilog="prune-lightning report out        or: prune-lightning report runs/NAME --all")
+def report(
+    run: Run,
+    every: Annotated[bool, typer.Option("--all", help="Every score, not only the main ones.")] = False,
+    device: Device = None,
+) -> None:
+    """Print the scores of the edits; those of a finished run of train.py are not computed again."""
+    from prune_lightning.report.printed import finished_summary, print_result
+
+    if summary := finished_summary(Path(run).expanduser()):
+        from rich.console import Console
+
+        print_result(summary, Console(), every)
+        return
     with _existing(run, device) as editor:
-        typer.echo(str(editor.report()))
+        scores = editor.report()
+        typer.echo(str(scores.all() if every else scores))
 
 
 @app.command(epilog="prune-lightning undo out 1        or: prune-lightning undo out --edit 3")

@@ -35,7 +35,7 @@ def test_a_fact_goes_the_whole_way(tmp_path: Path):
     assert "taken back: The capital of Italy is Paris" in run("undo", out)
     assert run("ask", out, "The capital of Italy is").split() == ["Rome."]
     assert "reloaded, largest logit error" in run("export", out, "--to", model)
-    assert "rome" in run("runs", str(tmp_path))
+    assert "ROME" in run("runs", str(tmp_path))
     with pytest.raises(UserError, match="holds edits already"):
         run("edit", "bundled", *FACT, "--to", out)
     with pytest.raises(UserError, match="give a file of facts, or one fact"):

@@ -176,7 +176,8 @@ def test_report_shows_the_scores_that_the_facts_have_prompts_for(editor):
     assert report["edit/counterfact/efficacy_accuracy"] == 1.0
     assert report.before["edit/counterfact/efficacy_accuracy"] == 0.0
     lines = str(report).splitlines()
-    assert any("efficacy, exact match" in line and "1.000" in line for line in lines)
+    assert any("efficacy, exact match ↑" in line and "1.000" in line for line in lines)
+    assert "efficacy, difference of probabilities ↑" in str(report.all())
     assert not any("generalization" in line or "num_" in line for line in lines)
 
 

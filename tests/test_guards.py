@@ -260,6 +260,7 @@ def test_warned_edit_is_written_and_counted(tiny, tmp_path):
         warned = run(module_with(tiny("llama"), {4: huge, 5: ill_posed, 6: stuck}), range(8), watching)
     assert_same(warned, run(module_with(tiny("llama"), {4: huge, 5: ill_posed, 6: stuck}), range(8)))
     assert watching.summary()["guards"]["found"] == {"norm": 1, "key": 1, "value": 1}
+    assert {finding["guard"] for finding in watching.findings} == {"norm", "key", "value"}
     assert not watching.path.exists()
 
 

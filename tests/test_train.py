@@ -76,9 +76,18 @@ def test_run_leaves_what_other_programs_rely_on(default_run):
     plots = sorted(path.stem for path in (folder / "plots").iterdir())
     assert plots == ["abilities", "editing", "immediate", "retention_accuracy", "retention_score", "spectra"]
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(plots)
-    assert "http" not in page.split("Configuration")[0]
-    assert "│ retention " in shown
+    assert page.count("data:image/png;base64,") == 3  # the spectra, and how each edit holds in two forms
+    assert "ROME with PRUNE, 3 edits: " in page
+    assert page.count('<tr data-state="') == 3
+    assert "http" not in page.split("Configuration")[0].replace("http-equiv", "")
+    asked = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines() if '"answers"' in line]
+    assert [row["case"] for row in asked if row["num_requests"] == 3] == [0, 1, 2]
+    assert all(row["now"] for row in asked if row["num_requests"] == 3)
+    assert summary["num_cases"]["edit/counterfact/efficacy_score"] == 3
+    difference = summary["control"]["differences"]["edit/counterfact/locality_score"]
+    key = "edit/counterfact/locality_score"
+    assert difference[0] == pytest.approx(summary["final"][key] - summary["control"]["final"][key])
+    assert "│ retention ↑ " in shown
     assert "The run lies in" in shown
 
 

@@ -7,8 +7,6 @@ import ast
 import pytest
 from conftest import ROOT
 
-from prune_lightning.report.page import write_page
-
 FILES = sorted([*(ROOT / "prune_lightning").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py"), ROOT / "train.py"])
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 RUNS_TEXT = {"eval", "exec", "compile", "__import__"}
@@ -82,18 +80,6 @@ def test_nothing_in_a_file_can_be_run(path):
 )
 def test_the_scan_finds_what_it_looks_for(line):
     assert findings(line)
-
-
-def test_the_page_shows_hostile_texts_as_text(tmp_path):
-    hostile = "</pre><script>alert(1)</script><img src=x onerror='x'> {{ 7*7 }} \"'&"
-    scores = {"edit/counterfact/efficacy_score": 0.5}
-    write_page(tmp_path / "page.html", hostile, {hostile: scores, "now": scores}, [], f"path: {hostile}")
-    page = (tmp_path / "page.html").read_text()
-    assert "<script" not in page
-    assert "<img" not in page
-    assert page.count("</pre>") == 1
-    assert "{{ 7*7 }}" in page
-    assert page.count("&lt;script&gt;") == 4  # the title, the heading, the column, the configuration
 
 
 def test_a_path_in_a_record_is_not_opened(tmp_path):

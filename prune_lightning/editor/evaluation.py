@@ -6,6 +6,7 @@ from hydra.utils import instantiate
 
 from prune_lightning.editor.results import Answers, Scores
 from prune_lightning.editor.session import EditSession
+from prune_lightning.evaluation.answers import Answers as AskedAnswers
 from prune_lightning.evaluation.evaluator import Evaluator
 from prune_lightning.evaluation.measurement import EditingMeasurement, Measured
 from prune_lightning.report.labels import Labels
@@ -20,7 +21,8 @@ def scores_of(session: EditSession, answers: Answers) -> Scores:
         answers: The answers to the prompts of its edits, for the result.
     """
     found = [instantiate(entry, _convert_="all") for entry in evaluation_options("editing")]
-    evaluator = Evaluator([m for m in found if isinstance(m, EditingMeasurement)], clock=session.clock)
+    scored = [m for m in found if isinstance(m, EditingMeasurement) and not isinstance(m, AskedAnswers)]
+    evaluator = Evaluator(scored, clock=session.clock)
     cases = dict(enumerate(session.requests))
     model = session.language_model
     with session.unedited():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 from rich.console import Console
 from rich.table import Table
 
 from prune_lightning.report.labels import Labels
-from prune_lightning.report.table import rows
+from prune_lightning.report.table import main_keys, rows
 from prune_lightning.types import EditRequest
 
 
@@ -125,7 +125,7 @@ class Edited(Tabular):
 class Scores(Tabular):
     """Scores of the unedited and of the edited model over all edits; see docs/evaluation.md for their meaning.
 
-    The table leaves out counters, and scores for which the facts hold no prompts.
+    The table has the main scores, without those for which the facts hold no prompts; :meth:`all` has the others, too.
 
     Args:
         before: Scores of the unedited model, by key.
@@ -133,6 +133,7 @@ class Scores(Tabular):
         num_edits: Number of edits.
         labels: Names of the scores.
         answers: The answers to the prompts of the edits.
+        every: Whether the table has every score.
     """
 
     before: Mapping[str, float]
@@ -140,6 +141,7 @@ class Scores(Tabular):
     num_edits: int
     labels: Labels = field(default_factory=Labels)
     answers: Answers | None = None
+    every: bool = False
 
     def header(self) -> list[str]:
         """Return the titles of the columns."""
@@ -147,11 +149,15 @@ class Scores(Tabular):
 
     def cells(self) -> Iterator[Sequence[str]]:
         """Yield a row per score."""
-        shown = [key for key in self.after if self.labels.known(key) and self.after[key] == self.after[key]]
-        columns = {name: {key: scores[key] for key in shown} for name, scores in self._columns().items()}
-        for title, lines in rows(columns, self.labels).items():
-            for name, *values in lines:
-                yield f"{title}: {name}", *values
+        columns = self._columns()
+        keys = None if self.every else main_keys(columns, self.labels)
+        for title, lines in rows(columns, self.labels, keys=keys).items():
+            for line in lines:
+                yield f"{title}: {line.name}" if self.every else line.name, *line.cells
+
+    def all(self) -> Scores:
+        """Return the table with every score that has a value, not only the main ones."""
+        return replace(self, every=True)
 
     def _columns(self) -> dict[str, Mapping[str, float]]:
         return {"before": self.before, "after": self.after}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torchmetrics import Metric
 
-from prune_lightning.evaluation.measurement import Cases, EditingMeasurement
+from prune_lightning.evaluation.measurement import Cases, EditingMeasurement, Headline
 from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.metrics import CounterFactScore
 from prune_lightning.models.language_model import LanguageModel
@@ -29,7 +29,19 @@ class CounterFactScores(EditingMeasurement):
         "locality_score": "locality, success",
         "locality_accuracy": "locality, exact match",
         "harmonic_score": "harmonic mean, success",
+        "harmonic_accuracy": "harmonic mean, exact match",
+        "efficacy_magnitude": "efficacy, difference of probabilities",
+        "generalization_magnitude": "generalization, difference of probabilities",
+        "locality_magnitude": "locality, difference of probabilities",
+        "num_nonfinite": "scores that are not finite",
+        "num_retokenised": "prompts tokenised differently before the answer",
     }
+    headlines: ClassVar[Mapping[str, Headline]] = {
+        "efficacy": Headline("efficacy_score", "The new answer is likelier than the old one."),
+        "generalization": Headline("generalization_score", "It is so after paraphrases of the prompt, too."),
+        "locality": Headline("locality_score", "Unrelated prompts prefer their own answer to the new one."),
+    }
+    short: ClassVar[Sequence[str]] = ("efficacy_accuracy", "harmonic_score")
 
     def metric(self) -> CounterFactScore:
         """Return a fresh metric."""

@@ -52,7 +52,11 @@ class Drift(Measurement):
         "kl": "KL divergence (nats per token)",
         "agreement": "same first choice",
         "change": "change seen by the text, largest",
+        "change/": "change seen by the text",
+        "num_nonfinite": "tokens that are not finite",
     }
+    short: ClassVar[Sequence[str]] = ("kl", "agreement")
+    lower: ClassVar[frozenset[str]] = frozenset({"kl", "change", "change/"})
 
     def __init__(
         self,

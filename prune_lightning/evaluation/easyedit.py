@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torchmetrics import Metric
 
 from prune_lightning.errors import UserError
-from prune_lightning.evaluation.measurement import Cases
+from prune_lightning.evaluation.measurement import Cases, Headline
 from prune_lightning.evaluation.prompts import (
     SampledMeasurement,
     comparable,
@@ -43,7 +43,14 @@ class EasyEditScores(SampledMeasurement):
         "rephrase_acc": "rephrase, token accuracy",
         "portability_acc": "portability, token accuracy",
         "locality_acc": "locality, token accuracy",
+        "num_nonfinite": "scores that are not finite",
     }
+    headlines: ClassVar[Mapping[str, Headline]] = {
+        "efficacy": Headline("rewrite_acc", "Each token of the new answer is the model's first choice."),
+        "generalization": Headline("rephrase_acc", "It is so after paraphrases of the prompt, too."),
+        "locality": Headline("locality_acc", "The first choices after unrelated prompts are the unedited model's."),
+    }
+    short: ClassVar[Sequence[str]] = ("portability_acc",)
 
     def __init__(
         self, max_cases: Count | None = None, enabled: bool = True, counts: Sequence[Whole] | None = None

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from prune_lightning.evaluation.case_rows import CaseRows, resampled
 from prune_lightning.evaluation.measurement import Cases, EditingMeasurement, Measured, Measurement, Stream
 from prune_lightning.evaluation.retention import Retention
+from prune_lightning.evaluation.shown import shown
 from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.metrics.bootstrap import Floats, interval
 from prune_lightning.models.language_model import LanguageModel
@@ -39,6 +40,8 @@ class Evaluator:
         curve: Scores at each evaluated count, ``num_requests`` among them.
         intervals: At each evaluated count, 95 % bootstrap intervals over cases of all scores that have rows.
         seconds: Time spent on each measurement.
+        num_cases: Number of cases behind each score that has rows, in the latest evaluation.
+        means: Mean of each score that has rows, and its means over resampled cases, in the latest evaluation.
         retention: The tasks that retention is computed from.
     """
 
@@ -55,14 +58,26 @@ class Evaluator:
         self.baseline: Scores = {}
         self.curve: list[Scores] = []
         self.intervals: list[dict[str, Any]] = []
+        self.num_cases: dict[str, int] = {}
+        self.means: dict[str, Floats] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self.retention = Retention()
         self._immediate: dict[str, tuple[Metric, list[dict[str, Any]]]] = {}
 
     def labels(self) -> dict[str, dict[str, Any]]:
-        """Return, by measurement, its title and the labels of its scores, for tables and plots."""
+        """Return, by measurement, how its scores are shown: see :class:`~prune_lightning.report.labels.Labels`."""
         parts: list[StreamScores | Measurement] = [*([self.stream] if self.stream else []), *self.measurements]
-        return {part.name: {"title": part.title or part.name, "scores": dict(part.labels)} for part in parts}
+        return {part.name: shown(part) for part in parts}
+
+    def difference(self, other: Evaluator) -> dict[str, list[float]]:
+        """Return each score's latest value minus that of another evaluator, and the difference's 95 % interval.
+
+        The same cases are drawn for both, so the interval is that of the paired differences. Scores over different
+        numbers of cases are left out.
+        """
+        shared = [key for key, n in self.num_cases.items() if other.num_cases.get(key) == n and key in other.means]
+        value = {key: self.curve[-1][key] - other.curve[-1][key] for key in shared}
+        return {key: [value[key], *interval((self.means[key] - other.means[key])[1:])] for key in shared}
 
     # -- the unedited model ---------------------------------------------------------------------------------------
     def take_baseline(self, model: LanguageModel, cases: Cases, spectrum: Job, stream: Stream | None = None) -> Scores:
@@ -196,6 +211,7 @@ class Evaluator:
         sampled = any(weight != 1 for weight in weights.values())
         scores: Scores = {}
         means: dict[str, Floats] = {}
+        self.num_cases = {}
         for name, found in parts.items():
             rows = [row for part in found for row in part.cases]
             figures = {key: value for part in found for key, value in part.scores.items()}
@@ -207,9 +223,12 @@ class Evaluator:
                 figures |= {key: float(values[0]) for key, values in per_case.items()}
             scores |= {f"{name}/{key}": value for key, value in figures.items()}
             means |= {f"{name}/{key}": values for key, values in per_case.items()}
+            self.num_cases |= {f"{name}/{key}": sum(_is_number(row.get(key)) for row in rows) for key in per_case}
         if not self.baseline:
             self.retention.decide(due, scores, means)
         self.retention.add(due, scores, means)
+        self.num_cases |= self.retention.num_cases(self.num_cases)
+        self.means = means
         self.intervals.append({"num_requests": num_requests} | {key: interval(v[1:]) for key, v in means.items()})
         return scores
 
@@ -218,3 +237,7 @@ class Evaluator:
         start = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - start
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))

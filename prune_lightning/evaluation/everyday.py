@@ -48,6 +48,7 @@ class EverydayAbilities(Measurement):
         "reading": "short reading",
         "retention": "retention",
     }
+    short: ClassVar[Sequence[str]] = ("knowledge", "reading")
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class GenerationQuality(SampledMeasurement):
         "fluency": "fluency",
         "consistency": "consistency",
     }
+    short: ClassVar[Sequence[str]] = ("fluency", "consistency")
 
     def __init__(
         self,

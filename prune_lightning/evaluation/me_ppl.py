@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
@@ -39,6 +40,17 @@ class SentencePerplexities(Measurement):
 
     name = "ability/me_ppl"
     title = "perplexity of sentences (ME-PPL)"
+    labels: ClassVar[Mapping[str, str]] = {
+        "mean": "perplexity of sentences, mean",
+        "median": "perplexity of sentences, median",
+        "max": "perplexity of sentences, largest",
+        "corpus": "perplexity of all sentences together",
+        "collapse_absolute": "collapsed: mean above the limit",
+        "collapse_relative": "collapsed: against the unedited model",
+        "num_nonfinite": "sentences whose perplexity is not finite",
+    }
+    short: ClassVar[Sequence[str]] = ("mean",)
+    lower: ClassVar[frozenset[str]] = frozenset(labels)
 
     def __init__(
         self,

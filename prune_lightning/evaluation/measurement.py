@@ -52,6 +52,19 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Headline:
+    """A score that stands for one of the four quantities of a run: efficacy, generalization, locality, retention.
+
+    Args:
+        score: Its key, without the prefix of the measurement's name.
+        meaning: What a value of 100 % means, as a sentence.
+    """
+
+    score: str
+    meaning: str
+
+
+@dataclass(frozen=True)
 class Measured:
     """The result of a measurement, or of a part of one.
 
@@ -75,7 +88,11 @@ class Measurement(ABC):
     Attributes:
         name: What stands before each of its scores, the protocol in it: ``edit/counterfact``, ``ability/miniature``.
         title: Name of the measurement for tables and plots; ``name`` if empty.
-        labels: Names of its scores for tables and plots, in the order in which they are shown. Others go by their key.
+        labels: Names of its scores for tables and plots, in the order in which they are shown. ``NAME/`` labels the
+            scores ``NAME/ANYTHING``. Others go by their key.
+        headlines: The scores that stand for efficacy, generalization and locality, by these names.
+        short: Keys for a short table, the most important one first, besides ``headlines``.
+        lower: Keys of the scores for which lower is better; of other scores with a label, higher is better.
         tasks: Scores, higher being better, that ``retention`` is computed from, each with its chance level: the score
             of guessing, and 0 where the answer is free.
     """
@@ -83,6 +100,9 @@ class Measurement(ABC):
     name: ClassVar[str]
     title: ClassVar[str] = ""
     labels: ClassVar[Mapping[str, str]] = {}
+    headlines: ClassVar[Mapping[str, Headline]] = {}
+    short: ClassVar[Sequence[str]] = ()
+    lower: ClassVar[frozenset[str]] = frozenset()
     tasks: Mapping[str, float] = {}
 
     def __init__(self, enabled: bool = True, counts: Sequence[Whole] | None = None) -> None:

@@ -38,6 +38,8 @@ class MiniatureAbilities(Measurement):
         "retention": "retention",
         "perplexity": "perplexity",
     }
+    short: ClassVar[Sequence[str]] = ("perplexity", "reasoning", "qa")
+    lower: ClassVar[frozenset[str]] = frozenset({"perplexity"})
 
     def __init__(
         self, max_items: Count | None = None, enabled: bool = True, counts: Sequence[Whole] | None = None

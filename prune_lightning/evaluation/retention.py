@@ -63,6 +63,18 @@ class Retention:
                 ]
                 means[f"{name}/retention"] = np.mean(np.maximum(shares, 0.0), axis=0)
 
+    def num_cases(self, found: Mapping[str, int]) -> dict[str, int]:
+        """Return the number of items behind the retention of each measurement.
+
+        Args:
+            found: Number of items behind each score.
+        """
+        items = {
+            name: [found[f"{name}/{task}"] for task in tasks if f"{name}/{task}" in found]
+            for name, tasks in self.tasks.items()
+        }
+        return {f"{name}/retention": sum(counts) for name, counts in items.items() if counts}
+
     def facts(self) -> dict[str, Any]:
         """Return, by measurement, the tasks that count and those left out, with their chance levels."""
         names = dict.fromkeys([*self.tasks, *self.left_out])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prune_lightning.evaluation.counterfact import pairs_by_kind
-from prune_lightning.evaluation.measurement import Cases, Measured
+from prune_lightning.evaluation.measurement import Cases, Headline, Measured
 from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.metrics import RetentionMatrix
 from prune_lightning.metrics.functional import preference
@@ -131,6 +131,17 @@ class StreamScores:
         **{f"{form}/{key}": f"{text}, {name}" for form, name in _FORM_NAMES.items() for key, text in _LABELS.items()},
         "locality_agreement": "locality, agreement with the unedited model",
     }
+    headlines: ClassVar[Mapping[str, Headline]] = {
+        "efficacy": Headline("accuracy/final", "The new answer is what the model says."),
+        "locality": Headline(
+            "locality_agreement", "The first choices after unrelated prompts are the unedited model's."
+        ),
+    }
+    short: ClassVar[Sequence[str]] = ("score/acquisition", "score/forgetting", "locality_agreement")
+    lower: ClassVar[frozenset[str]] = frozenset(
+        f"{form}/{key}" for form in _FORM_NAMES for key in ("forgetting", "forgetting_max")
+    )
+    tasks: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, superseded: Mapping[int, int] | None = None) -> None:
         self.matrices = {form: RetentionMatrix(superseded, sync_on_compute=False) for form in FORMS}

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.evaluation.decoding import Continuation, check_room, decode
 from prune_lightning.evaluation.judging import Judge, judge_prompt, verdict
-from prune_lightning.evaluation.measurement import Cases
+from prune_lightning.evaluation.measurement import Cases, Headline
 from prune_lightning.evaluation.prompts import SampledMeasurement, comparable
 from prune_lightning.metrics import CaseMeans
 from prune_lightning.metrics.functional import contains, exact_match
@@ -89,25 +89,22 @@ class WildGeneration(SampledMeasurement):
     name = "edit/wild"
     title = "edits, generated answers (WILD)"
     labels: ClassVar[Mapping[str, str]] = {
-        "bare_efficacy_exact_match": "bare: efficacy, exact match",
-        "bare_efficacy_judge": "bare: efficacy, judged",
-        "bare_generalization_exact_match": "bare: generalization, exact match",
-        "bare_generalization_judge": "bare: generalization, judged",
-        "bare_portability_exact_match": "bare: portability, exact match",
-        "bare_locality": "bare: locality, unchanged answers",
-        "instruction_efficacy_exact_match": "instruction: efficacy, exact match",
-        "instruction_efficacy_judge": "instruction: efficacy, judged",
-        "instruction_generalization_exact_match": "instruction: generalization, exact match",
-        "instruction_generalization_judge": "instruction: generalization, judged",
-        "instruction_portability_exact_match": "instruction: portability, exact match",
-        "instruction_locality": "instruction: locality, unchanged answers",
-        "chat_efficacy_exact_match": "chat: efficacy, exact match",
-        "chat_efficacy_judge": "chat: efficacy, judged",
-        "chat_generalization_exact_match": "chat: generalization, exact match",
-        "chat_generalization_judge": "chat: generalization, judged",
-        "chat_portability_exact_match": "chat: portability, exact match",
-        "chat_locality": "chat: locality, unchanged answers",
+        **{
+            f"{context}_{kind}_{form}": f"{context}: {kind}, {name}"
+            for context in CONTEXTS
+            for kind in KINDS
+            for form, name in (("exact_match", "exact match"), ("contains", "contained"), ("judge", "judged"))
+        },
+        **{f"{context}_locality": f"{context}: locality, unchanged answers" for context in CONTEXTS},
+        "num_nonfinite": "answers that are not finite",
+        "num_unparsable": "replies of the judge without a verdict",
     }
+    headlines: ClassVar[Mapping[str, Headline]] = {
+        "efficacy": Headline("bare_efficacy_exact_match", "The generated answer is the new one."),
+        "generalization": Headline("bare_generalization_exact_match", "It is so after paraphrases, too."),
+        "locality": Headline("bare_locality", "The answers to unrelated prompts have not changed."),
+    }
+    short: ClassVar[Sequence[str]] = ("bare_efficacy_judge", "bare_portability_exact_match")
 
     def __init__(
         self,

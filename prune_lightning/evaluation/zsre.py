@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torchmetrics import Metric
 
-from prune_lightning.evaluation.measurement import Cases, EditingMeasurement
+from prune_lightning.evaluation.measurement import Cases, EditingMeasurement, Headline
 from prune_lightning.evaluation.prompts import edit_pair, locality_pairs, paraphrase_pairs, score_kinds
 from prune_lightning.metrics import TokenMatch
 from prune_lightning.models.language_model import LanguageModel
@@ -27,7 +27,14 @@ class ZsREScores(EditingMeasurement):
         "generalization": "generalization, token accuracy",
         "specificity": "specificity, token accuracy",
         "harmonic": "harmonic mean",
+        "num_nonfinite": "scores that are not finite",
     }
+    headlines: ClassVar[Mapping[str, Headline]] = {
+        "efficacy": Headline("efficacy", "Each token of the new answer is the model's first choice."),
+        "generalization": Headline("generalization", "It is so after paraphrases of the prompt, too."),
+        "locality": Headline("specificity", "Each token of the answers to unrelated questions is the first choice."),
+    }
+    short: ClassVar[Sequence[str]] = ("harmonic",)
 
     def metric(self) -> TokenMatch:
         """Return a fresh metric."""

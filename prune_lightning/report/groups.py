@@ -19,7 +19,7 @@ from prune_lightning.errors import UserError
 _WITHOUT_EFFECT = {
     *("seed", "task", "control", "ledger", "resume", "bisect_collapse", "progress", "export", "logger"),
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
-    *("callbacks.spectrum", "evaluation.max_case_mb"),
+    *("callbacks.spectrum", "evaluation.max_case_mb", "evaluation.answers", "all_scores"),
 }
 _WITHOUT_EFFECT_ANYWHERE = {"cache", "shipped", "save_every", "token_budget"}
 _CHOICES = ("model", "data")  # summary entries that each stand for many settings

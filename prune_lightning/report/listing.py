@@ -9,13 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from prune_lightning.errors import UserError
-from prune_lightning.report.table import figure
-
-_HEADLINES = {
-    "efficacy": "edit/counterfact/efficacy_score",
-    "generalization": "edit/counterfact/generalization_score",
-    "locality": "edit/counterfact/locality_score",
-}
+from prune_lightning.report.headline import names, tiles
+from prune_lightning.report.labels import QUANTITIES
+from prune_lightning.report.table import percent
 
 
 def run_table(folder: str | Path) -> Table:
@@ -32,7 +28,7 @@ def run_table(folder: str | Path) -> Table:
     found = {mark.parent: mark.stat().st_mtime for mark in marks}
     if not found:
         raise UserError(f"there are no runs in {str(folder)!r}")
-    table = Table("run", "method", "restraint", "model", "edits", *_HEADLINES, "retention")
+    table = Table("run", "method", "restraint", "model", "edits", *(f"{name} ↑" for name in QUANTITIES))
     for run in sorted(found, key=lambda run: found[run], reverse=True):
         table.add_row(*(text.replace("[", r"\[") for text in _row(folder, run)))
     return table
@@ -45,12 +41,11 @@ def _row(folder: Path, run: Path) -> list[str]:
         base = _read(run / "ledger" / "base.json")
         steps = run / "ledger" / "steps.jsonl"
         count = sum(len(json.loads(line)["requests"]) for line in steps.read_text("utf-8").splitlines() if line)
-        model = (base.get("model") or {}).get("path", "")
-        return [name, *(str(base.get(key, "")) for key in ("method", "restraint")), str(model), str(count), *[""] * 4]
-    final = summary.get("final", {})
-    kept = next((value for key, value in final.items() if key.endswith("/retention")), None)
-    about = [str(summary.get(key, "")) for key in ("method", "restraint", "model", "num_requests")]
-    return [name, *about, *(figure(final.get(key)) for key in _HEADLINES.values()), figure(kept)]
+        model = str((base.get("model") or {}).get("path", ""))
+        return [name, *names(base), model, f"{count:,}", *[""] * len(QUANTITIES)]
+    model, count = str(summary.get("model", "")), int(summary.get("num_requests", 0))
+    shares = [percent(tile.value) if tile.key else "" for tile in tiles(summary)]
+    return [name, *names(summary), model, f"{count:,}", *shares]
 
 
 def _read(path: Path) -> dict[str, Any]:

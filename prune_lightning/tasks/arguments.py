@@ -25,6 +25,7 @@ _SETTINGS = {
     "snapshot_every": Count | None,
     "bisect_collapse": bool,
     "progress": bool,
+    "all_scores": bool,
     "export": str | list[str] | None,
 }
 _RESUME = "resume="

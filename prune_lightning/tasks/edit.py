@@ -16,17 +16,19 @@ from rich.console import Console
 from prune_lightning.atomic_files import write_json
 from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog, RunLog, RunProgress, spectra
 from prune_lightning.data.stream import EditStream
+from prune_lightning.evaluation.answers import Answers
 from prune_lightning.evaluation.measurement import Measurement
 from prune_lightning.evaluation.stream import StreamScores
 from prune_lightning.ledger import Ledger
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.loading import load_tokens
 from prune_lightning.phases import PhaseClock
+from prune_lightning.report.labels import shown_name
 from prune_lightning.report.summary import RunSummary
 from prune_lightning.tasks.arguments import record_settings
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.components import build, check_arguments, check_component, check_components
-from prune_lightning.tasks.edit_report import report
+from prune_lightning.tasks.edit_report import origin, report
 from prune_lightning.tasks.exporting import export_all, raise_failed
 from prune_lightning.tasks.knowing import select_records
 from prune_lightning.tasks.preflight import check_bisection, check_run, formats_wanted
@@ -94,8 +96,8 @@ def _run(config: DictConfig, given: DictConfig) -> None:
             control = _control(config, job, run_log) if restrained and config.control else None
     if not trainer.is_global_zero:
         return
-    summary.add({"evaluate_share": _share(summary)})
-    summary.add({"exports": exports, "control": control and RunSummary({}).collect([control]).entries})
+    summary.add({"evaluate_share": _share(summary), **origin(looked_at)})
+    summary.add({"exports": exports, "control": control and _compared(job.evaluation, control)})
     summary["stream"]["collapses"] = collapses
     with clock.phase("report"):
         report(config, folder, summary, looked_at, loggers, job.evaluation, out)
@@ -214,11 +216,18 @@ def _about(config: DictConfig, job: Job) -> dict[str, Any]:
     return {
         "method": choice("method"),
         "restraint": choice("restraint"),
+        "titles": {"method": shown_name(choice("method"), type(job.module).__name__)},
+        "device": str(job.module.device),
         "restraint_options": OmegaConf.to_container(config.restraint, resolve=True) if job.restraint else None,
         **model_facts(config),
         "data": choice("data"),
         "seed": config.seed,
     }
+
+
+def _compared(evaluation: EditEvaluation, control: EditEvaluation) -> dict[str, Any]:
+    """Return the summary of the control run, with the differences between the run and it."""
+    return RunSummary({"differences": evaluation.evaluator.difference(control.evaluator)}).collect([control]).entries
 
 
 def _share(summary: RunSummary) -> float:
@@ -243,7 +252,8 @@ def _control(config: DictConfig, job: Job, run_log: RunLog) -> EditEvaluation:
     job.module.run.restart()
     scores = None if job.stream.protocol.from_base else StreamScores(job.stream.superseded())
     clock = job.module.clock
-    evaluation = _evaluation(config, job.evaluation.measurements, stream=scores, earlier=job.evaluation, clock=clock)
+    measurements = [m for m in job.evaluation.measurements if not isinstance(m, Answers)]
+    evaluation = _evaluation(config, measurements, stream=scores, earlier=job.evaluation, clock=clock)
     trainer = build_trainer(config, [EditLog(None, scores), evaluation, run_log], [], max_steps=steps)
     with clock.phase("edit"):
         fit(trainer, job.module, job.stream.from_start())

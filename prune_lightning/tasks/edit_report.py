@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import platform
+import shlex
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from prune_lightning import __version__
 from prune_lightning.callbacks import EditEvaluation
 from prune_lightning.evaluation.stream import FORMS, entries
 from prune_lightning.report.curves import plot_abilities, plot_editing, plot_immediate, plot_retention
+from prune_lightning.report.headline import sentence
 from prune_lightning.report.labels import Labels
 from prune_lightning.report.page import write_page
 from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
+from prune_lightning.report.printed import columns_of, print_result
 from prune_lightning.report.summary import RunSummary
-from prune_lightning.report.table import result_table
 from prune_lightning.tasks.setup import close_loggers
+
+_PICTURES = {
+    "spectra": "Singular values of the edited weights",
+    "retention_score": "Each edit at each evaluated count: success",
+    "retention_accuracy": "Each edit at each evaluated count: exact match",
+}
 
 
 def report(
@@ -32,35 +45,46 @@ def report(
     out: Console,
 ) -> None:
     """Print the table, draw the plots, write the page, and log table and plots to loggers that support them."""
-    edits = f"{summary['num_requests']} edits"
-    restrained = "no restraint" if summary["restraint"] == "none" else summary["restraint"]
-    title = f"{summary['method']}, {restrained}: {edits} (data: {summary['data']}, model: {summary['model']})"
-    columns = {"before": summary["baseline"], f"after {edits}": summary["final"]}
-    curves, intervals = {restrained: summary["curve"]}, {restrained: summary["intervals"]}
-    if control := summary["control"]:
-        columns["without restraint"] = control["final"]
-        curves["without restraint"], intervals["without restraint"] = control["curve"], control["intervals"]
-    labels = Labels(summary["labels"])
+    entries = summary.entries
+    columns, labels = columns_of(entries), Labels(summary["labels"])
+    titles, control = list(columns), summary["control"]
+    curves, intervals = {titles[1]: summary["curve"]}, {titles[1]: summary["intervals"]}
+    if control:
+        curves[titles[2]], intervals[titles[2]] = control["curve"], control["intervals"]
+    about = f"{sentence(entries)} (data: {summary['data']}, model: {summary['model']})"
     drawn = {
         "abilities": plot_abilities(curves, intervals, labels),
         "editing": plot_editing(curves, intervals, labels),
-        **_stream_figures(evaluation, summary, title, labels),
+        **_stream_figures(evaluation, summary, about, labels),
     }
     figures = {name: figure for name, figure in drawn.items() if figure} | {"spectra": plot_spectra(looked_at)}
-    plots = save_plots(folder / "plots", figures)
-    timing = (
-        f"{summary['edit_s']:.0f} s of edits, {summary['evaluate_s']:.0f} s of evaluation "
-        f"({100 * summary['evaluate_share']:.0f} % of both). Bands are 95 % bootstrap intervals over cases."
-    )
-    remarks = [timing, *evaluation.remarks()]
-    write_page(folder / "report.html", title, columns, plots, OmegaConf.to_yaml(config, resolve=True), remarks, labels)
+    plots = {path.stem: path for path in save_plots(folder / "plots", figures)}
+    pictures = {title: plots[name] for name, title in _PICTURES.items() if name in plots}
+    write_page(folder, entries, OmegaConf.to_yaml(config, resolve=True), pictures, evaluation.remarks())
     for logger in loggers:
         _log_curve(logger, control["curve"] if control else [])
         _log(logger, columns, figures, summary["num_requests"])
     close_loggers(loggers)
-    out.print(result_table(title, columns, labels))
+    print_result(entries, out, config.all_scores)
     for remark in evaluation.remarks():
-        out.print(remark)
+        out.print(remark, markup=False)
+
+
+def origin(looked_at: list[Spectra]) -> dict[str, Any]:
+    """Return what a reader needs to know to make the run again, and to judge its spectra."""
+    overrides = list(HydraConfig.get().overrides.task)
+    packages = ("torch", "transformers", "lightning", "numpy")
+    return {
+        "command": shlex.join(["python", "train.py", *overrides]),
+        "overrides": overrides,
+        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
+        "versions": {
+            "prune-lightning": __version__,
+            "Python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+        "original_sigma_max": {matrix.name: float(matrix.original[0]) for matrix in looked_at},
+    }
 
 
 def _stream_figures(
