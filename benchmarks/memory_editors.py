@@ -32,6 +32,7 @@ METHODS = {
     "grace": {"steps": 1, "radius": 1e-3},
     "ike": {},
     "memoir": {"steps": 1, "contexts": {"lengths": []}},
+    "wise": {"steps": 1, "contexts": {"lengths": []}},
 }
 
 
@@ -72,8 +73,7 @@ def main() -> None:
     rows = [row for name in options.methods for row in times(name, stream.requests, options)]
     table = Table("method", "entries", "ms per prompt", "without", "ms per token", "without", title=options.model)
     for row in rows:
-        pairs = [row["with"][key] for key in ("ms_per_prompt",)] + [row["without"]["ms_per_prompt"]]
-        pairs += [row["with"]["ms_per_token"], row["without"]["ms_per_token"]]
+        pairs = [row[part][key] for key in ("ms_per_prompt", "ms_per_token") for part in ("with", "without")]
         table.add_row(row["method"], str(row["entries"]), *(f"{value:.2f}" for value in pairs))
     Console().print(table)
     if options.json:

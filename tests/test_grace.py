@@ -63,7 +63,7 @@ def test_twelve_edits_match_the_public_code(variant, start, place):
     last = mask.sum(1) - 1
     with torch.no_grad():
         logits = model.logits_at(ids, mask, torch.arange(len(rows)), last)
-    assert module.side._entry.tolist() == theirs["query.fires"].tolist()
+    assert module.side.held.tolist() == theirs["query.fires"].tolist()
     assert float((logits - theirs["query.logits"]).norm() / theirs["query.logits"].norm()) < 1e-6
 
 

@@ -263,7 +263,8 @@ def test_a_restraint_says_once_that_it_has_nothing_to_do(method, restraint, tiny
 @pytest.mark.parametrize("method", MEMORIES)
 def test_an_editor_is_saved_and_opened_exactly(method, tmp_path):
     facts = [{"subject": name, "prompt": f"The capital of {name} is", "target_new": new} for name, new in CAPITALS[:2]]
-    with Editor("bundled", method, "none", progress=False) as editor:
+    options = {} if method == "ike" else {"method": {"steps": 5}}
+    with Editor("bundled", method, "none", progress=False, options=options) as editor:
         editor.edit(facts)
         model, held = editor._session.language_model, editor._session.module.side.state_dict()
         said = next_logits(model, [*(fact["prompt"] for fact in facts), *OTHERS])

@@ -23,12 +23,12 @@ class Placement:
             ``expand``: a larger ball around the nearest one, which has the same label; ``inside`` its ball; or
             ``replace``: another value for the same key.
         entry: Index of the entry that holds the key now.
-        distance: Distance to the nearest key; infinite without one.
+        distance: Distance to the nearest key; ``None`` without one.
     """
 
     kind: str
     entry: int
-    distance: float
+    distance: float | None
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class Codebook:
         """
         label = label[label != FILL]
         if not len(self):
-            return self._appended(key, value, label, radius), Placement("new", 0, float("inf"))
-        entry, distance = (int(found) if i == 0 else float(found) for i, found in enumerate(self.nearest(key[None])))
-        own, rounding = float(self.radii[int(entry)]), precision * float(key.norm())
-        entry = int(entry)
+            return self._appended(key, value, label, radius), Placement("new", 0, None)
+        indices, distances = self.nearest(key[None])
+        entry, distance = int(indices), float(distances)
+        own, rounding = float(self.radii[entry]), precision * float(key.norm())
         if distance > radius + own:
             return self._appended(key, value, label, radius), Placement("new", len(self), distance)
         known = self.labels[entry]

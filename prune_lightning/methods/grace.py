@@ -42,7 +42,6 @@ class CodebookMemory(SideMemory):
     def __init__(self, name: str, language_model: LanguageModel, radius: float, place: str) -> None:
         self.host = language_model.model.get_submodule(name)
         self.radius, self.place = radius, place
-        self._entry: Tensor | None = None  # of each row that is being generated
         super().__init__(name, language_model)
 
     @property
@@ -81,12 +80,12 @@ class CodebookMemory(SideMemory):
         assert reading is not None
         if reading.ends is not None:
             keys = apart(args[0], reading.rows)
-            self._entry = self.book.lookup(keys[torch.arange(reading.rows, device=keys.device), reading.ends])
+            self.held = self.book.lookup(keys[torch.arange(reading.rows, device=keys.device), reading.ends])
         elif self.place != "all":
             return None
-        assert self._entry is not None
-        replaced = places(self.place, reading) & (self._entry != NONE)[:, None]
-        values = self.book.values[self._entry.clamp_min(0)].to(output)
+        assert self.held is not None
+        replaced = places(self.place, reading) & (self.held != NONE)[:, None]
+        values = self.book.values[self.held.clamp_min(0)].to(output)
         return put(output, replaced, values)
 
 

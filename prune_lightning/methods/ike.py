@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prune_lightning.costs import Cost, Shapes, StreamShape, Work
+from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.methods.retrieval import HiddenStates, SharedWords, Similarity
 from prune_lightning.methods.side_memory import MemoryEditor, SideMemory
@@ -216,7 +216,7 @@ class IKE(MemoryEditor):
         """Return the costs: the text of the facts. Longer prompts cost time when they are asked, not here."""
         text = 8.0 * (stream.prompt + stream.target)  # bytes, with the prompt a second time
         held = {"facts": text * stream.edits}
-        return Cost([], rank=0.0, memory=held, disk=held, per_edit={"storing": Work()})
+        return Cost([], rank=0.0, memory=held, disk=held)
 
     def new_memory(self) -> FactMemory:
         """Return a memory without facts."""

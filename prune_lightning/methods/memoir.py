@@ -48,10 +48,10 @@ class ResidualMemory(SideMemory):
         self.count, self.threshold = count, threshold
         weight = cast(Tensor, self.host.weight)
         self._dtype = torch.promote_types(weight.dtype, torch.float32)
-        self._mask: Tensor | None = None  # of each row that is being generated
         super().__init__(name, language_model)
         self.background = self._mean_input().to(self._dtype)
-        self.permutation = torch.randperm(len(self.background), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self.background), generator=torch.Generator().manual_seed(seed))
+        self.permutation = order.to(self.background.device)
 
     @torch.no_grad()
     def _mean_input(self) -> Tensor:
@@ -90,7 +90,7 @@ class ResidualMemory(SideMemory):
     def to(self, device: torch.device) -> ResidualMemory:
         """Move the state to a device, in place."""
         super().to(device)
-        self.background = self.background.to(device)
+        self.background, self.permutation = self.background.to(device), self.permutation.to(device)
         return self
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class ResidualMemory(SideMemory):
         """
         share = prompt.to(self._dtype) / prompt.sum(1, keepdim=True)
         feature = torch.einsum("rl,rli->ri", share, inputs.to(self._dtype)) - self.background
-        return self.permutation.to(inputs.device)[feature.abs().topk(self.count).indices].sort(1).values
+        return self.permutation[feature.abs().topk(self.count).indices].sort(1).values
 
     def closest(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the edit that shares most of each mask, and how much of it."""
@@ -124,9 +124,9 @@ class ResidualMemory(SideMemory):
         inputs = apart(args[0], reading.rows)
         if reading.ends is not None:
             entry, share = self.closest(self.columns(inputs, reading.prompt()))
-            self._mask = self.masks[entry] & (share >= self.threshold)[:, None]
-        assert self._mask is not None
-        added = (inputs.to(self._dtype) * self._mask[:, None]) @ self.matrix.T
+            self.held = self.masks[entry] & (share >= self.threshold)[:, None]
+        assert self.held is not None
+        added = (inputs.to(self._dtype) * self.held[:, None]) @ self.matrix.T
         return output + added.to(output).view(output.shape)
 
 

@@ -79,7 +79,7 @@ def memory(weights: float, cost: Cost, restraint: RestraintCost, kept: Changes, 
     writing = size * w + 4 * max((m * n for m, n in cost.matrices), default=0) * kept.entry
     moments = {"writing": float(writing), **cost.peaks}
     largest = max(moments, key=lambda name: moments[name])
-    return found | {f"largest moment: {largest}": moments[largest]}
+    return _of_matrices(cost, found | {f"largest moment: {largest}": moments[largest]})
 
 
 def disk(cost: Cost, stream: StreamShape, kept: Changes) -> dict[str, float]:
@@ -88,7 +88,7 @@ def disk(cost: Cost, stream: StreamShape, kept: Changes) -> dict[str, float]:
         ledger = -(-stream.edits // stream.batch) * sum(m * n for m, n in cost.matrices) * float(kept.entry)
     else:
         ledger = stream.edits * cost.rank * sum((m + n) * FP64 for m, n in cost.matrices)
-    return {"ledger of edits": float(ledger), **cost.disk}
+    return _of_matrices(cost, {"ledger of edits": float(ledger), **cost.disk})
 
 
 def time(
@@ -100,4 +100,9 @@ def time(
     for m, n in cost.matrices:
         writing = writing + Work(4.0 * m * n * rank * stream.batch, 10.0 * m * n * kept.entry, 20)
     work = {**cost.per_edit, "writing": writing / stream.batch, "restraint": restraint.per_step / stream.batch}
-    return {name: machine.seconds(each) for name, each in work.items()}
+    return _of_matrices(cost, {name: machine.seconds(each) for name, each in work.items()})
+
+
+def _of_matrices(cost: Cost, found: dict[str, float]) -> dict[str, float]:
+    """Leave out what only matrices need, if no matrix is edited."""
+    return found if cost.matrices else {name: amount for name, amount in found.items() if amount}

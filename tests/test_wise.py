@@ -1,0 +1,152 @@
+"""WISE against the public code, and its side memories by hand."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SHARED
+from safetensors.torch import load_file
+
+from prune_lightning.errors import UserError
+from prune_lightning.methods.side_weights import SideWeights, ties
+from prune_lightning.methods.wise import WISE, Margins
+from prune_lightning.models.contexts import ContextOptions
+from prune_lightning.models.loading import load_language_model
+from prune_lightning.types import EditRequest
+
+ORACLES = SHARED / "oracles"
+
+
+class Published(WISE):
+    """The public run's rows, padded on the left, with distances over padding and one position too many in the loss."""
+
+    rows: dict[str, torch.Tensor]
+
+    def _part(self, number, name):
+        return self.rows[f"edit{number}.{name}"]
+
+    def _batch(self, request):
+        number = self.run.num_requests
+        ids, mask, labels = (self._part(number, name)[:-1] for name in ("input_ids", "attention_mask", "labels"))
+        count = len(ids)
+        rows, last = torch.arange(count), torch.full((count,), ids.shape[1] - 2)
+        label = labels[:, -1]
+        return SimpleNamespace(
+            ids=ids,
+            mask=mask,
+            rows=rows,
+            positions=last,
+            losses=lambda logits: -logits.log_softmax(-1)[rows, label] / 2,
+        )
+
+    def _unrelated(self, number):
+        return self._part(number, "input_ids")[-1:], self._part(number, "attention_mask")[-1:]
+
+    def _averaged(self, mask):
+        return torch.ones_like(mask).bool()
+
+
+@pytest.mark.skipif(not ORACLES.is_dir(), reason="the oracles are not part of the project")
+def test_edits_match_the_public_code():
+    about = json.loads((ORACLES / "oracles_2026.json").read_text())
+    setting, requests = about["methods"]["wise"]["hyper_parameters"], about["requests"]
+    theirs = {
+        name.removeprefix("wise."): tensor
+        for name, tensor in load_file(ORACLES / "oracles_2026.safetensors").items()
+        if name.startswith("wise.")
+    }
+    model = load_language_model(str(ORACLES / "oracle-gpt2"), "float64")
+    module = Published(
+        language_model=model,
+        layers=[4],
+        module="c_fc",
+        margins=Margins(setting["alpha"], setting["beta"], setting["gamma"]),
+        ratio=setting["act_ratio"],
+        steps=setting["n_iter"],
+        weight_decay=1e-5,
+        fast=False,
+    )
+    module.rows = theirs
+    mask = theirs["mask"].bool().T
+    module.side._trained = 0, mask
+    for i, tolerance in ((0, 1e-6), (1, 1e-6), (2, 1e-3), (3, 1e-3)):
+        record = requests[i]
+        report = module.edit([EditRequest(i, record["subject"], record["prompt"], record["target_new"])])
+        module.run.settle()
+        (detail,) = report.details
+        assert detail["losses"] == pytest.approx(theirs[f"edit{i}.losses"].tolist(), rel=tolerance)
+        assert detail["distance"] == pytest.approx(float(theirs[f"edit{i}.min_activation"]), rel=tolerance)
+        if (expected := theirs.get(f"edit{i}.side_change")) is not None:
+            assert float((module.side.changes[-1].T - expected).norm() / expected.norm()) < tolerance
+    assert float(module.side.least) * setting["act_ratio"] == pytest.approx(float(theirs["threshold"]), rel=1e-3)
+    rows = model.tokens.encode_all(setting["queries"])
+    ids, real = model.tokens.pad(rows, model.device)  # all in one batch, which theirs are not
+    with torch.no_grad():
+        logits = model.logits_at(ids, real, torch.arange(len(rows)), real.sum(1) - 1)
+    assert torch.equal(module.side.held >= 0, theirs["query.side"])
+    assert torch.equal(logits.argmax(-1), theirs["query.argmax"])
+    assert float((logits - theirs["query.logits"]).norm() / theirs["query.logits"].norm()) < 1e-3
+
+
+def test_ties_trims_elects_and_averages():
+    one = torch.tensor([[4.0, -3.0, 0.5, 0.0]])
+    other = torch.tensor([[2.0, 5.0, -0.1, 1.0]])
+    found = ties(torch.stack([one, other]), density=0.5)  # of each the two largest: (4, -3) and (2, 5)
+    assert found.tolist() == [[3.0, 5.0, 0.0, 0.0]]
+
+
+def memory(model, **options):
+    settings = {"ratio": 0.5, "share": 0.5, "shard": 2, "merged": 2, "density": 1.0, "seed": 0}
+    path = model.rewrite_name(1).removesuffix(".weight")
+    return SideWeights(path, model, torch.nn.Identity(), **(settings | options))
+
+
+def test_shards_begin_anew_and_are_merged(tiny):
+    side = memory(tiny("gpt2"))
+    parts = []
+    for number in range(5):
+        parts.append(side.trained())
+        values = torch.full((int(parts[-1].sum()),), float(number + 1), dtype=torch.float64)
+        kept, least = torch.ones(1, dtype=torch.float64), torch.tensor([10.0 - number], dtype=torch.float64)
+        side.include({"values.0": values, "kept": kept, "least": least})
+        if number == 3:
+            assert side.counts.tolist() == [2, 2]
+            assert side.least.tolist() == [9.0, 7.0]
+    assert torch.equal(parts[0], parts[1])
+    assert not torch.equal(parts[1], parts[2])
+    assert (side.counts.tolist(), side.least.tolist(), len(side)) == ([4, 1], [7.0, 6.0], 5)
+    both, first, second = parts[0] & parts[2], parts[0] & ~parts[2], parts[2] & ~parts[0]
+    merged = side.changes[0]
+    assert (merged[both] == 3.0).all()  # the mean of 2 and 4
+    assert (merged[first] == 2.0).all()
+    assert (merged[second] == 4.0).all()
+    assert (side.changes[1][parts[4]] == 5.0).all()
+
+
+def test_the_memory_with_the_largest_distance_answers(tiny):
+    side = memory(tiny("gpt2"), ratio=0.5)
+    eye = torch.eye(32, dtype=torch.float64)
+    side.changes, side.least = torch.stack([eye, 2 * eye]), torch.tensor([2.0, 8.0], dtype=torch.float64)
+    side.counts = torch.tensor([2, 1])
+    inputs = torch.zeros(3, 2, 32, dtype=torch.float64)
+    inputs[0, 0, 0], inputs[1, 0, 0], inputs[2, 0, 0] = 0.5, 1.5, 3.0
+    inputs[:, 1] = 100.0  # behind the prompt
+    prompt = torch.tensor([[True, False]] * 3)
+    assert side.chosen(inputs, torch.zeros_like(inputs), prompt).tolist() == [-1, 0, 1]
+
+
+def test_margins_are_means_over_what_they_concern():
+    inside, outside = torch.tensor([25.0, 10.0, 18.0]), torch.tensor([7.0])
+    expected = (7.0 + 10.0 - 10.0) / 1 + 2.0 + (10.0 + 2.0) / 2
+    assert float(Margins(5.0, 20.0, 10.0).loss(inside, outside)) == pytest.approx(expected)
+    assert float(Margins(5.0, 20.0, 10.0).loss(torch.tensor([50.0]), torch.tensor([1.0]))) == 0.0
+
+
+@pytest.mark.parametrize("wrong", [{"layers": [0, 1]}, {"share": 1.5}, {"module": "c_fcc"}])
+def test_a_wrong_option_is_named(wrong, tiny):
+    contexts = ContextOptions(fixed=[])
+    with pytest.raises(UserError, match=r"layers|share|c_fc"):
+        WISE(language_model=tiny("gpt2"), contexts=contexts, **{"layers": [1], **wrong})
