@@ -71,7 +71,7 @@ class _Rows:
         noise = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(uniform.dtype).tiny)))
         return torch.full_like(scores, -torch.inf).scatter(1, index, top + noise.to(top))
 
-    def done(self, new: Sequence[Sequence[int]], rows: Sequence[int]) -> list[bool]:
+    def done(self, new: list[list[int]], rows: Sequence[int]) -> list[bool]:
         """Return which of some rows have reached a stop text, their limit, or non-finite logits."""
         done = [len(ids) >= min(self.limits[i], self.finite_until[i]) for ids, i in zip(new, rows, strict=True)]
         if self.stops:
