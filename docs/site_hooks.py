@@ -15,7 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
-_LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+_LINK = re.compile(r"(?P<text>(?:\[[^][]*)?\])\((?P<target>[^)\s]+)\)")
 _ROLE = re.compile(r":(?:class|meth|func|data|mod|attr|obj):<code>~?\.*([^<]+)</code>")
 _PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".json": "json"}
@@ -63,7 +63,7 @@ def _short(name: str) -> str:
 def _local_links(root: Path, text: str, origin: str) -> Iterator[tuple[re.Match[str], str, str]]:
     """Yield each link to a file of the project, with its path from the root and its anchor."""
     for link in _LINK.finditer(text):
-        target, _, anchor = link[2].partition("#")
+        target, _, anchor = link["target"].partition("#")
         if target and "://" not in target and not target.startswith("mailto:"):
             path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
             if (root / path).exists():
@@ -76,9 +76,15 @@ def _relinked(root: Path, text: str, origin: str, uri: str) -> str:
     for link, path, anchor in _local_links(root, text, origin):
         page = path.removeprefix("docs/") if path.startswith("docs/") else _PAGES.get(path, f"source/{path}.md")
         target = posixpath.relpath(page, posixpath.dirname(uri) or ".") + (f"#{anchor}" if anchor else "")
-        done += [text[end : link.start()], link[1], target, link[3]]
+        shown = f"[{_title(root / path)}]" if re.fullmatch(r"\[[\w/]+\.md\]", link["text"]) else link["text"]
+        done += [text[end : link.start()], f"{shown}({target})"]
         end = link.end()
     return "".join(done) + text[end:]
+
+
+def _title(page: Path) -> str:
+    """Return the heading of a page: on the site, links that are named by a file are named by it."""
+    return next(line[2:] for line in page.read_text("utf-8").splitlines() if line.startswith("# "))
 
 
 def _source_page(path: Path, name: str) -> str:

@@ -58,7 +58,7 @@ def test_the_outputs_are_those_that_were_committed(executed, name):
 
 def test_the_edits_hold_and_one_is_taken_back(executed):
     said = texts(executed["edit_a_model"])
-    assert said[2:4] == ["'Rome.'", "'Paris.'"]
+    assert said[3:5] == ["'Rome.'", "'Paris.'"]
     after_undo = next(text for text in said if text.startswith("["))
     assert after_undo == "['Paris.', 'London.']"
     assert said[-2] == "'The capital of Italy is London.'"
@@ -67,7 +67,7 @@ def test_the_edits_hold_and_one_is_taken_back(executed):
 def test_prune_keeps_what_fine_tuning_alone_loses(executed):
     said = "\n".join(texts(executed["prune_in_fine_tuning"]))
     alone, pruned, trainer = (
-        tuple(map(float, pair)) for pair in re.findall(r"loss (\d+\.\d+) +retention (-?\d+\.\d+)", said)
+        tuple(map(float, pair)) for pair in re.findall(r"loss (\d+\.\d+), retention (-?\d+\.\d+)", said)
     )
     assert max(alone[0], pruned[0], trainer[0]) < 1.5, "all learn the text"
     assert pruned[1] > alone[1] + 0.2

@@ -12,7 +12,7 @@ class Labels:
     Args:
         groups: By the name of a measurement, its ``title`` and, by key, its ``scores``: ``labels`` in a run's summary.
 
-    Example:
+    Examples:
         >>> labels = Labels({"edit/zsre": {"title": "edits, zsRE", "scores": {"harmonic": "harmonic mean"}}})
         >>> labels.title("edit/zsre/harmonic"), labels.label("edit/zsre/harmonic"), labels.label("edit/zsre/other")
         ('edits, zsRE', 'harmonic mean', 'other')

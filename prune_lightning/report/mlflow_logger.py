@@ -7,7 +7,7 @@ import io
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.pytorch.loggers import MLFlowLogger
@@ -26,6 +26,8 @@ class EditMLFlowLogger(Tracker, MLFlowLogger):
         run_id: Id of an existing run.
         kwargs: See :class:`Tracker` and ``MLFlowLogger``.
     """
+
+    extra: ClassVar[str | None] = "mlflow"
 
     def __init__(
         self, *, run: TrackedRun | None = None, run_name: str | None = None, run_id: str | None = None, **kwargs: Any

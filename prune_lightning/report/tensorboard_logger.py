@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -25,6 +25,8 @@ class EditTensorBoardLogger(Tracker, TensorBoardLogger):
         max_edits: See :class:`Tracker`.
         flush_secs: Seconds between two writes.
     """
+
+    extra: ClassVar[str | None] = "tensorboard"
 
     def __init__(
         self,

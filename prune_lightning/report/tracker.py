@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from prune_lightning.ranges import Whole
 
 Artifact: TypeAlias = Literal["ledger", "export", "report"]
-TRACKERS = ("wandb", "mlflow", "trackio")
-
-
-def id_file(tracker: str) -> str:
-    """Return the name of the file in a run's folder that keeps the run's id in a tracker."""
-    return f"{tracker}_run_id.txt"
+ID_FILE = "{}_run_id.txt"  # in a run's folder, for each tracker
 
 
 class TrackedRun:
@@ -45,14 +40,14 @@ class TrackedRun:
 
     def id(self, tracker: str) -> str | None:
         """Return the id that the folder keeps, if the run is resumed."""
-        file = self.folder / id_file(tracker)
+        file = self.folder / ID_FILE.format(tracker)
         return file.read_text("utf-8").strip() if self.kept is not None and file.is_file() else None
 
     def keep_id(self, tracker: str, run_id: str) -> None:
         """Keep the id in the folder, for :meth:`id`."""
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / id_file(tracker)).write_text(run_id + "\n", "utf-8")
+            (self.folder / ID_FILE.format(tracker)).write_text(run_id + "\n", "utf-8")
 
 
 class Tracker:
@@ -66,7 +61,12 @@ class Tracker:
         artifacts: Parts of the run's folder that are uploaded at the end: ``ledger``, ``export``, ``report``.
         max_edits: Largest number of rows of the table of edits, evenly spaced; 0 for no table.
         kwargs: Arguments of the logger.
+
+    Attributes:
+        extra: The extra of this package that installs the tracker; ``None`` if it is always there.
     """
+
+    extra: ClassVar[str | None] = None
 
     def __init__(
         self,

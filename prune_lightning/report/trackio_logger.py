@@ -6,7 +6,7 @@ import uuid
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.fabric.utilities.logger import _convert_params
 from lightning.pytorch.loggers import Logger
@@ -30,6 +30,8 @@ class TrackioLogger(Tracker, Logger):
     Raises:
         ModuleNotFoundError: Trackio is not installed.
     """
+
+    extra: ClassVar[str | None] = "trackio"
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.trainer_checks import check_trainer, weights_dtype
 from prune_lightning.phases import PhaseClock, process_age
-from prune_lightning.report.tracker import TRACKERS, id_file
+from prune_lightning.report.tracker import ID_FILE
 from prune_lightning.tasks.components import build, in_one_line, located
 from prune_lightning.tasks.tracking import loggers_of, tracked_run
 from prune_lightning.types import EditRequest
@@ -40,7 +40,6 @@ RESULTS = (
     "trials.log",
     "error.txt",
     "tensorboard",
-    *map(id_file, TRACKERS),
 )
 
 # Warnings of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
@@ -65,7 +64,7 @@ def run_folder(resumed: bool = False) -> Path:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if resumed:
         return folder
-    earlier = [folder / name for name in RESULTS if (folder / name).exists()]
+    earlier = [*(folder / name for name in RESULTS if (folder / name).exists()), *folder.glob(ID_FILE.format("*"))]
     if earlier and first_process():
         aside = folder / f"earlier_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
         aside.mkdir(parents=True)

@@ -18,7 +18,6 @@ from prune_lightning.tasks.components import arguments_of, build, check_componen
 _NAMED = ("method", "restraint", "model", "data")
 _EDITING = "prune_lightning.tasks.edit.run"
 _PLACES: Mapping[Artifact, str] = {"ledger": "ledger", "export": "export", "report": "report.html"}
-_LIBRARIES = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "trackio": "trackio"}
 
 
 def tracked_run(config: DictConfig, folder: Path, kept: int | None, writes: bool) -> TrackedRun:
@@ -49,7 +48,8 @@ def loggers_of(config: DictConfig, run: TrackedRun) -> Iterator[Logger]:
             continue
         key = f"logger.{name}"
         check_component(node, key)
-        own = {"run": run} if "run" in arguments_of(located(node._target_, f"{key}._target_")).kinds else {}
+        kind = located(node._target_, f"{key}._target_")
+        own = {"run": run} if "run" in arguments_of(kind).kinds else {}
         _check_artifacts(config, node, key)
         with in_one_line(f"{key}: it cannot be started"):
             try:
@@ -57,19 +57,15 @@ def loggers_of(config: DictConfig, run: TrackedRun) -> Iterator[Logger]:
                 logger.log_hyperparams(hyperparameters(config))
             except Exception as error:
                 if _missing_package(error):
-                    raise UserError(_install(str(name), error)) from error
+                    extra = getattr(kind, "extra", None)
+                    how = f": pip install 'prune-lightning[{extra}]'" if extra else f": {' '.join(str(error).split())}"
+                    raise UserError(f"{key} needs a package that is not installed{how}") from error
                 raise
         yield logger
 
 
 def _missing_package(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, ImportError) or _missing_package(error.__cause__))
-
-
-def _install(name: str, error: Exception) -> str:
-    if name in _LIBRARIES:
-        return f"logger={name} needs {_LIBRARIES[name]}: pip install 'prune-lightning[{name}]'"
-    return f"logger.{name}: a package is missing: {' '.join(str(error).split())}"
 
 
 def _check_artifacts(config: DictConfig, node: DictConfig, key: str) -> None:
