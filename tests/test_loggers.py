@@ -75,7 +75,7 @@ def curve(job):
 def test_a_job_of_a_wandb_sweep_is_the_run_that_the_agent_created(job):
     run = offline_run(job.run)
     assert run["id"] == "agentsid"
-    assert (run["config"]["method"], run["config"]["settings"]["restraint"]["law"]["base"]) == ("rome", 2)
+    assert (run["config"]["method"], run["config"]["settings"]["restraint"]["base"]) == ("rome", 2)
     goal = job.config["metric"]["name"]
     assert run["summary"][goal] == pytest.approx(job.summary["final"][goal.removeprefix("final/")])
 
