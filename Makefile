@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env run test test-environments on-gpu mutants lint compare editors forgetting restraints smollm2 pretrain clean
+.PHONY: env run docs notebooks test test-environments on-gpu mutants lint compare editors forgetting restraints smollm2 pretrain clean
 
 env: .venv/.done
 
@@ -16,6 +16,10 @@ env: .venv/.done
 	$(BIN)/pip install --quiet --requirement requirements-dev.lock
 	touch $@
 
+.venv/.docs: .venv/.tools requirements-docs.lock
+	$(BIN)/pip install --quiet --requirement requirements-docs.lock
+	touch $@
+
 run: env
 	$(BIN)/python train.py
 
@@ -27,6 +31,14 @@ lint: .venv/.tools
 # Two workers of one thread each: faster than one of two, and no more on larger machines, for the sake of memory.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The documentation as a site: open build/site/index.html. A broken link is an error.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Run the notebooks of the documentation, and keep their outputs.
+notebooks: .venv/.tools
+	$(BIN)/jupyter execute --inplace docs/notebooks/*.ipynb
 
 # The numeric and the ledger tests in every numeric environment of today's processors, a line each.
 test-environments: .venv/.tools

@@ -41,7 +41,7 @@ class RestraintCallback(TrainerCallback):
         UserError: The Trainer shards the weights, would replace them at the end, or resumes from a checkpoint that
             does not hold the restraint's state.
 
-    Example:
+    Examples:
         ``Trainer(model, args, train_dataset=data, callbacks=[RestraintCallback(PRUNE(base=1.2))])``
     """
 

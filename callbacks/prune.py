@@ -26,7 +26,7 @@ class PRUNE(SpectralRestraint):
         non_finite: See :class:`SpectralRestraint`.
         feedback: See :class:`SpectralRestraint`.
 
-    Example:
+    Examples:
         >>> import lightning as L
         >>> trainer = L.Trainer(callbacks=[PRUNE(base=1.2)], logger=False, enable_checkpointing=False)
     """

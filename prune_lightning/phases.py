@@ -104,7 +104,7 @@ class PhaseClock:
     Attributes:
         phases: All phases so far, by name.
 
-    Example:
+    Examples:
         >>> ticks = iter([0.0, 1.0, 3.0, 7.0, 8.0, 9.0])
         >>> clock = PhaseClock(lambda: next(ticks))
         >>> with clock.phase("edit"):  # 1.0

@@ -19,7 +19,6 @@ Usage: prune-lightning [GROUP=OPTION | KEY=VALUE]...      (or: python train.py)
   prune-lightning model=gpt2-xl data=counterfact data.path=FILE trainer=gpu
   prune-lightning -m seed=0,1,2                 several runs, one after another
   prune-lightning resume=runs/DATE              continue an interrupted run
-
 Groups and their options:
 """
 _TAIL = """\

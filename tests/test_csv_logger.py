@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prune_lightning.report.csv_logger import StepCSVLogger, StepTable
+from prune_lightning.report.tracker import TrackedRun
 
 
 def rows(path):
@@ -17,7 +18,7 @@ def rows(path):
 
 
 def test_every_call_is_on_disk_and_shares_the_row_of_its_step(tmp_path):
-    logger, path = StepCSVLogger(tmp_path), tmp_path / "metrics.csv"
+    logger, path = StepCSVLogger(TrackedRun(tmp_path, "a run")), tmp_path / "metrics.csv"
     logger.log_metrics({"loss": 1.5}, step=0)
     assert rows(path) == [{"step": "0", "loss": "1.5"}]
     logger.log_metrics({"loss": torch.tensor(float("nan"))}, step=1)
@@ -67,7 +68,7 @@ def test_a_resumed_run_keeps_what_it_did_before(tmp_path, torn):
 
 
 def test_hyper_parameters_leave_the_metrics_alone(tmp_path):
-    logger = StepCSVLogger(tmp_path)
+    logger = StepCSVLogger(TrackedRun(tmp_path, "a run"))
     logger.log_metrics({"a": 1.0}, step=0)
     logger.log_hyperparams({"method": {"name": "rome"}})
     assert rows(tmp_path / "metrics.csv") == [{"step": "0", "a": "1.0"}]

@@ -18,7 +18,7 @@ from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.tokenization import Tokens
 from prune_lightning.types import EditRequest, LowRankUpdate
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = [
     pytest.param(name, block, id=f"{name}-{number}")

@@ -104,6 +104,9 @@ def test_undo_of_an_earlier_edit_is_as_if_it_had_never_been_written(editor):
         editor.undo(edits=[3])
     with pytest.raises(UserError, match="3 edits cannot be taken back"):
         editor.undo(3)
+    editor.undo(edits=[1])  # no step is left as it was
+    assert [request.subject for request in editor.edits] == ["Spain"]
+    assert editor.ask(FRANCE["prompt"]) == editor.ask(FRANCE["prompt"], before=True)
 
 
 def test_facts_that_were_written_together_can_be_taken_apart():

@@ -200,10 +200,10 @@ def test_the_command_line_says_what_is_expected(override, line, tmp_path, capsys
 
 
 def test_what_a_logger_does_not_take_is_one_line(tmp_path, capsys):
-    arguments = ("data.num_edits=1", "logger=wandb", "logger.offline=3")
+    arguments = ("data.num_edits=1", "logger=wandb", "logger.wandb.offline=3")
     assert command_line(tmp_path / "run", *arguments) == 2
-    assert capsys.readouterr().err == "error: logger.offline is expected to be true or false, but got 3\n"
-    assert command_line(tmp_path / "run", "data.num_edits=1", "logger=wandb", "+logger.mode=sideways") == 2
+    assert capsys.readouterr().err == "error: logger.wandb.offline is expected to be true or false, but got 3\n"
+    assert command_line(tmp_path / "run", "data.num_edits=1", "logger=wandb", "+logger.wandb.mode=sideways") == 2
     err = capsys.readouterr().err
-    assert "error: logger: it cannot be started: " in err
+    assert "error: logger.wandb: it cannot be started: " in err
     assert "Traceback" not in err

@@ -29,7 +29,10 @@ def records(file: Path) -> Iterator[Record]:
 
 
 def offline_run(folder: Path) -> dict:
-    """Return what the only offline run below a folder holds: id, name, group, config, history and exit code."""
+    """Return what the only offline run below a folder holds.
+
+    Keys: id, name, group, config, summary, history, the step metric of each metric, artifacts and exit code.
+    """
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     deadline = time.monotonic() + 30
     while (found := _content(file))["exit"] is None and time.monotonic() < deadline:
@@ -38,7 +41,7 @@ def offline_run(folder: Path) -> dict:
 
 
 def _content(file: Path) -> dict:
-    found: dict = {"config": {}, "history": [], "exit": None}
+    found: dict = {"config": {}, "summary": {}, "history": [], "axes": {}, "artifacts": {}, "exit": None}
     for record in records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
@@ -49,6 +52,14 @@ def _content(file: Path) -> dict:
         if kind == "history":
             items = record.history.item
             found["history"].append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
+        if kind == "summary":
+            items = record.summary.update
+            found["summary"] |= {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
+        if kind == "metric":
+            found["axes"][record.metric.name] = record.metric.step_metric
+        if kind == "artifact":
+            files = [entry.path for entry in record.artifact.manifest.contents]
+            found["artifacts"][record.artifact.name] = (record.artifact.type, files)
         if kind == "exit":
             found["exit"] = record.exit.exit_code
     return found

@@ -51,7 +51,7 @@ class Editor:
     Raises:
         UserError: An unknown name or option, or the model cannot be loaded or edited.
 
-    Example:
+    Examples:
         >>> from prune_lightning import Editor
         >>> editor = Editor("bundled", method="rome", restraint="prune", progress=False)
         >>> fact = {"subject": "Lorvain", "prompt": "The capital of Lorvain is", "target_new": "Tessel"}

@@ -35,7 +35,7 @@ class Tabular:
 
     def __str__(self) -> str:
         """Return the table as text."""
-        console = Console(width=120, record=True, file=io.StringIO(), color_system=None)
+        console = Console(width=120, record=True, file=io.StringIO(), color_system=None, force_jupyter=False)
         console.print(self.table())
         return console.export_text().rstrip()
 

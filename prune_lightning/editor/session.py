@@ -114,7 +114,7 @@ class EditSession:
             if [r.as_dict() for r in self.requests[: line["num_requests"]]] != wanted:
                 break
             kept = step
-        self.ledger.lines = self.ledger.lines[:kept]
+        self.ledger.lines, self.ledger.finish_line = self.ledger.lines[:kept], None
         self._advance(requests)
 
     def _advance(self, requests: Sequence[EditRequest]) -> list[EditReport]:

@@ -120,7 +120,8 @@ class WISE(MemoryEditor):
         found = language_model.modules_named(layer, [module]) if module else {}
         self.path = next(iter(found), language_model.rewrite_name(layer).removesuffix(".weight"))
         self.margins, self.contexts = margins or Margins(), contexts or ContextOptions()
-        self.sharding: dict[str, Any] = {"ratio": ratio, "share": share, "shard": shard, "merged": merged, "density": density}
+        self.sharding: dict[str, Any] = {"ratio": ratio, "share": share, "shard": shard}
+        self.sharding |= {"merged": merged, "density": density}
         self.steps, self.learning_rate, self.weight_decay = steps, learning_rate, weight_decay
         self.bound, self.stop_loss, self.seed, self.fast = bound, stop_loss, seed, fast
         self.prefixes: Sequence[str] = ("",)

@@ -28,7 +28,7 @@ class CaseMeans(Metric):
         counts: Names whose values are summed.
         kwargs: See :class:`torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = CaseMeans(["accuracy"])
         >>> metric.update("accuracy", torch.tensor([1.0, 0.0, 1.0]), torch.tensor([4, 4, 7]))
         >>> metric.update("accuracy", torch.tensor([1.0]), torch.tensor([7]))  # the same case again

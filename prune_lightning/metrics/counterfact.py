@@ -21,7 +21,7 @@ class CounterFactScore(CaseMeans):
 
     The harmonic mean S is that of the three means over the data set, not a mean over cases, and is 0 if one of them is.
 
-    Example:
+    Examples:
         >>> metric = CounterFactScore()
         >>> metric.update("efficacy", torch.tensor([0.1]), torch.tensor([0.7]), torch.tensor([True]), torch.tensor([0]))
         >>> float(metric.compute()["efficacy_score"])

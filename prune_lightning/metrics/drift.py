@@ -76,7 +76,7 @@ class Divergence(Metric):
     Args:
         kwargs: For :class:`torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = Divergence()
         >>> metric.update(torch.tensor([0.25, math.inf]), torch.tensor([True, True]))
         >>> {name: float(value) for name, value in metric.compute().items()}

@@ -21,7 +21,7 @@ class GenerationScore(CaseMeans):
         vectorizer: A fitted TF-IDF vectoriser; without one consistency is not computed.
         kwargs: See :class:`torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = GenerationScore()
         >>> metric.update(["one two three four five"], case=0)
         >>> {name: round(float(value)) for name, value in metric.compute().items()}

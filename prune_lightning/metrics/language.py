@@ -16,7 +16,7 @@ from prune_lightning.metrics.functional import perplexity
 class ExactMatch(Metric):
     """Share of items whose whole answer is right.
 
-    Example:
+    Examples:
         >>> metric = ExactMatch()
         >>> metric.update(torch.tensor([True, False]))
         >>> float(metric.compute())
@@ -47,7 +47,7 @@ class ExactMatch(Metric):
 class CorpusPerplexity(Metric):
     r"""Perplexity of a corpus, :math:`\exp(\sum_i \mathrm{nll}_i / \sum_i n_i)`, with equal weight for every token.
 
-    Example:
+    Examples:
         >>> metric = CorpusPerplexity()
         >>> metric.update(torch.tensor([2.0]), torch.tensor([2]))
         >>> round(float(metric.compute()), 3)
@@ -91,7 +91,7 @@ class SentencePerplexity(Metric):
         reference: ``corpus`` of the unedited model; without it ``collapse_relative`` is not computed.
         kwargs: For :class:`torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = SentencePerplexity()
         >>> metric.update(torch.tensor([2.0, 0.0]), torch.tensor([2, 2]))
         >>> {name: round(float(value), 3) for name, value in metric.compute().items() if name in ("mean", "corpus")}
@@ -151,7 +151,7 @@ class MeanRouge(ROUGEScore):
     Args:
         kwargs: For :class:`torchmetrics.text.ROUGEScore`: ``normalizer``, ``tokenizer``, ...
 
-    Example:
+    Examples:
         >>> metric = MeanRouge()
         >>> metric.update(["the cat sat", "no"], ["the cat sat", "yes"])
         >>> float(metric.compute()), metric.by_text()

@@ -28,7 +28,7 @@ class RetentionMatrix(Metric):
             dropped and do not count in any mean.
         kwargs: See ``Metric``.
 
-    Example:
+    Examples:
         >>> metric = RetentionMatrix()
         >>> metric.update(1, torch.tensor([1]), torch.tensor([0]), torch.tensor([1.0]))
         >>> metric.update(2, torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor([0.0, 1.0]))
@@ -121,7 +121,7 @@ class AbilityCurve(Metric):
         chance: Score of guessing, subtracted from both.
         kwargs: See ``Metric``.
 
-    Example:
+    Examples:
         >>> metric = AbilityCurve()
         >>> for num_requests, score in ((0, 0.8), (10, 0.4), (20, float("nan"))):
         ...     metric.update(num_requests, score)

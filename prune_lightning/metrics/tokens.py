@@ -20,7 +20,7 @@ class TokenMatch(CaseMeans):
         harmonic: Whether to report the harmonic mean of the kinds' means.
         kwargs: See :class:`torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = TokenMatch(["efficacy"])
         >>> metric.update("efficacy", torch.tensor([2, 0]), torch.tensor([4, 1]), torch.tensor([0, 1]))
         >>> metric.compute()["efficacy"], metric.compute()["efficacy_micro"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from prune_lightning.atomic_files import write_bytes
+from prune_lightning.report.tracker import TrackedRun
 
 Row = dict[str, str]
 
@@ -110,13 +111,12 @@ class StepCSVLogger(Logger):
     resumed.
 
     Args:
-        folder: Where `metrics.csv` and `hparams.yaml` are written.
-        keep: Keep the rows of an existing file up to this step; ``None`` starts a new file.
+        run: The job. `metrics.csv` and `hparams.yaml` are written to its folder.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         super().__init__()
-        self._folder, self._keep = folder, keep
+        self._folder, self._keep = run.folder, run.kept
         self._table: StepTable | None = None
 
     @property

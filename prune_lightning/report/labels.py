@@ -46,7 +46,7 @@ class Labels:
             key of its ``score`` and the ``meaning``; ``short``, keys for a short table; and ``lower``, keys of scores
             for which lower is better. This is ``labels`` in a run's summary.
 
-    Example:
+    Examples:
         >>> labels = Labels({"edit/zsre": {"title": "edits, zsRE", "scores": {"harmonic": "harmonic mean"}}})
         >>> labels.title("edit/zsre/harmonic"), labels.label("edit/zsre/harmonic"), labels.label("edit/zsre/some_other")
         ('edits, zsRE', 'harmonic mean', 'some other')

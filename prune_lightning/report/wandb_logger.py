@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from prune_lightning.report.tracker import Artifact, TrackedRun, Tracker
 
-class EditWandbLogger(WandbLogger):
-    """Lightning's logger with every metric drawn against ``num_requests``, and a run that is its own.
+
+class EditWandbLogger(Tracker, WandbLogger):
+    """Lightning's logger with every metric drawn against the number of edits, and a run that is its own.
 
     Lightning's logger joins the run that is active in the process, so that the second job of a sweep would write into
-    the run of the first. This one always starts a run, and :meth:`close` ends it.
+    the run of the first. This one always starts a run, and :meth:`close` ends it. A resumed job continues its run; a
+    job of a W&B sweep takes the run that the agent has created.
 
     Args:
-        kwargs: See ``WandbLogger``; ``offline=True`` needs no account.
+        run: See :class:`Tracker`.
+        name: Name of the run; by default what ran.
+        group: Group of the run; by default the Hydra multirun.
+        id: Id of the run.
+        kwargs: See :class:`Tracker` and ``WandbLogger``; ``offline=True`` needs no account.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"reinit": "create_new", **kwargs})
+    def __init__(
+        self,
+        *,
+        run: TrackedRun | None = None,
+        name: str | None = None,
+        group: str | None = None,
+        id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if run is not None:
+            name, group = name or run.name[:128], group or run.group  # 128: the longest name that W&B takes
+            id = id or run.id("wandb") or _id_of_sweep() or uuid.uuid4().hex[:8]
+            run.keep_id("wandb", id)
+        own = {"name": name, "group": group, "id": id, "reinit": "create_new"}
+        super().__init__(run=run, **{**own, **kwargs})
+        self._axis = run.axis if run else "num_requests"
+        self._defined: set[str] = set()
 
     @override
     @rank_zero_only
@@ -35,10 +60,24 @@ class EditWandbLogger(WandbLogger):
         if step is None:
             self.experiment.log(dict(metrics))
             return
-        self.experiment.define_metric("num_requests")
-        for name in metrics:
-            self.experiment.define_metric(name, step_metric="num_requests")
-        self.experiment.log({**metrics, "num_requests": step})
+        if not self._defined:
+            self.experiment.define_metric(self._axis)
+        for name in metrics.keys() - self._defined:
+            self.experiment.define_metric(name, step_metric=self._axis)
+        self._defined |= {self._axis, *metrics}
+        self.experiment.log({**metrics, self._axis: step})
+
+    @override
+    @rank_zero_only
+    def log_summary(self, figures: Mapping[str, float]) -> None:
+        """Write the figures into the run's summary, by which runs are sorted and sweeps are steered."""
+        self.experiment.summary.update(dict(figures))
+
+    @override
+    @rank_zero_only
+    def log_artifact(self, path: Path, kind: Artifact) -> None:
+        """Log an artifact of the type ``kind``, named after the run."""
+        self.experiment.log_artifact(str(path), name=f"{kind}-{self.experiment.id}", type=kind)
 
     @override
     @rank_zero_only
@@ -48,12 +87,14 @@ class EditWandbLogger(WandbLogger):
         if status != "success":
             self.close(exit_code=1)
 
+    @override
     @rank_zero_only
     def close(self, exit_code: int = 0) -> None:
-        """End the run.
-
-        Args:
-            exit_code: Anything but 0 marks the run as failed.
-        """
+        """End the run."""
         if self._experiment is not None:
             self._experiment.finish(exit_code=exit_code)
+
+
+def _id_of_sweep() -> str | None:
+    """Return the id of the run that a sweep's agent has created for this process."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None

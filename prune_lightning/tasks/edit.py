@@ -29,6 +29,7 @@ from prune_lightning.tasks.arguments import record_settings
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.components import build, check_arguments, check_component, check_components
 from prune_lightning.tasks.edit_report import origin, report
+from prune_lightning.tasks.edit_table import edit_rows
 from prune_lightning.tasks.exporting import export_all, raise_failed
 from prune_lightning.tasks.knowing import select_records
 from prune_lightning.tasks.preflight import check_bisection, check_run, formats_wanted
@@ -87,6 +88,10 @@ def _run(config: DictConfig, given: DictConfig) -> None:
             collapses = _collapses(config, job)
         with clock.phase("spectrum"):
             looked_at = spectra(job.module.edited_matrices().values())
+        with clock.phase("answers"):
+            from_base = job.stream.protocol.from_base
+            told = loggers if trainer.is_global_zero else []
+            answers = edit_rows(job.module, folder / "edits.jsonl", told, from_base)
         with clock.phase("export"):
             wanted = job.formats if trainer.is_global_zero else []
             exports = export_all(wanted, config, folder, job.module, job.stream, out)
@@ -100,7 +105,7 @@ def _run(config: DictConfig, given: DictConfig) -> None:
     summary.add({"exports": exports, "control": control and _compared(job.evaluation, control)})
     summary["stream"]["collapses"] = collapses
     with clock.phase("report"):
-        report(config, folder, summary, looked_at, loggers, job.evaluation, out)
+        report(config, folder, summary, looked_at, loggers, answers, job.evaluation, out)
     seconds = clock.seconds()
     summary.add({"phases": seconds, "wall_s": sum(seconds.values())})
     write_json(folder / "summary.json", summary.entries)

@@ -26,7 +26,9 @@ from prune_lightning.report.page import write_page
 from prune_lightning.report.plots import Spectra, plot_spectra, save_plots, show_figure
 from prune_lightning.report.printed import columns_of, print_result
 from prune_lightning.report.summary import RunSummary
+from prune_lightning.tasks.edit_table import COLUMNS
 from prune_lightning.tasks.setup import close_loggers
+from prune_lightning.tasks.tracking import hand_over
 
 _PICTURES = {
     "spectra": "Singular values of the edited weights",
@@ -41,6 +43,7 @@ def report(
     summary: RunSummary,
     looked_at: list[Spectra],
     loggers: list[Logger],
+    answers: list[list[Any]],
     evaluation: EditEvaluation,
     out: Console,
 ) -> None:
@@ -63,7 +66,8 @@ def report(
     write_page(folder, entries, OmegaConf.to_yaml(config, resolve=True), pictures, evaluation.remarks())
     for logger in loggers:
         _log_curve(logger, control["curve"] if control else [])
-        _log(logger, columns, figures, summary["num_requests"])
+        _log(logger, columns, figures, answers, summary["num_requests"])
+    hand_over(loggers, _headline(summary), folder)
     close_loggers(loggers)
     print_result(entries, out, config.all_scores)
     for remark in evaluation.remarks():
@@ -110,11 +114,27 @@ def _log_curve(logger: Logger, curve: Sequence[Mapping[str, float]]) -> None:
         logger.log_metrics(scores, step=int(entry["num_requests"]))
 
 
-def _log(logger: Logger, columns: dict[str, Any], figures: dict[str, Figure], num_requests: int) -> None:
+def _headline(summary: RunSummary) -> dict[str, float]:
+    """Return the scores before and after, and those of the control run, for the summary of a tracker."""
+    control = summary["control"]
+    parts = {"before": summary["baseline"], "final": summary["final"], "control": control["final"] if control else {}}
+    scores = {f"{part}/{name}": score for part, entry in parts.items() for name, score in entry.items()}
+    return scores | {name: summary[name] for name in ("num_requests", "edit_s", "evaluate_s")}
+
+
+def _log(
+    logger: Logger,
+    columns: dict[str, Any],
+    figures: dict[str, Figure],
+    answers: list[list[Any]],
+    num_requests: int,
+) -> None:
     for name, figure in figures.items():
         show_figure(logger, name, figure, step=num_requests)
     if hasattr(logger, "log_table"):
         names = sorted(set().union(*columns.values()))
         data = [[name, *(scores.get(name) for scores in columns.values())] for name in names]
         logger.log_table(key="result", columns=["metric", *columns], data=data, step=num_requests)
+        if answers:
+            logger.log_table(key="edits", columns=list(COLUMNS), data=answers, step=num_requests)
     logger.finalize("success")

@@ -13,7 +13,7 @@ import lightning as L
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
@@ -22,9 +22,9 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.trainer_checks import check_trainer, weights_dtype
 from prune_lightning.phases import PhaseClock, process_age
-from prune_lightning.report.csv_logger import StepCSVLogger
+from prune_lightning.report.tracker import ID_FILE
 from prune_lightning.tasks.components import build, in_one_line, located
-from prune_lightning.tasks.tracking import RUN_ID, hyperparameters, wandb_arguments
+from prune_lightning.tasks.tracking import loggers_of, tracked_run
 from prune_lightning.types import EditRequest
 
 _OF_EDITING = ("summary.json", "metrics.csv", "edits.jsonl", "cases.jsonl", "quarantine.jsonl", "plots", "report.html")
@@ -39,7 +39,7 @@ RESULTS = (
     "tuning.json",
     "trials.log",
     "error.txt",
-    RUN_ID,
+    "tensorboard",
 )
 
 # Warnings of libraries that do not apply here: the stream is text, its loader needs no workers, and so on.
@@ -64,7 +64,7 @@ def run_folder(resumed: bool = False) -> Path:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if resumed:
         return folder
-    earlier = [folder / name for name in RESULTS if (folder / name).exists()]
+    earlier = [*(folder / name for name in RESULTS if (folder / name).exists()), *folder.glob(ID_FILE.format("*"))]
     if earlier and first_process():
         aside = folder / f"earlier_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
         aside.mkdir(parents=True)
@@ -107,24 +107,14 @@ def run_clock() -> PhaseClock:
 
 
 def build_loggers(config: DictConfig, folder: Path, keep: int | None = None) -> list[Logger]:
-    """Return the logger of `metrics.csv` and those of the configuration.
+    """Return the loggers of the configuration.
 
     Args:
         config: The job's configuration.
         folder: The run's folder.
-        keep: When a run is resumed, the step up to which its `metrics.csv` is kept; ``None`` for a new run.
+        keep: When a run is resumed, the step up to which its records are kept; ``None`` for a new run.
     """
-    loggers: list[Logger] = [StepCSVLogger(folder, keep)]
-    if config.logger:
-        own: dict[str, Any] = {}
-        kind = located(config.logger.get("_target_"), "logger._target_")
-        if isinstance(kind, type) and issubclass(kind, WandbLogger):
-            own = wandb_arguments(config, folder, resumed=keep is not None, write=first_process())
-        with in_one_line("logger: it cannot be started"):
-            loggers.append(build(config.logger, "logger", **own))
-            loggers[-1].log_hyperparams(hyperparameters(config))
-    loggers[0].log_hyperparams(hyperparameters(config))
-    return loggers
+    return list(loggers_of(config, tracked_run(config, folder, keep, first_process())))
 
 
 def close_loggers(loggers: Sequence[Logger]) -> None:
