@@ -118,7 +118,7 @@ class EditEvaluation(LightningCallback):
             if self.evaluator.baseline:
                 self.curve.append({"num_requests": 0, **self.evaluator.baseline})
             else:
-                edited = Stream(self._requests, module.edited_matrices())
+                edited = Stream(self._requests, module.edited_matrices(), stream.placed_groups())
                 self.evaluator.take_baseline(model, cases, partial(_spectrum, module), edited)
                 self._remark(trainer)
             self._log(trainer)
