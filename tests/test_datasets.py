@@ -46,7 +46,7 @@ def test_a_data_set_of_the_hub_gives_the_requests_of_its_file(tmp_path):
     folder.mkdir()
     rows = [FACT, {**FACT, "subject": "Spain", "prompt": "The capital of Spain is", "target_old": "Madrid"}]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "test.jsonl").write_text(json.dumps(FACT))
+    (folder / "test.jsonl").write_text(json.dumps(rows[1]))
     local = read(JSONLines, folder / "train.jsonl")
     hub = read(JSONLines, f"hub://{folder}", hub={"split": "train", "config": None})
     assert hub.requests == local.requests
@@ -183,7 +183,7 @@ def test_mquake_writes_a_shared_edit_once_and_keeps_cases_together(tmp_path):
 
 def test_where_groups_are_complete():
     first, second, third, again = edit("a b", "c"), edit("d e", "f"), edit("g h", "i"), edit("a b", "z")
-    facts = [(one.prompt, one.target_new) for one in (first, second, third)]
+    facts = [one.fact for one in (first, second, third)]
     both, alone, absent = Group(0, tuple(facts[:2]), ()), Group(1, tuple(facts[2:]), ()), Group(2, (("x", "y"),), ())
     half = Group(3, (facts[0], ("x", "y")), ())
     stream = [EditBatch((one,)) for one in (first, second, third, again)]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from prune_lightning.errors import UserError
+from prune_lightning.evaluation.edit_perplexity import EditPerplexity
+from prune_lightning.evaluation.scoring import token_nll
+from prune_lightning.metrics import SentencePerplexity
 from prune_lightning.report.studies.__main__ import main
 from prune_lightning.report.studies.batches import batch
 from prune_lightning.report.studies.butterfly import butterfly, write_hard
@@ -14,6 +18,7 @@ from prune_lightning.report.studies.mirage import mirage
 from prune_lightning.report.studies.page import markdown, write
 from prune_lightning.report.studies.restrained import prune, rect
 from prune_lightning.report.studies.runs import read_study
+from prune_lightning.types import EditRequest
 
 
 def run(folder, method, curve, config, **summary):
@@ -173,3 +178,18 @@ def test_folders_without_a_run_are_an_error(tmp_path):
         read_study([tmp_path])
     with pytest.raises(UserError, match="holds no run folder"):
         read_study([tmp_path / "empty"])
+
+
+def test_the_perplexity_of_an_edit_is_that_of_sentences(bundled):
+    measurement = EditPerplexity(max_items=5, factor=10.0)
+    cases = {3: EditRequest(0, "a", "a", "b"), 5: EditRequest(1, "a", "a", "b")}
+    measurement.take_reference(bundled, cases)
+    found = measurement.measure(bundled, cases)
+    reference = SentencePerplexity()
+    reference.update(*token_nll(bundled, measurement.sentences, special_tokens=False))
+    assert found.scores["me_ppl"] == pytest.approx(float(reference.compute()["mean"]), rel=1e-6)
+    assert (found.scores["relative"], found.scores["collapsed"]) == (1.0, 0.0)
+    assert [row["case"] for row in found.cases] == [3, 5]
+    with torch.no_grad():
+        next(module for name, module in bundled.model.named_modules() if name.endswith("mlp.c_proj")).weight.mul_(100)
+    assert measurement.measure(bundled, cases).scores["collapsed"] == 1.0

@@ -36,7 +36,7 @@ class GroupedFile(FileStream):
         """Convert one record into its requests, and keep its questions."""
         requests, questions = self.parse_group(row, case_id)
         if questions:
-            facts = tuple((request.prompt, request.target_new) for request in requests)
+            facts = tuple(request.fact for request in requests)
             self._groups.append(Group(row.row.get("case_id", case_id), facts, tuple(questions)))
         return requests
 

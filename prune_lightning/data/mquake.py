@@ -52,8 +52,8 @@ class MQuAKE(GroupedFile):
         requests = super().ordered(requests)
         if self.protocol.from_base:
             return requests
-        first = {(request.prompt, request.target_new): request for request in reversed(requests)}
-        return [request for request in requests if first[request.prompt, request.target_new] is request]
+        first = {request.fact: request for request in reversed(requests)}
+        return [request for request in requests if first[request.fact] is request]
 
     def _ends(self) -> list[int]:
         if self.protocol.one_by_one:

@@ -20,7 +20,7 @@ def placed(groups: Sequence[Group], steps: Sequence[EditBatch], superseded: Mapp
     requests = [request for step in steps for request in step.requests]
     first: dict[tuple[str, str], int] = {}
     for place, request in reversed(list(enumerate(requests))):
-        first[request.prompt, request.target_new] = place
+        first[request.fact] = place
     found: list[PlacedGroup] = []
     for group in groups:
         places = [first[fact] for fact in group.facts if fact in first]
@@ -38,7 +38,7 @@ def placed(groups: Sequence[Group], steps: Sequence[EditBatch], superseded: Mapp
 def _within_steps(group: Group, steps: Sequence[EditBatch]) -> PlacedGroup:
     start = 0
     for step in steps:
-        here = {(request.prompt, request.target_new): start + i for i, request in enumerate(step.requests)}
+        here = {request.fact: start + i for i, request in enumerate(step.requests)}
         if all(fact in here for fact in group.facts):
             return PlacedGroup(group, max(here[fact] for fact in group.facts))
         start += len(step.requests)

@@ -36,7 +36,7 @@ def repeated(usable: Sequence[Located], kept: Sequence[Located]) -> list[BadRow]
     """Return the usable records that are not among those kept, since another one has their subject or their edit."""
     present = {id(one.request) for one in kept}
     subjects = {one.request.subject.lower(): one.line for one in kept}
-    edits = {(one.request.prompt, one.request.target_new): one.line for one in kept}
+    edits = {one.request.fact: one.line for one in kept}
     found = []
     for one in usable:
         if id(one.request) not in present:
@@ -45,7 +45,7 @@ def repeated(usable: Sequence[Located], kept: Sequence[Located]) -> list[BadRow]
                 f"its subject {shown(subject)} is that of line {subjects[subject.lower()]} "
                 "(data.unique_subjects=false keeps both)"
             )
-            if line := edits.get((one.request.prompt, one.request.target_new)):
+            if line := edits.get(one.request.fact):
                 reason = f"it repeats the edit of line {line}"
             found.append(BadRow(one.line, reason))
     return found

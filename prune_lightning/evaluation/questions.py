@@ -22,7 +22,6 @@ from prune_lightning.questions import PlacedGroup, Query, Question
 from prune_lightning.ranges import Count, Whole
 from prune_lightning.records import read_text
 from prune_lightning.text.separators import join
-from prune_lightning.types import EditRequest
 
 
 def _holds(answer: Continuation, query: Query) -> bool:
@@ -97,12 +96,10 @@ class ConsequenceQuestions(EditingMeasurement):
         text = f"{self.name}: {incomplete} groups are not scored, since the stream lacks an edit of each."
         return [text] if incomplete else []
 
-    def check(self, model: LanguageModel, requests: Sequence[EditRequest]) -> None:
-        """Check that the answers fit the model's context."""
-        check_room("evaluation.questions.max_new_tokens", model, self.max_new_tokens)
-
     def take_reference(self, model: LanguageModel, cases: Cases) -> None:
         """Find the conditions that the unedited model does not meet."""
+        if self._groups:
+            check_room("evaluation.questions.max_new_tokens", model, self.max_new_tokens)
         given = [g for one in self._groups if one.case in cases for q in one.group.questions for g in q.given]
         answers = self._answers(model, given)
         self._not_known = {query for query in given if not _holds(answers[query], query)}
@@ -122,6 +119,8 @@ class ConsequenceQuestions(EditingMeasurement):
     def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
         """Ask the questions of the groups that are complete, add their scores, and return rows with the answers."""
         assert isinstance(metric, CaseMeans)
+        if not self._groups:
+            return []
         written = max(cases, default=-1) + 1
         asked = [
             (one.case, question)

@@ -113,7 +113,7 @@ def write_hard(runs: Sequence[FinishedRun], path: Path) -> int:
             for edit in read_edits(run):
                 if edit.collapsed:
                     request = EditRequest.from_dict(edit.request)
-                    hard.setdefault((request.prompt, request.target_new), _line(request))
+                    hard.setdefault(request.fact, _line(request))
     write_lines(path, list(hard.values()))
     return len(hard)
 
