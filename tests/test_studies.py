@@ -96,7 +96,7 @@ def test_batch_separates_protocols_and_layers(tmp_path):
         "memit, each on the unedited model": ([1, 8], [0.9, 0.7]),
         "memit, one batch after another": ([8], [0.4]),
     }
-    assert [line.get_xdata() for line in drawing.axes[4].get_lines()] == [[0, 2]]
+    assert [list(line.get_xdata()) for line in drawing.axes[4].get_lines()] == [[0, 2]]
 
 
 def test_mirage_shows_the_drop(tmp_path):
