@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env run docs notebooks test test-environments on-gpu mutants lint compare editors forgetting restraints smollm2 pretrain clean
+.PHONY: env run docs notebooks test test-environments on-gpu mutants lint compare editors forgetting restraints smollm2 study pretrain clean
 
 env: .venv/.done
 
@@ -100,6 +100,47 @@ smollm2: .venv/.smollm2
 	$(BIN)/python -m prune_lightning.report.compare runs/smollm2/rome-*-0 --out docs/smollm2
 	$(STUDY) method=rome,memit,alphaedit data.num_edits=$(EDITS)
 	$(BIN)/python -m prune_lightning.report.compare runs/smollm2/*-*-0 --out docs/smollm2
+
+# The studies of docs/studies: `make study NAME=prune`, rect, batch, butterfly or mirage. They are resumable.
+# MODEL=smollm2 takes another model; QAEDIT=FILE the paper's questions for mirage; SENTENCES=FILE its sentences for
+# butterfly.
+NAME ?= prune
+MODEL ?= bundled
+RUN_STUDY = $(BIN)/python train.py -m experiment=study_$(1) model=$(MODEL) progress=false
+DRAW_STUDY = $(BIN)/python -m prune_lightning.report.studies --out docs/studies$(if $(filter-out bundled,$(MODEL)),/$(MODEL))
+study: env study-$(NAME)
+
+.PHONY: study-prune study-rect study-batch study-butterfly study-mirage
+study-prune:
+	$(call RUN_STUDY,prune) method=rome,memit,mend restraint=none
+	$(call RUN_STUDY,prune) method=rome,memit,mend restraint=prune restraint.base=1.2,1.5,2
+	$(DRAW_STUDY) prune runs/study_prune/$(MODEL)
+
+study-rect:
+	$(call RUN_STUDY,rect) method=rome,memit,mend,kn restraint=none
+	$(call RUN_STUDY,rect) method=rome,memit,mend,kn restraint=rect restraint.keep=0.2,0.4,0.6,0.8
+	$(DRAW_STUDY) rect runs/study_rect/$(MODEL)
+
+study-batch:
+	$(call RUN_STUDY,batch) method=rome,memit,emmet data.protocol=batch,sequential_batched data.batch_size=1,8,64
+	$(call RUN_STUDY,layers) method=memit,emmet method.layers=[0],[1],[2],[3]
+	$(DRAW_STUDY) batch runs/study_batch/$(MODEL) runs/study_layers/$(MODEL)
+
+# Every edit alone, then those that collapse the model once more under guards.
+BUTTERFLY := runs/study_butterfly/$(MODEL)
+study-butterfly:
+	$(call RUN_STUDY,butterfly) method=rome,r_rome $(if $(SENTENCES),evaluation.perplexity.path=$(SENTENCES))
+	$(DRAW_STUDY) butterfly $(BUTTERFLY) --hard $(BUTTERFLY)/hard.jsonl
+	if [ -s $(BUTTERFLY)/hard.jsonl ]; then $(call RUN_STUDY,butterfly) method=rome data=jsonl \
+		data.path=$(BUTTERFLY)/hard.jsonl data.unique_subjects=false callbacks=guards callbacks.guards.policy=rollback \
+		$(if $(SENTENCES),evaluation.perplexity.path=$(SENTENCES)); fi
+	$(DRAW_STUDY) butterfly $(BUTTERFLY)
+
+study-mirage:
+	$(call RUN_STUDY,mirage) method=ft_m,rome,memit data.protocol=single,sequential
+	if [ -n "$(QAEDIT)" ]; then $(call RUN_STUDY,mirage) method=ft_m,rome,memit data.protocol=single,sequential \
+		data=qaedit data.path=$(QAEDIT); fi
+	$(DRAW_STUDY) mirage runs/study_mirage/$(MODEL)
 
 # Train the bundled model from scratch (about half an hour on two cores).
 pretrain: env

@@ -34,7 +34,12 @@ from ._order import Place, check_order
 
 _SPECTRUM = {
     "title": "spectrum",
-    "scores": {"sigma_max_delta": "largest σ of the change", "condition_number": "condition number"},
+    "scores": {
+        "sigma_max_delta": "largest σ of the change",
+        "condition_number": "condition number",
+        "norm_ratio": "norm, relative to the original's",
+        "relative_change": "norm of the change, relative to the original's",
+    },
     "headlines": {},
     "short": ["sigma_max_delta", "condition_number"],
     "lower": ["condition_number", "sigma_max_delta"],
@@ -124,7 +129,7 @@ class EditEvaluation(LightningCallback):
             if self.evaluator.baseline:
                 self.curve.append({"num_requests": 0, **self.evaluator.baseline})
             else:
-                edited = Stream(self._requests, module.edited_matrices())
+                edited = Stream(self._requests, module.edited_matrices(), stream.placed_groups())
                 self.evaluator.take_baseline(model, cases, partial(_spectrum, module), edited)
                 self._remark(trainer)
             self._log(trainer)
@@ -274,12 +279,15 @@ def _trajectories(evaluator: Evaluator) -> dict[str, Any]:
 
 
 def _spectrum(module: EditingModule) -> Measured:
-    """Return the largest singular value of the changes, and the worst condition number; nothing without matrices."""
+    """Return the largest figures of the edited matrices (change, condition and norm); nothing without matrices."""
     matrices = module.edited_matrices().values()
     if not matrices:
         return Measured({})
+    norms = [[float(t.double().norm()) for t in (m.original(), m.weight(), m.delta())] for m in matrices]
     return Measured(
         {
+            "norm_ratio": max(now / before for before, now, _ in norms),
+            "relative_change": max(change / before for before, _, change in norms),
             "sigma_max_delta": max(sigma_max(matrix.delta()) for matrix in matrices),
             "condition_number": max(condition_number(matrix.weight()) for matrix in matrices),
         }

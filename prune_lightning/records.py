@@ -1,7 +1,9 @@
-"""Objects in JSON, JSONL and TSV files, with line numbers for messages about bad ones."""
+"""Objects in JSON, JSONL, CSV and TSV files, with line numbers for messages about bad ones."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections import Counter
@@ -53,6 +55,34 @@ def read_table(path: Path) -> Iterator[Row]:
         elif line.strip():
             fits = len(cells) == len(names)
             yield number, dict(zip(names, cells, strict=True)) if fits else f"{len(cells)} columns, not {len(names)}"
+
+
+def read_csv(path: Path) -> Iterator[Row]:
+    """Yield the rows of a comma-separated file whose first line names the columns; a quoted field can span lines.
+
+    Args:
+        path: The file, UTF-8.
+
+    Raises:
+        UserError: See :func:`read_text`.
+    """
+    reader = csv.reader(io.StringIO(read_text(path)), strict=True)
+    names: list[str] = []
+    line = 1
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield line, f"not CSV, and nothing after it can be read: {error}"
+            return
+        if cells is None:
+            return
+        if not names:
+            names = cells
+        elif cells:
+            fits = len(cells) == len(names)
+            yield line, dict(zip(names, cells, strict=True)) if fits else f"{len(cells)} columns, not {len(names)}"
+        line = reader.line_num + 1
 
 
 def read_text(path: Path) -> str:

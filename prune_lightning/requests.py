@@ -133,6 +133,11 @@ class EditRequest:
         object.__setattr__(self, "subject_start", start)
 
     @property
+    def fact(self) -> tuple[str, str]:
+        """Prompt and new target, without blanks between them: what tells one edit from another."""
+        return self.prompt.rstrip(), self.target_new
+
+    @property
     def subject_end(self) -> int:
         """Index in ``prompt`` of the first character after the subject."""
         assert self.subject_start is not None  # set in `__post_init__`

@@ -24,7 +24,7 @@ FLOORS = [
         "ranges",
     },
     {"text", "value_types"},
-    {"requests"},
+    {"requests", "questions"},
     {"types", "records", "atomic_files", "costs"},
     {"spectral", "metrics"},
     {"models", "bundled"},

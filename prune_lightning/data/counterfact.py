@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from prune_lightning.data.easyedit import easyedit_request
 from prune_lightning.data.fields import Fields
 from prune_lightning.data.files import FileStream
-from prune_lightning.data.probes import locality, portability
 from prune_lightning.errors import shown
 from prune_lightning.text.scripts import is_word
 from prune_lightning.types import EditRequest, Probe
@@ -20,17 +20,15 @@ class CounterFact(FileStream):
 
     def parse(self, row: Fields, case_id: int) -> EditRequest:
         """Convert one record into a request."""
-        return self._original(row, case_id) if "requested_rewrite" in row.row else self._easyedit(row, case_id)
+        if "requested_rewrite" in row.row:
+            return self._original(row, case_id)
+        return easyedit_request(row, case_id, row.target("ground_truth"))
 
     def _original(self, row: Fields, case_id: int) -> EditRequest:
         rewrite = row.object("requested_rewrite")
         old = rewrite.object("target_true").target("str")
         subject, template = rewrite.stripped("subject"), rewrite.text("prompt")
-        prompt, place = _filled(template, rewrite.text("subject")), template.find("{}")
-        if template.count("{}") > 1:
-            row.notes.append(f"{{}} stands {template.count('{}')} times in {shown(template)}; the first one is edited")
-        if place >= 0:
-            place = prompt.index(subject, place)
+        prompt, place = filled(row, template, rewrite.text("subject"))
         return EditRequest(
             case_id=row.row.get("case_id", case_id),
             subject=subject,
@@ -40,24 +38,19 @@ class CounterFact(FileStream):
             paraphrases=row.prompts("paraphrase_prompts"),
             locality=tuple(Probe(prompt, old) for prompt in row.prompts("neighborhood_prompts")),
             generation_prompts=row.prompts("generation_prompts"),
-            subject_start=place if place >= 0 else row.place(subject, prompt),
+            subject_start=row.place(subject, prompt) if place is None else place,
         )
 
-    def _easyedit(self, row: Fields, case_id: int) -> EditRequest:
-        probe = row.optional("locality_prompt")
-        subject, prompt = row.stripped("subject"), row.text("prompt")
-        own = (Probe(probe, row.target("locality_ground_truth")),) if probe else ()
-        return EditRequest(
-            case_id=row.row.get("case_id", case_id),
-            subject=subject,
-            prompt=prompt,
-            target_new=row.target("target_new"),
-            target_old=row.target("ground_truth"),
-            paraphrases=(row.text("rephrase_prompt"),) if row.optional("rephrase_prompt") else (),
-            locality=(*own, *locality(row)),
-            portability=portability(row),
-            subject_start=row.place(subject, prompt),
-        )
+
+def filled(row: Fields, template: str, subject: str) -> tuple[str, int | None]:
+    """Return a template with the subject in place of ``{}``, and the subject's position; ``None`` without ``{}``.
+
+    Several ``{}`` give a remark; the first one is edited.
+    """
+    prompt, place = _filled(template, subject), template.find("{}")
+    if template.count("{}") > 1:
+        row.notes.append(f"{{}} stands {template.count('{}')} times in {shown(template)}; the first one is edited")
+    return prompt, prompt.index(subject.strip(), place) if place >= 0 else None
 
 
 def _filled(template: str, subject: str) -> str:

@@ -33,18 +33,22 @@ class Located:
 
 
 def repeated(usable: Sequence[Located], kept: Sequence[Located]) -> list[BadRow]:
-    """Return the usable records that are not among those kept, since another one has their subject."""
+    """Return the usable records that are not among those kept, since another one has their subject or their edit."""
     present = {id(one.request) for one in kept}
-    lines = {one.request.subject.lower(): one.line for one in kept}
-    return [
-        BadRow(
-            one.line,
-            f"its subject {shown(one.request.subject)} is that of line {lines[one.request.subject.lower()]} "
-            "(data.unique_subjects=false keeps both)",
-        )
-        for one in usable
-        if id(one.request) not in present
-    ]
+    subjects = {one.request.subject.lower(): one.line for one in kept}
+    edits = {one.request.fact: one.line for one in kept}
+    found = []
+    for one in usable:
+        if id(one.request) not in present:
+            subject = one.request.subject
+            reason = (
+                f"its subject {shown(subject)} is that of line {subjects[subject.lower()]} "
+                "(data.unique_subjects=false keeps both)"
+            )
+            if line := edits.get(one.request.fact):
+                reason = f"it repeats the edit of line {line}"
+            found.append(BadRow(one.line, reason))
+    return found
 
 
 def listed(title: str, rows: Sequence[BadRow], limit: int = 20) -> str:

@@ -15,10 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from prune_lightning.data.fitting import doubts, fit_to_model
 from prune_lightning.data.knowledge import ALL, EXACT, Division, KeepRule, Knows
 from prune_lightning.data.loader import EditLoader
+from prune_lightning.data.placing import placed
 from prune_lightning.data.protocol import protocol_named, superseded
 from prune_lightning.data.rows import BadRow, Located, listed, repeated
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.models.tokenization import Tokens
+from prune_lightning.questions import Group, PlacedGroup
 from prune_lightning.ranges import Count
 from prune_lightning.requests import PLAIN
 from prune_lightning.text.separators import AUTO, checked_separator
@@ -96,6 +98,14 @@ class EditStream(L.LightningDataModule, ABC):
     def num_candidates(self) -> int:
         """Number of records among which :meth:`select` chooses."""
         return len(self._candidates)
+
+    def groups(self) -> Sequence[Group]:
+        """Return the groups of edits that have questions of their own, after :meth:`setup`; none by default."""
+        return ()
+
+    def placed_groups(self) -> list[PlacedGroup]:
+        """Return the groups of which the stream writes an edit, with the request that completes each."""
+        return placed(self.groups(), self.batches(), self.superseded()) if self.groups() else []
 
     @abstractmethod
     def records(self) -> Iterator[EditRequest | BadRow]:
@@ -225,10 +235,15 @@ class EditStream(L.LightningDataModule, ABC):
     def ordered(self, requests: list[EditRequest]) -> list[EditRequest]:
         """Return the requests in the order of the stream, without repeated subjects if ``unique_subjects`` is set."""
         if self.shuffle:
-            random.Random(self.seed).shuffle(requests)
+            requests = self.shuffled(requests)
         if self.unique_subjects:
             first = {request.subject.lower(): request for request in reversed(requests)}
             requests = [request for request in requests if first[request.subject.lower()] is request]
+        return requests
+
+    def shuffled(self, requests: list[EditRequest]) -> list[EditRequest]:
+        """Return the requests in random order."""
+        random.Random(self.seed).shuffle(requests)
         return requests
 
     def _refuse(self, rows: Sequence[BadRow]) -> None:

@@ -64,7 +64,7 @@ class SentencePerplexities(Measurement):
         counts: Sequence[Whole] | None = None,
     ) -> None:
         super().__init__(enabled and path is not None, counts)
-        self.sentences = _sentences(Path(path).expanduser(), key)[:max_items] if path and self.enabled else []
+        self.sentences = read_sentences(path, key)[:max_items] if path and self.enabled else []
         self.token_budget = token_budget
         self.absolute, self.relative = collapse_absolute, collapse_relative
         self.reference: float | None = None
@@ -87,8 +87,14 @@ class SentencePerplexities(Measurement):
         return Measured({name: float(value) for name, value in metric.compute().items()}, cases)
 
 
-def _sentences(path: Path, key: str) -> list[str]:
+def read_sentences(path: str | Path, key: str) -> list[str]:
+    """Return the sentences under a key of the objects of a file.
+
+    Raises:
+        UserError: A row has none, or there is none at all; the message has the line.
+    """
     found: list[str] = []
+    path = Path(path).expanduser()
     for line, row in read_objects(path):
         text = row if isinstance(row, str) else row.get(key)
         if isinstance(row, str) or not isinstance(text, str) or not text.strip():

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from prune_lightning.distributed import fail_together
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.questions import PlacedGroup
 from prune_lightning.ranges import Whole
 from prune_lightning.types import EditRequest
 from prune_lightning.value_types import check_value
@@ -45,10 +46,12 @@ class Stream:
     Args:
         requests: All requests, in order.
         matrices: The matrices under edit, by the name of their weight.
+        groups: Edits that belong together and have questions of their own.
     """
 
     requests: Sequence[EditRequest] = ()
     matrices: Mapping[str, EditedWeight] = field(default_factory=dict)
+    groups: Sequence[PlacedGroup] = ()
 
 
 @dataclass(frozen=True)

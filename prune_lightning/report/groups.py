@@ -67,6 +67,21 @@ class Group:
 
 
 @dataclass(frozen=True)
+class FinishedRun:
+    """A finished run.
+
+    Args:
+        folder: Its folder.
+        summary: Its ``summary.json``.
+        config: Its configuration, not resolved; ``None`` if the folder has none.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+    config: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
 class _Run:
     folder: Path
     summary: Mapping[str, Any]
@@ -104,25 +119,38 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
     ]
 
 
-def _read(folders: Sequence[Path]) -> list[_Run]:
+def read_finished(folders: Sequence[Path]) -> list[FinishedRun]:
+    """Read the summary and the configuration of each run; unfinished ones are left out with a message.
+
+    Raises:
+        UserError: No run is finished.
+    """
     unfinished = [str(folder) for folder in folders if not (folder / "summary.json").is_file()]
     folders = [folder for folder in folders if str(folder) not in unfinished]
     if not folders:
         raise UserError(f"{unfinished[0]!r} is not the folder of a finished run: it has no summary.json")
     if unfinished:
         sys.stderr.write(f"left out, since they are not finished: {', '.join(unfinished)}\n")
-    summaries, configs = [], []
+    found = []
     for folder in folders:
         path, config = folder / "summary.json", folder / ".hydra" / "config.yaml"
-        summaries.append(json.loads(path.read_text("utf-8")))
+        summary = json.loads(path.read_text("utf-8"))
         # Not resolved: a seed that follows the run's, as `${seed}`, is the same text in all runs.
-        configs.append(yaml.safe_load(config.read_text("utf-8")) if config.is_file() else None)
-    if missing := [str(folder) for folder, config in zip(folders, configs, strict=True) if config is None]:
+        found.append(
+            FinishedRun(folder, summary, yaml.safe_load(config.read_text("utf-8")) if config.is_file() else None)
+        )
+    return found
+
+
+def _read(folders: Sequence[Path]) -> list[_Run]:
+    runs = read_finished(folders)
+    configs: list[Any] = [run.config for run in runs]
+    if missing := [str(run.folder) for run in runs if run.config is None]:
         sys.stderr.write(f"no .hydra/config.yaml in {missing[0]}: runs are compared by their summaries only\n")
         options = {"model": "model", "data": "data", "protocol": "protocol", "restraint": "restraint_options"}
-        configs = [{key: summary.get(entry) for key, entry in options.items()} for summary in summaries]
+        configs = [{key: run.summary.get(entry) for key, entry in options.items()} for run in runs]
     settings = [_settings(config) for config in configs]
-    return [_Run(*each) for each in zip(folders, summaries, settings, strict=True)]
+    return [_Run(run.folder, run.summary, each) for run, each in zip(runs, settings, strict=True)]
 
 
 def _settings(config: Any, prefix: str = "") -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from prune_lightning.data.protocol import EditProtocol
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger
@@ -24,7 +25,8 @@ class NothingToResume(UserError):
 def settle_resume(config: DictConfig, folder: Path) -> bool:
     """Replace ``resume=auto`` by the run's folder if an earlier job left edits there, else by a new run.
 
-    A job that ended between its last edit and its summary is run again.
+    A job that ended between its last edit and its summary is run again, and so is one whose steps each start from the
+    unedited model.
 
     Returns:
         Whether ``resume`` was ``auto``, so that a complete run is to be skipped.
@@ -32,7 +34,9 @@ def settle_resume(config: DictConfig, folder: Path) -> bool:
     if config.resume != AUTO:
         return False
     begun = (folder / "ledger" / "base.json").is_file()
-    lost = begun and not (folder / "summary.json").is_file() and Ledger.open(folder / "ledger").finish_line is not None
+    from_base = config.data.get("protocol") in [protocol.value for protocol in EditProtocol if protocol.from_base]
+    unfinished = begun and not (folder / "summary.json").is_file()
+    lost = unfinished and (from_base or Ledger.open(folder / "ledger").finish_line is not None)
     config.resume = str(folder) if begun and not lost else None
     return True
 
@@ -98,11 +102,13 @@ def check_stream(ledger: Ledger, stream: EditStream) -> None:
         NothingToResume: The run is complete.
     """
     folder = ledger.folder.parent
-    if stream.protocol.from_base:
-        raise UserError(f"data.protocol={stream.protocol.value} starts each step from the unedited model: run it again")
+    from_base = stream.protocol.from_base
     written = [request for line in ledger.lines for request in line["requests"]]
-    if len(written) > len(stream.requests) or (len(written) == len(stream.requests) and ledger.finish_line):
+    ended = ledger.finish_line or (from_base and (folder / "summary.json").is_file())
+    if len(written) > len(stream.requests) or (len(written) == len(stream.requests) and ended):
         raise NothingToResume(f"{folder} holds all of its {len(written)} edits: there is nothing to resume")
+    if from_base:
+        raise UserError(f"data.protocol={stream.protocol.value} starts each step from the unedited model: run it again")
     for place, (earlier, request) in enumerate(zip(written, stream.requests, strict=False)):
         if (earlier["prompt"], earlier["target_new"]) != (request.prompt, request.target_new):
             raise UserError(f"the data are not the run's: edit {place + 1} was {earlier['prompt']!r}")

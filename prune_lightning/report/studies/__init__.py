@@ -1,0 +1,1 @@
+"""Figures and tables of the published studies that the experiments `study_*` repeat."""
