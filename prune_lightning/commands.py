@@ -13,7 +13,7 @@ import typer
 
 from prune_lightning import __version__
 from prune_lightning.errors import UserError
-from prune_lightning.verbs import jobs
+from prune_lightning.verbs import jobs, playing
 from prune_lightning.verbs.opening import existing, is_run, opened
 from prune_lightning.verbs.options import Device, Method, Restraint, Run, Settings, Tokens, nested
 
@@ -131,6 +131,7 @@ def export(
 app.command(epilog="prune-lightning check facts.jsonl --model bundled")(jobs.check)
 app.command(epilog="prune-lightning plan gpt2-xl --method memit")(jobs.plan)
 app.command(epilog="prune-lightning tune bundled --method rome --edits 200 --to tuned")(jobs.tune)
+app.command(epilog="prune-lightning play        or: prune-lightning play out --port 8000")(playing.play)
 app.command(epilog="prune-lightning runs runs")(jobs.runs)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
     jobs.settings
