@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from prune_lightning.commands import app
 from prune_lightning.errors import UserError
 
-VERBS = ("edit", "ask", "compare", "report", "undo", "export", "check", "plan", "tune", "runs")
+VERBS = ("edit", "ask", "compare", "report", "undo", "export", "check", "plan", "tune", "play", "runs")
 FACT = ["--subject", "France", "--prompt", "The capital of France is", "--target", "Rome"]
 
 

@@ -67,6 +67,8 @@ class History:
         the weight and keeps the sum.
         """
         restraint = self._restraint
+        if not self._session.module.edited_matrices():
+            return False
         if restraint is None:
             return True
         return self.base is not None and restraint.accumulate != "restrained" and not restraint.feedback
@@ -98,7 +100,7 @@ class History:
 
     @torch.no_grad()
     def spectra(self, base: float | None = None) -> list[Spectrum]:
-        """Return the spectrum of each edited matrix; inside a block of :meth:`at`, of that state.
+        """Return the spectrum of each edited matrix, if the method edits any; inside a block of :meth:`at`, of that state.
 
         Args:
             base: See :meth:`at`.
@@ -146,12 +148,12 @@ class History:
         """Inside the block the module is in the state after so many steps, as if the stream had ended there."""
         session = self._session
         assert session.ledger is not None
-        run, matrices = session.module.run, session.module.edited_matrices()
-        kept = {name: deepcopy(matrix.state_dict()) for name, matrix in matrices.items()}
+        run = session.module.run
+        kept = {name: deepcopy(part.state_dict()) for name, part in run.parts.items()}
         position = run.num_requests, run.num_steps
         try:
-            for matrix in matrices.values():
-                matrix.restore()
+            for part in run.parts.values():
+                part.restore()
             if self._restraint is not None and not self._attached:
                 self._restraint.attach(session.module)
                 self._attached = True
@@ -161,6 +163,6 @@ class History:
                 self._restraint.restrain_all()
             yield
         finally:
-            for name, matrix in matrices.items():
-                matrix.load_state_dict(kept[name])
+            for name, part in run.parts.items():
+                part.load_state_dict(kept[name])
             run.move_to(*position)

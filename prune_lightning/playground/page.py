@@ -163,15 +163,16 @@ class Page:
     ) -> tuple[str, str, str]:
         place = self._place(state, restrain, base)
         spectra = {spectrum.name: spectrum for spectrum in self.ground.spectra(place)}
-        shown = spectra.get(matrix or "", next(iter(spectra.values())))
-        drawing = self.parts.spectrum(Drawing.of(shown), place.base is not None or self.history.base is not None)
+        shown = spectra.get(matrix or "", next(iter(spectra.values()), None))
+        law = place.base is not None or self.history.base is not None
+        drawing = self.parts.spectrum(Drawing.of(shown), law) if shown else ""
         return self._ask(prompt, state, restrain, base, matrix), self.parts.edits(self.ground.listing(place)), drawing
 
     def _refresh(self, prompt: str, restrain: bool, base: float, matrix: str | None) -> tuple[Any, ...]:
         """Show the latest state."""
         last = len(self.history.counts) - 1
         names = [spectrum.name for spectrum in self.ground.spectra(Place())]
-        shown = matrix if matrix in names else names[0]
+        shown = matrix if matrix in names else next(iter(names), None)
         answers, listing, drawing = self._look(prompt, None, restrain, base, shown)
         edits = self.ground.editor.edits
         choices = [(f"{n}: {r.prompt} {r.target_new}", n) for n, r in enumerate(edits, start=1)][::-1]
