@@ -100,7 +100,7 @@ class History:
 
     @torch.no_grad()
     def spectra(self, base: float | None = None) -> list[Spectrum]:
-        """Return the spectrum of each edited matrix, if the method edits any; inside a block of :meth:`at`, of that state.
+        """Return the spectrum of each edited matrix, if there is one; inside a block of :meth:`at`, of that state.
 
         Args:
             base: See :meth:`at`.
