@@ -6,19 +6,16 @@ Nothing here imports torch, which takes seconds, before a verb needs it: `--help
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-import yaml
 
-from prune_lightning import __version__, cli
+from prune_lightning import __version__
 from prune_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    from prune_lightning.editor import Editor
+from prune_lightning.verbs import jobs, playing
+from prune_lightning.verbs.opening import existing, is_run, opened
+from prune_lightning.verbs.options import Device, Method, Restraint, Run, Settings, Tokens, nested
 
 _EPILOG = (
     "Experiments: prune-lightning KEY=VALUE ... is train.py with these settings, e.g. prune-lightning method=memit "
@@ -34,15 +31,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder of `edit --to`, or of a run of train.py.")]
-Method = Annotated[str, typer.Option(help="Editing method: rome, memit, alphaedit, ...")]
-Restraint = Annotated[str, typer.Option(help="Restraint after each edit: prune, rect, none, ...")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, e.g. method.layers=[5]; repeatable.")
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; an accelerator if there is one.")]
-Tokens = Annotated[int, typer.Option("--tokens", help="Longest answer, in tokens.")]
-
 
 @app.callback(invoke_without_command=True)
 def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
@@ -54,7 +42,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command(epilog="prune-lightning edit bundled facts.jsonl --to out")
 def edit(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, GGUF, preset, or RUN.")],
-    facts: Annotated[Path | None, typer.Argument(metavar="[FACTS]", help="A JSONL, JSON or CSV file.")] = None,
+    facts: Annotated[Path | None, typer.Argument(metavar="FACTS", help="A JSONL, JSON or CSV file.")] = None,
     to: Annotated[Path | None, typer.Option(help="Folder for the edits. A RUN is continued in place.")] = None,
     subject: Annotated[str | None, typer.Option(help="One fact: its subject,")] = None,
     prompt: Annotated[str | None, typer.Option(help="its prompt, which holds the subject,")] = None,
@@ -68,13 +56,16 @@ def edit(
 ) -> None:
     """Write facts into a model and keep them in a folder."""
     given = _facts(facts, {"subject": subject, "prompt": prompt, "target_new": target})
-    with _opened(model, device, to, method, restraint, batch_size, chat_template, _nested(settings or [])) as editor:
+    with opened(model, device, to, method, restraint, batch_size, chat_template, nested(settings)) as editor:
         outcome = editor.edit(given)
         typer.echo(repr(outcome))
         shown = [request.prompt for request in outcome.written[:10]]
         if shown:
             typer.echo(str(editor.compare(shown)))
-        typer.echo(f"The edits are in {editor.folder}: prune-lightning ask {editor.folder} PROMPT")
+        if to is None and not is_run(model):
+            typer.echo("Nothing was kept: --to FOLDER keeps the edits.")
+        else:
+            typer.echo(f"The edits are in {editor.folder}: prune-lightning ask {editor.folder} PROMPT")
 
 
 @app.command(epilog='prune-lightning ask out "The capital of France is"')
@@ -86,7 +77,7 @@ def ask(
     device: Device = None,
 ) -> None:
     """Print the model's answer to each prompt."""
-    with _opened(run, device) as editor:
+    with opened(run, device) as editor:
         for answer in editor.ask(prompts, tokens, before):
             typer.echo(answer)
 
@@ -99,7 +90,7 @@ def compare(
     device: Device = None,
 ) -> None:
     """Print the answers before and after the edits."""
-    with _existing(run, device) as editor:
+    with existing(run, device) as editor:
         typer.echo(str(editor.compare(prompts or None, tokens)))
 
 
@@ -117,7 +108,7 @@ def report(
 
         print_result(summary, Console(), every)
         return
-    with _existing(run, device) as editor:
+    with existing(run, device) as editor:
         scores = editor.report()
         typer.echo(str(scores.all() if every else scores))
 
@@ -130,7 +121,7 @@ def undo(
     device: Device = None,
 ) -> None:
     """Take edits back, as if they had never been written."""
-    with _existing(run, device) as editor:
+    with existing(run, device) as editor:
         for request in editor.undo(count, edits=edits or ()):
             typer.echo(f"taken back: {request.prompt} {request.target_new}")
         typer.echo(f"edits left: {len(editor)}")
@@ -145,46 +136,18 @@ def export(
     device: Device = None,
 ) -> None:
     """Write the edited model for other programs."""
-    with _existing(run, device) as editor:
+    with existing(run, device) as editor:
         typer.echo(editor.export(format, to, overwrite).line())
 
 
-@app.command(epilog="prune-lightning check facts.jsonl --model bundled")
-def check(
-    facts: Annotated[Path, typer.Argument(help="The file of facts.")],
-    model: Annotated[str, typer.Option(help="The model, whose tokenizer and context count.")] = "bundled",
-    settings: Settings = None,
-) -> None:
-    """List what is wrong with a file of facts."""
-    _train(["experiment=check", "data=jsonl", f"data.path={facts}", *_model(model), *(settings or [])])
-
-
-@app.command(epilog="prune-lightning plan gpt2-xl --method memit")
-def plan(
-    model: Annotated[str, typer.Argument(help="Hub name, folder, or preset.")],
-    method: Method = "memit",
-    restraint: Restraint = "prune",
-    settings: Settings = None,
-) -> None:
-    """Estimate memory and time of edits."""
-    words = [f"method={method}", f"restraint={restraint}", *_model(model), *(settings or [])]
-    _train(["experiment=plan", *words])
-
-
-@app.command(epilog="prune-lightning runs runs")
-def runs(folder: Annotated[Path, typer.Argument(help="Folder that holds the runs.")] = Path("runs")) -> None:
-    """List runs with their headline figures."""
-    from rich.console import Console
-
-    from prune_lightning.report.listing import run_table
-
-    Console().print(run_table(folder))
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def settings(context: typer.Context) -> None:
-    """Run train.py; see `settings --help`."""
-    _train(context.args)
+app.command(epilog="prune-lightning check facts.jsonl --model bundled")(jobs.check)
+app.command(epilog="prune-lightning plan gpt2-xl --method memit")(jobs.plan)
+app.command(epilog="prune-lightning tune bundled --method rome --edits 200 --to tuned")(jobs.tune)
+app.command(epilog="prune-lightning play        or: prune-lightning play out --port 8000")(playing.play)
+app.command(epilog="prune-lightning runs runs")(jobs.runs)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
+    jobs.settings
+)
 
 
 def _facts(file: Path | None, one: dict[str, str | None]) -> Any:
@@ -196,77 +159,11 @@ def _facts(file: Path | None, one: dict[str, str | None]) -> Any:
     raise UserError("give a file of facts, or one fact by --subject, --prompt and --target")
 
 
-def _nested(settings: list[str]) -> dict[str, Any]:
-    """Return settings such as ``method.value.steps=10`` as nested dictionaries."""
-    nested: dict[str, Any] = {}
-    for setting in settings:
-        name, found, value = setting.partition("=")
-        if not found:
-            raise UserError(f"--set {setting}: expected KEY=VALUE")
-        *path, last = name.split(".")
-        inner = nested
-        for key in path:
-            inner = inner.setdefault(key, {})
-        inner[last] = yaml.safe_load(value)
-    return nested
-
-
-def _is_run(folder: str) -> bool:
-    return (Path(folder).expanduser() / "ledger" / "base.json").is_file()
-
-
-@contextmanager
-def _existing(run: str, device: str | None) -> Iterator[Editor]:
-    from prune_lightning.editor import Editor
-
-    with Editor.open(run, device=device) as editor:
-        yield editor
-
-
-@contextmanager
-def _opened(
-    model: str,
-    device: str | None,
-    to: Path | None = None,
-    method: str = "memit",
-    restraint: str = "none",
-    batch_size: int = 1,
-    chat_template: bool = False,
-    options: dict[str, Any] | None = None,
-) -> Iterator[Editor]:
-    """Yield an editor of a run, or of a model with a new folder."""
-    if _is_run(model):
-        if to is not None:
-            raise UserError(f"{model} holds edits and is continued in place: leave --to out")
-        with _existing(model, device) as editor:
-            yield editor
-        return
-    if to is not None and _is_run(str(to)):
-        raise UserError(f"{to} holds edits already: continue them by `edit {to} ...`, or give another folder")
-    from prune_lightning.editor import Editor
-
-    further: dict[str, Any] = {"batch_size": batch_size, "chat_template": chat_template, "options": options}
-    with Editor(model, method, restraint, folder=to, device=device, **further) as editor:
-        yield editor
-
-
-def _model(name: str) -> list[str]:
-    from prune_lightning.tasks.choices import preset_for
-
-    option, located = preset_for(name)
-    return [f"model={option}", *(f"model.{key}={value}" for key, value in located.items())]
-
-
-def _train(words: list[str]) -> None:
-    sys.argv[1:] = words
-    cli.main()
-
-
 def main() -> None:
     """Run a verb, or the settings; exit with 2 and one line on an error that the user can mend."""
     first = next(iter(sys.argv[1:]), "")
     if "=" in first or first in ("-m", "--multirun", "--cfg", "--hydra-help", "-sc", "--shell-completion"):
-        cli.main()
+        jobs.run_train(sys.argv[1:])
         return
     try:
         app(prog_name="prune-lightning")

@@ -34,7 +34,9 @@ FLOORS = [
     {"callbacks"},
     {"tasks"},
     {"editor"},
+    {"playground"},
     {"cli"},
+    {"verbs"},
     {"commands"},
 ]
 FILES = sorted([*(ROOT / "prune_lightning").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py"), ROOT / "train.py"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -31,6 +32,9 @@ def test_wheel_holds_code_configuration_and_the_bundled_model(wheel):
         "bundled/model/model.safetensors",
         "bundled/model_card.md.j2",
         "report/page.html.j2",
+        "playground/parts.html.j2",
+        "playground/page.css",
+        "verbs/playing.py",
     ):
         assert f"prune_lightning/{needed}" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"prune_lightning"}
@@ -49,6 +53,27 @@ def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "prune_lightning.methods.memit.MEMIT" in done.stdout
+
+
+def test_every_file_of_data_is_listed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {package: ROOT / package.replace(".", "/") for package in settings["packages"]}
+    folders |= {package: ROOT / folder for package, folder in settings["package-dir"].items()}
+    listed = {
+        file
+        for package, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for file in folders[package].glob(pattern)
+        if file.is_file()
+    }
+    present = {
+        file
+        for folder in ("prune_lightning", "configs", "callbacks")
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyi", ".pyc")
+    }
+    assert present == {file for file in listed if file.suffix not in (".py", ".pyi", ".pyc")}
+    assert len(present) > 100
 
 
 def test_callbacks_have_one_identity():

@@ -8,19 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_lightning.editor.evaluation import scores_of
+from prune_lightning.editor.asking import Asking
 from prune_lightning.editor.facts import Facts, requests_of
+from prune_lightning.editor.history import History
 from prune_lightning.editor.models import HeldModel, recipe_for
-from prune_lightning.editor.results import Answers, Edited, Scores
+from prune_lightning.editor.results import Edited
 from prune_lightning.editor.saving import save_record
 from prune_lightning.editor.session import EditSession
 from prune_lightning.errors import UserError
-from prune_lightning.evaluation.decoding import decode
 from prune_lightning.export.exporting import ExportReport, export
 from prune_lightning.export.sources import ExportSource, Provenance
 from prune_lightning.ledger import Ledger
@@ -30,7 +30,7 @@ from prune_lightning.types import EditRequest
 LEDGER = "ledger"
 
 
-class Editor:
+class Editor(Asking):
     """Edits facts in a language model, one after another.
 
     Args:
@@ -124,6 +124,7 @@ class Editor:
         self.folder = Path(self._temporary.name if self._temporary else folder or "").expanduser()
         self._saved, self._closed = False, False
         self._session = EditSession(recipe, held.language_model, self.folder / LEDGER, ledger, progress)
+        self._history = History(self._session)
 
     # -- editing --------------------------------------------------------------------------------------------------
     def edit(self, facts: Facts) -> Edited:
@@ -155,11 +156,10 @@ class Editor:
         """
         session = self._open()
         total = len(session.requests)
+        if not edits and not 1 <= count <= total:
+            raise UserError(f"{count} edits cannot be taken back: {total} are in place")
         numbers = sorted(set(edits)) or list(range(total - count + 1, total + 1))
-        if not numbers or numbers[0] < 1 or numbers[-1] > total:
-            asked = f"edits {list(edits)}" if edits else f"{count} edits"
-            raise UserError(f"{asked} cannot be taken back: {total} are in place")
-        taken = [session.requests[number - 1] for number in numbers]
+        taken = session.numbered(numbers)
         session.rewrite([r for number, r in enumerate(session.requests, start=1) if number not in set(numbers)])
         return taken
 
@@ -172,60 +172,18 @@ class Editor:
         """Return the number of edits in place."""
         return len(self._open().requests)
 
+    @property
+    def history(self) -> History:
+        """The model after earlier edits, and the spectrum of its change."""
+        self._open()
+        return self._history
+
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:
         """Inside the block the model is the unedited one, which is yielded."""
         session = self._open()
         with session.unedited():
             yield session.language_model.model
-
-    # -- asking ---------------------------------------------------------------------------------------------------
-    @overload
-    def ask(self, prompt: str, max_new_tokens: int = 20, before: bool = False) -> str: ...  # type: ignore[overload-overlap]
-
-    @overload
-    def ask(self, prompt: Sequence[str], max_new_tokens: int = 20, before: bool = False) -> list[str]: ...
-
-    def ask(self, prompt: str | Sequence[str], max_new_tokens: int = 20, before: bool = False) -> str | list[str]:
-        """Return the model's greedy continuation of a prompt, or of several.
-
-        Args:
-            prompt: One prompt or several.
-            max_new_tokens: Longest answer, in tokens.
-            before: Ask the unedited model.
-        """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        session = self._open()
-        head, tail = session.frame()
-        tokens = session.language_model.tokens
-        ids = tokens.encode_all([f"{head}{text}{tail}" for text in prompts])
-        with session.view(edited=not before):
-            found = decode(session.language_model, ids, [max_new_tokens] * len(ids))
-        answers = [answer.text.strip() for answer in found]
-        return answers[0] if isinstance(prompt, str) else answers
-
-    def compare(self, prompts: str | Sequence[str] | None = None, max_new_tokens: int = 20) -> Answers:
-        """Ask the unedited and the edited model the same.
-
-        Args:
-            prompts: The prompts; those of the edits by default.
-            max_new_tokens: Longest answer, in tokens.
-        """
-        asked = [request.prompt for request in self._open().requests] if prompts is None else prompts
-        asked = [asked] if isinstance(asked, str) else list(asked)
-        before, after = (self.ask(asked, max_new_tokens, before=unedited) for unedited in (True, False))
-        return Answers(asked, before, after)
-
-    def report(self) -> Scores:
-        """Score all edits in place: efficacy, generalization to paraphrases, and locality, where the facts have them.
-
-        Raises:
-            UserError: There are no edits.
-        """
-        session = self._open()
-        if not session.requests:
-            raise UserError("there are no edits to report on: call edit() first")
-        return scores_of(session, self.compare())
 
     # -- keeping --------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path, overwrite: bool = False) -> ExportReport:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hydra.utils import instantiate
 
 from prune_lightning.editor.results import Answers, Scores
@@ -11,19 +13,21 @@ from prune_lightning.evaluation.evaluator import Evaluator
 from prune_lightning.evaluation.measurement import EditingMeasurement, Measured
 from prune_lightning.report.labels import Labels
 from prune_lightning.tasks.recipe import evaluation_options
+from prune_lightning.types import EditRequest
 
 
-def scores_of(session: EditSession, answers: Answers) -> Scores:
-    """Score all edits of a session on the unedited and on the edited model.
+def scores_of(session: EditSession, requests: Sequence[EditRequest], answers: Answers) -> Scores:
+    """Score edits of a session on the unedited and on the edited model.
 
     Args:
         session: The session.
-        answers: The answers to the prompts of its edits, for the result.
+        requests: The edits.
+        answers: The answers to the prompts of these edits, for the result.
     """
     found = [instantiate(entry, _convert_="all") for entry in evaluation_options("editing")]
     scored = [m for m in found if isinstance(m, EditingMeasurement) and not isinstance(m, AskedAnswers)]
     evaluator = Evaluator(scored, clock=session.clock)
-    cases = dict(enumerate(session.requests))
+    cases = dict(enumerate(requests))
     model = session.language_model
     with session.unedited():
         before = evaluator.take_baseline(model, cases, _no_spectrum)

@@ -19,6 +19,7 @@ from rich.console import Console
 from prune_lightning.callbacks import EditLedger, RunProgress
 from prune_lightning.data.given import GivenRequests
 from prune_lightning.editor.results import Edited, Refused
+from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger, check_base, rebuild
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.language_model import LanguageModel
@@ -76,6 +77,16 @@ class EditSession:
         lines = self.ledger.lines if self.ledger else []
         return [EditRequest.from_dict(request) for line in lines if line["applied"] for request in line["requests"]]
 
+    def numbered(self, numbers: Sequence[int]) -> list[EditRequest]:
+        """Return edits by their numbers, from 1.
+
+        Raises:
+            UserError: There is no such edit.
+        """
+        if missing := [number for number in numbers if not 1 <= number <= len(self.requests)]:
+            raise UserError(f"there are no edits {missing}: {len(self.requests)} are in place")
+        return [self.requests[number - 1] for number in numbers]
+
     def frame(self) -> Frame:
         """Return the text around a user's turn."""
         if self.requests:
@@ -103,6 +114,10 @@ class EditSession:
             restraint = self.recipe.build_restraint()
             if restraint:
                 restraint.attach(self.module)
+            if any(line["from_base"] for line in self.ledger.lines):
+                raise UserError(
+                    f"{self.folder.parent} restored the unedited model after every step: no edited model is left"
+                )
             rebuild(self.module, self.ledger, restrain=restraint.restrain if restraint else None, memory=False)
 
     def rewrite(self, requests: Sequence[EditRequest]) -> None:

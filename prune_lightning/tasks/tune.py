@@ -74,21 +74,22 @@ def run(config: DictConfig) -> None:
 
 
 def pilot_requests(config: DictConfig, model: LanguageModel, folder: Path, clock: PhaseClock) -> list[EditRequest]:
-    """Return the pilot edits and those held out: the records of the data behind the first ``data.num_edits``.
+    """Return the pilot edits and those held out: the records of the data behind the first ``tune.skip``.
 
     Raises:
         UserError: There are too few.
     """
     needed = config.tune.pilots + config.tune.held_out
-    if config.data.num_edits is None:
-        raise UserError("experiment=tune takes its pilot edits behind the stream's: give data.num_edits=N")
-    stream: EditStream = instantiate(config.data, num_edits=config.data.num_edits + needed)
+    skipped = config.tune.skip
+    if skipped is None:
+        raise UserError("experiment=tune takes its pilot edits behind the stream's: give tune.skip=N")
+    stream: EditStream = instantiate(config.data, num_edits=skipped + needed)
     stream.fit(model.tokens, usable_by(config.method))
     select_records(config, stream, model, folder, clock)
-    if len(found := stream.requests[config.data.num_edits :]) < needed:
+    if len(found := stream.requests[skipped:]) < needed:
         raise UserError(
-            f"experiment=tune needs {needed} records behind the first {config.data.num_edits} (data.num_edits), but "
-            f"the data hold {len(found)}: lower data.num_edits, tune.pilots or tune.held_out"
+            f"experiment=tune needs {needed} records behind the first {skipped} (tune.skip), but the data hold "
+            f"{len(found)}: lower tune.skip, tune.pilots or tune.held_out"
         )
     return found
 

@@ -1,0 +1,58 @@
+"""Opens the editor that a verb works on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prune_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from prune_lightning.editor import Editor
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder holds edits."""
+    return (Path(folder).expanduser() / "ledger" / "base.json").is_file()
+
+
+@contextmanager
+def existing(run: str | Path, device: str | None) -> Iterator[Editor]:
+    """Yield an editor of a folder of edits."""
+    from prune_lightning.editor import Editor
+
+    with Editor.open(run, device=device) as editor:
+        yield editor
+
+
+@contextmanager
+def opened(
+    model: str,
+    device: str | None,
+    to: Path | None = None,
+    method: str = "memit",
+    restraint: str = "none",
+    batch_size: int = 1,
+    chat_template: bool = False,
+    options: dict[str, Any] | None = None,
+) -> Iterator[Editor]:
+    """Yield an editor of a run, or of a model with a new folder.
+
+    Raises:
+        UserError: ``to`` is given for a run, or holds edits.
+    """
+    if is_run(model):
+        if to is not None:
+            raise UserError(f"{model} holds edits and is continued in place: leave --to out")
+        with existing(model, device) as editor:
+            yield editor
+        return
+    if to is not None and is_run(to):
+        raise UserError(f"{to} holds edits already: continue them by `edit {to} ...`, or give another folder")
+    from prune_lightning.editor import Editor
+
+    further: dict[str, Any] = {"batch_size": batch_size, "chat_template": chat_template, "options": options}
+    with Editor(model, method, restraint, folder=to, device=device, **further) as editor:
+        yield editor
