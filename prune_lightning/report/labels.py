@@ -122,7 +122,7 @@ class Labels:
         return {name: found[name] for name in QUANTITIES if name in found}
 
     def short(self, scores: Mapping[str, Any], most: int) -> list[str]:
-        """Return the keys of the most important scores: the quantities, then the first of each measurement, and so on.
+        """Return the keys of the most important scores: the quantities, the first of each measurement, and so on.
 
         Args:
             scores: Scores by key.
@@ -132,5 +132,5 @@ class Labels:
         lists = [[f"{name}/{key}" for key in group.get("short", ())] for name, group in self._groups.items()]
         for rank in range(max(map(len, lists), default=0)):
             chosen |= dict.fromkeys(keys[rank] for keys in lists if rank < len(keys) and keys[rank] in scores)
-        rest = [key for key in scores if self.known(key) and not self.counter(key)] if len(chosen) < most else []
+        rest = sorted((key for key in scores if not self.counter(key)), key=lambda key: not self.known(key))
         return list(dict.fromkeys([*chosen, *rest]))[:most]
