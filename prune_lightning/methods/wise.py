@@ -227,13 +227,13 @@ class WISE(MemoryEditor):
                 loss = batch.losses(forward()).mean() + self.margins.loss(inside, outside)
             losses.append(float(loss.detach()))
             least = inside.detach().double().mean()
-            if len(losses) > 1 and abs(losses[-2] - losses[-1]) <= _STILL and losses[-1] <= self.stop_loss:
-                break
             (gradient,) = torch.autograd.grad(loss, change)
             with torch.no_grad():
                 moved = left * change + (left - 1) * weight - self.learning_rate * gradient * trained
                 change = moved.clamp(-self.bound, self.bound).requires_grad_()
             kept *= left
+            if len(losses) > 1 and abs(losses[-2] - losses[-1]) <= _STILL and losses[-1] <= self.stop_loss:
+                break
         return change.detach(), torch.tensor(kept, dtype=torch.float64), least, losses
 
     def _distances(self, memory: SideWeights, seen: tuple[Tensor, Tensor], change: Tensor, mask: Tensor) -> Tensor:
