@@ -21,7 +21,7 @@ def asking(kind: type, model: LanguageModel) -> type:
     """
     base: Any = kind
 
-    class Asking(base):
+    class Asking(base):  # type: ignore[misc]
         """Knows the prompt of every row."""
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
