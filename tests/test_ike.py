@@ -12,7 +12,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
 from prune_lightning.evaluation.scoring import score_encoded, score_pairs
 from prune_lightning.methods.ike import IKE
-from prune_lightning.methods.retrieval import HiddenStates, SharedWords, general_sentences
+from prune_lightning.methods.retrieval import HiddenStates, SharedWords, SubjectWords, general_sentences
 from prune_lightning.models.hooks import capture
 from prune_lightning.types import EditRequest
 
@@ -57,7 +57,7 @@ def test_a_prompt_is_asked_behind_its_fact_and_the_closest_demonstration(bundled
 
 
 def test_several_facts_stand_before_a_prompt_the_closest_last(bundled_shared):
-    module = editor(bundled_shared, JAPAN, ITALY, facts=2, threshold=0.1)
+    module = editor(bundled_shared, JAPAN, ITALY, facts=2, threshold=0.1, similarity="words")
     expected = (
         "New Fact: The capital of Japan is Rome\nNew Fact: The capital of Italy is Oslo\nPrompt: Italy's capital is"
     )
@@ -83,7 +83,8 @@ def test_in_a_chat_the_facts_begin_the_users_turn(bundled_shared):
 
 
 def test_what_does_not_fit_the_context_is_asked_as_it_is(bundled_shared):
-    long = " ".join(["The capital of Japan is"] * (bundled_shared.tokens.max_length // 6))
+    size = len(bundled_shared.tokens.encode(JAPAN.prompt))
+    long = " ".join([JAPAN.prompt] * (bundled_shared.tokens.max_length // size - 1))
     module = editor(bundled_shared, JAPAN, demonstrations=DEMONSTRATIONS * 20, count=40, threshold=0.1)
     assert asked(bundled_shared, long) == long
     short = asked(bundled_shared, JAPAN.prompt)  # as many demonstrations as fit
@@ -106,6 +107,18 @@ def test_shared_words_is_the_weighted_cosine():
     )
     square = weight**2 + name**2
     assert found == pytest.approx([1.0, weight**2 / square, name / math.sqrt(square)])
+
+
+def test_subject_words_is_the_share_of_the_subject():
+    similarity = SubjectWords()
+    facts = [("The country in which Lena Ostrow was born is", "Lena Ostrow"), ("Lena Ostrow plays the", "Lena Ostrow")]
+    facts += [("The country in which Tomas Reyl was born is", "Tomas Reyl"), ("Lena Brook plays the", "Lena Brook")]
+    read = [similarity.read_fact(*fact) for fact in facts]
+    found = similarity.compare(similarity.read("On modern maps, the birthplace of Lena Ostrow is"), read)
+    assert found[:2] == pytest.approx([0.999, 0.999], abs=2e-3)
+    assert found[2:] == pytest.approx([0.0, 0.4995], abs=2e-3)
+    found = similarity.compare(similarity.read("The instrument that Lena Ostrow plays is the"), read)
+    assert max(range(4), key=found.__getitem__) == 1, "the wording decides between facts of one subject"
 
 
 def test_hidden_states_are_centred_means(tiny):

@@ -16,6 +16,7 @@ from prune_lightning.data.stream import EditBatch
 from prune_lightning.editor import Editor
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
+from prune_lightning.evaluation.harness_prompts import asking
 from prune_lightning.evaluation.scoring import score_encoded, score_pairs, token_nll
 from prune_lightning.evaluation.stream import UnrelatedAnswers
 from prune_lightning.export.sources import load_run
@@ -123,6 +124,46 @@ def test_generation_says_what_the_scores_say(method, family, tiny):
         assert bool(score_encoded(model, [pair]).hit.all())
     with module.unedited():
         assert [one.ids for one in decode(model, prompts, [4] * len(prompts))] != [one.ids for one in together]
+
+
+class Plain:
+    """What of lm-eval's class of models is relied on: one row at a time, the answer's last token left out."""
+
+    def __init__(self, model, max_length):
+        self.model, self.max_length = model, max_length
+
+    def _loglikelihood_tokens(self, requests):
+        found = []
+        for _, context, answer in requests:
+            row = (context + answer)[-(self.max_length + 1) :][:-1]
+            log_p = self._model_call(torch.tensor([row]))[0, -len(answer) :].log_softmax(-1)
+            found.append(float(log_p[range(len(answer)), answer].sum()))
+        return found
+
+    def _model_call(self, inps):
+        with torch.no_grad():
+            return self.model(inps).logits
+
+    def _model_generate(self, context, max_length, stop, **settings):
+        return self.model.generate(context, max_length=max_length, do_sample=False, pad_token_id=0, **settings)
+
+
+@pytest.mark.parametrize("method", MEMORIES)
+def test_the_harness_asks_as_the_scores_do(method, tiny):
+    model = tiny("llama")
+    edited(method, model, REQUESTS[:2])
+    asker = asking(Plain, model)(model.model, 128)
+    pairs = model.tokens.encode_pairs([(r.prompt, answer) for r in REQUESTS[:3] for answer in ("Rome", "a tall river")])
+    requests = [(("", ""), pair.ids[: pair.target_start], pair.target) for pair in pairs]
+    expected = [
+        -float(nll) * len(pair.target) for nll, pair in zip(score_encoded(model, pairs).nll, pairs, strict=True)
+    ]
+    assert asker._loglikelihood_tokens(requests) == pytest.approx(expected, rel=1e-6)
+    for request in REQUESTS[:2]:
+        ids = model.tokens.encode(request.prompt)
+        said = asker._model_generate(torch.tensor([ids]), len(ids) + 3, [])[0].tolist()
+        assert said[: len(ids)] == ids
+        assert tuple(said[len(ids) :]) == decode(model, [ids], [3])[0].ids
 
 
 @pytest.mark.parametrize("method", MEMORIES)
@@ -268,7 +309,7 @@ def test_an_editor_is_saved_and_opened_exactly(method, tmp_path):
         editor.edit(facts)
         model, held = editor._session.language_model, editor._session.module.side.state_dict()
         said = next_logits(model, [*(fact["prompt"] for fact in facts), *OTHERS])
-        with pytest.raises(UserError, match=r"export=full: .* Editor.open"):
+        with pytest.raises(UserError, match=r"export=full: .*Editor\.open"):
             editor.export("full", tmp_path / "full")
         report = editor.save(tmp_path / "saved")
         assert "Editor.open" in report.line()

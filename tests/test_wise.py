@@ -11,7 +11,7 @@ from conftest import SHARED
 from safetensors.torch import load_file
 
 from prune_lightning.errors import UserError
-from prune_lightning.methods.side_weights import SideWeights, ties
+from prune_lightning.methods.side_weights import Sharding, SideWeights, ties
 from prune_lightning.methods.wise import WISE, Margins
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.loading import load_language_model
@@ -99,9 +99,9 @@ def test_ties_trims_elects_and_averages():
 
 
 def memory(model, **options):
-    settings = {"ratio": 0.5, "share": 0.5, "shard": 2, "merged": 2, "density": 1.0, "seed": 0}
+    sharding = Sharding(**({"ratio": 0.5, "share": 0.5, "shard": 2, "merged": 2, "density": 1.0} | options))
     path = model.rewrite_name(1).removesuffix(".weight")
-    return SideWeights(path, model, torch.nn.Identity(), **(settings | options))
+    return SideWeights(path, model, torch.nn.Identity(), sharding)
 
 
 def test_shards_begin_anew_and_are_merged(tiny):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.errors import UserError, one_of
-from prune_lightning.methods.retrieval import HiddenStates, SharedWords, Similarity
+from prune_lightning.methods.retrieval import HiddenStates, SharedWords, Similarity, SubjectWords
 from prune_lightning.methods.side_memory import MemoryEditor, SideMemory
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.prompt_memory import Row
@@ -20,7 +20,7 @@ from prune_lightning.requests import PLAIN
 from prune_lightning.types import EditRequest, MemoryUpdate
 from prune_lightning.value_types import check_values
 
-SIMILARITIES = ("words", "hidden")
+SIMILARITIES = ("subject", "words", "hidden")
 Demonstration = Sequence[str]
 """A new fact, a prompt, and its answer."""
 
@@ -31,12 +31,14 @@ class Fact(NamedTuple):
     Args:
         prompt: Its prompt.
         whole: The prompt with the answer.
+        subject: Its subject.
         head: The chat template before a prompt.
         tail: The one behind it.
     """
 
     prompt: str
     whole: str
+    subject: str
     head: str = ""
     tail: str = ""
 
@@ -46,8 +48,8 @@ class FactMemory(SideMemory):
 
     Args:
         language_model: The model.
-        similarity: Compares prompts.
-        threshold: Least similarity with a fact's prompt.
+        similarity: Compares a prompt with facts.
+        threshold: Least similarity with a fact.
         facts: Largest number of facts before a prompt.
         demonstrations: Where demonstrations are chosen from.
         count: Number of demonstrations before the facts.
@@ -64,7 +66,7 @@ class FactMemory(SideMemory):
     ) -> None:
         self.similarity, self.threshold, self.facts, self.count = similarity, threshold, facts, count
         self.demonstrations = [tuple(each) for each in demonstrations]
-        self._shown: list[Any] | None = None
+        self._wording, self._shown = SharedWords(), [f"{fact} {asked}" for fact, asked, _ in self.demonstrations]
         super().__init__("facts", language_model)
 
     # -- the state ------------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ class FactMemory(SideMemory):
     # -- a prompt -------------------------------------------------------------------------------------------------
     def retrieved(self, prompt: str) -> list[tuple[str, float]]:
         """Return the facts close to a prompt, each with its similarity, the closest last."""
-        self._read += [self.similarity.read(fact.prompt) for fact in self.texts[len(self._read) :]]
+        self._read += [self.similarity.read_fact(fact.prompt, fact.subject) for fact in self.texts[len(self._read) :]]
         found = self.similarity.compare(self.similarity.read(prompt), self._read)
         order = sorted(range(len(found)), key=lambda i: (found[i], i))[-self.facts :]
         return [(self.texts[i].whole, found[i]) for i in order if found[i] >= self.threshold]
@@ -106,9 +108,8 @@ class FactMemory(SideMemory):
         facts = [fact for fact, _ in self.retrieved(prompt)]
         if not facts:
             return
-        if self._shown is None:
-            self._shown = [self.similarity.read(f"{fact} {asked}") for fact, asked, _ in self.demonstrations]
-        scores = self.similarity.compare(self.similarity.read(f"{facts[-1]} {prompt}"), self._shown)
+        read = self._wording.read
+        scores = self._wording.compare(read(f"{facts[-1]} {prompt}"), [read(text) for text in self._shown])
         order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
         asked = "\n".join(f"New Fact: {fact}" for fact in facts) + "\nPrompt: "
         for count in range(min(self.count, len(order)), -1, -1):
@@ -177,11 +178,12 @@ class IKE(MemoryEditor):
     Args:
         language_model: The model.
         layers: The block whose output is read for ``similarity=hidden``, one only.
-        similarity: ``words``: see :class:`~.retrieval.SharedWords`; ``hidden``: see :class:`~.retrieval.HiddenStates`.
-        threshold: Least similarity of a prompt with a fact's prompt.
+        similarity: ``subject``: see :class:`~.retrieval.SubjectWords`; ``words``: see :class:`~.retrieval.SharedWords`;
+            ``hidden``: see :class:`~.retrieval.HiddenStates`.
+        threshold: Least similarity of a prompt with a fact.
         facts: Largest number of facts before a prompt.
         demonstrations: A list of a new fact, a prompt and its answer each.
-        count: Number of demonstrations, those closest to fact and prompt.
+        count: Number of demonstrations, those whose words are closest to fact and prompt.
         kwargs: See :class:`~.base.EditingModule`.
 
     Raises:
@@ -193,7 +195,7 @@ class IKE(MemoryEditor):
         *,
         language_model: LanguageModel,
         layers: Sequence[Whole] | None = None,
-        similarity: str = "words",
+        similarity: str = "subject",
         threshold: float = 0.6,
         facts: Count = 1,
         demonstrations: Sequence[Sequence[str]] = (),
@@ -221,7 +223,9 @@ class IKE(MemoryEditor):
     def new_memory(self) -> FactMemory:
         """Return a memory without facts."""
         model = self.language_model
-        similarity = HiddenStates(model, self.layers[0]) if self.similarity == "hidden" else SharedWords()
+        similarity: Similarity = SubjectWords() if self.similarity == "subject" else SharedWords()
+        if self.similarity == "hidden":
+            similarity = HiddenStates(model, self.layers[0])
         shown = self.demonstrations, self.count
         return FactMemory(model, similarity, self.threshold, self.facts_shown, *shown)
 
@@ -230,5 +234,5 @@ class IKE(MemoryEditor):
         facts = []
         for request in requests:
             pair = replace(request, frame=PLAIN).pair()
-            facts.append(Fact(pair.context, pair.text, *request.frame))
+            facts.append(Fact(pair.context, pair.text, request.subject, *request.frame))
         return {self.side.name: MemoryUpdate(packed(facts, self.device))}, [{"fact": fact.whole} for fact in facts]

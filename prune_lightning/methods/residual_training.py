@@ -97,11 +97,11 @@ def train_columns(
         with torch.enable_grad(), edit_output(host, change, rows=len(batch.ids)):
             loss = batch.losses(forward()).mean()
         losses.append(float(loss.detach()))
-        if len(losses) > 1 and abs(losses[-2] - losses[-1]) <= _STILL and losses[-1] <= stop_loss:
-            break
         (gradient,) = torch.autograd.grad(loss, added)
         norm = float((gradient * (gram @ gradient)).sum().clamp_min(0).sqrt())
         left = 1 - learning_rate * weight_decay
         weights = left * weights - learning_rate * min(1.0, clip / (norm + 1e-6)) * gradient
         kept *= left
+        if len(losses) > 1 and abs(losses[-2] - losses[-1]) <= _STILL and losses[-1] <= stop_loss:
+            break
     return Trained(weights, inputs, kept, losses)

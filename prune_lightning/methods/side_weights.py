@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -43,6 +44,27 @@ def ties(changes: Tensor, density: float) -> Tensor:
     return (trimmed.where(agrees, 0).sum(0) / count).view(changes.shape[1:])
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How edits are spread over side memories, and when one answers.
+
+    Args:
+        ratio: Share of the smallest distance of an edit from which on a prompt is answered.
+        share: Share of the entries that a shard trains.
+        shard: Edits of a shard.
+        merged: Shards that are merged.
+        density: See :func:`ties`.
+        seed: Seed of the parts that are trained.
+    """
+
+    ratio: float = 0.88
+    share: float = 0.2
+    shard: int = 500
+    merged: int = 2
+    density: float = 0.53
+    seed: int = 0
+
+
 class SideWeights(SideMemory):
     r"""Side memories :math:`W'_k = W + D_k` of one linear module.
 
@@ -55,32 +77,14 @@ class SideWeights(SideMemory):
         name: Path of the module.
         language_model: The model.
         activation: :math:`a` of :func:`distances`.
-        ratio: Share of the smallest distance of an edit.
-        share: Share of the entries that a shard trains.
-        shard: Edits of a shard.
-        merged: Shards that are merged.
-        density: See :func:`ties`.
-        seed: Seed of the random parts.
+        sharding: See :class:`Sharding`.
     """
 
     inseparable = "WISE trains the edits of a shard into the same weights, one on top of the other"
 
-    def __init__(
-        self,
-        name: str,
-        language_model: LanguageModel,
-        activation: Activation,
-        *,
-        ratio: float,
-        share: float,
-        shard: int,
-        merged: int,
-        density: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, name: str, language_model: LanguageModel, activation: Activation, sharding: Sharding) -> None:
         self.host = language_model.model.get_submodule(name)
-        self.activation, self.ratio, self.share = activation, ratio, share
-        self.shard, self.merged, self.density, self.seed = shard, merged, density, seed
+        self.activation, self.sharding = activation, sharding
         self._trained: tuple[int, Tensor] | None = None
         super().__init__(name, language_model)
 
@@ -100,7 +104,7 @@ class SideWeights(SideMemory):
         self.counts = torch.zeros(0, dtype=torch.long, device=weight.device)  # edits of each, the last one grows
 
     def _is_full(self) -> bool:
-        return not len(self.counts) or int(self.counts[-1]) >= self.shard
+        return not len(self.counts) or int(self.counts[-1]) >= self.sharding.shard
 
     def current(self) -> Tensor:
         """Return the change of the memory that the next edit is trained into: zero if it begins a shard."""
@@ -108,10 +112,10 @@ class SideWeights(SideMemory):
 
     def trained(self) -> Tensor:
         """Return which entries the next edit trains, ``out_features x in_features``."""
-        number = int(self.counts.sum()) // self.shard
+        number = int(self.counts.sum()) // self.sharding.shard
         if self._trained is None or self._trained[0] != number or self._trained[1].device != self.device:
-            generator = torch.Generator().manual_seed(self.seed + number)
-            chosen = torch.rand(self.weight.shape, generator=generator) < self.share
+            generator = torch.Generator().manual_seed(self.sharding.seed + number)
+            chosen = torch.rand(self.weight.shape, generator=generator) < self.sharding.share
             self._trained = number, chosen.to(self.device)
         return self._trained[1]
 
@@ -141,11 +145,11 @@ class SideWeights(SideMemory):
         return change.masked_scatter(self.trained(), values.to(change))
 
     def _merge(self) -> None:
-        full = [i for i, count in enumerate(self.counts.tolist()) if count == self.shard]
-        if len(full) < self.merged:
+        full = [i for i, count in enumerate(self.counts.tolist()) if count == self.sharding.shard]
+        if len(full) < self.sharding.merged:
             return
         rest = [i for i in range(len(self.counts)) if i not in full]
-        merged, index = ties(self.changes[full], self.density), torch.tensor(full, device=self.device)
+        merged, index = ties(self.changes[full], self.sharding.density), torch.tensor(full, device=self.device)
         self.changes = torch.cat([self.changes[rest], merged[None]])
         self.least = torch.cat([self.least[rest], self.least[index].min()[None]])
         self.counts = torch.cat([self.counts[rest], self.counts[index].sum()[None]])
@@ -191,7 +195,7 @@ class SideWeights(SideMemory):
             mean_where(distances(self.activation, output, inputs @ change.T), prompt) for change in self.changes
         ]
         mean = torch.stack(list(found), dim=1)
-        mean = mean.masked_fill(mean < (self.ratio * self.least).to(mean), -1)
+        mean = mean.masked_fill(mean < (self.sharding.ratio * self.least).to(mean), -1)
         return mean.argmax(1).masked_fill((mean < 0).all(1), -1)
 
 

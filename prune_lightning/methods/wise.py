@@ -14,7 +14,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.costs import training_cost
 from prune_lightning.methods.retrieval import general_sentences
 from prune_lightning.methods.side_memory import MemoryEditor
-from prune_lightning.methods.side_weights import SideWeights, distances, mean_where
+from prune_lightning.methods.side_weights import Sharding, SideWeights, distances, mean_where
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import logits_above
 from prune_lightning.models.contexts import ContextOptions, sample_prefixes
@@ -120,10 +120,9 @@ class WISE(MemoryEditor):
         found = language_model.modules_named(layer, [module]) if module else {}
         self.path = next(iter(found), language_model.rewrite_name(layer).removesuffix(".weight"))
         self.margins, self.contexts = margins or Margins(), contexts or ContextOptions()
-        self.sharding: dict[str, Any] = {"ratio": ratio, "share": share, "shard": shard}
-        self.sharding |= {"merged": merged, "density": density}
+        self.sharding = Sharding(ratio, share, shard, merged, density, seed)
         self.steps, self.learning_rate, self.weight_decay = steps, learning_rate, weight_decay
-        self.bound, self.stop_loss, self.seed, self.fast = bound, stop_loss, seed, fast
+        self.bound, self.stop_loss, self.fast = bound, stop_loss, fast
         self.prefixes: Sequence[str] = ("",)
 
     @classmethod
@@ -166,7 +165,7 @@ class WISE(MemoryEditor):
     def new_memory(self) -> SideWeights:
         """Return an empty memory."""
         activation = self.language_model.activation(self.layers[0])
-        return SideWeights(self.path, self.language_model, activation, seed=self.seed, **self.sharding)
+        return SideWeights(self.path, self.language_model, activation, self.sharding)
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, MemoryUpdate], list[dict[str, Any]]]:
         """Return what each request leaves of the copy, one after another."""
@@ -228,13 +227,13 @@ class WISE(MemoryEditor):
                 loss = batch.losses(forward()).mean() + self.margins.loss(inside, outside)
             losses.append(float(loss.detach()))
             least = inside.detach().double().mean()
-            if len(losses) > 1 and abs(losses[-2] - losses[-1]) <= _STILL and losses[-1] <= self.stop_loss:
-                break
             (gradient,) = torch.autograd.grad(loss, change)
             with torch.no_grad():
                 moved = left * change + (left - 1) * weight - self.learning_rate * gradient * trained
                 change = moved.clamp(-self.bound, self.bound).requires_grad_()
             kept *= left
+            if len(losses) > 1 and abs(losses[-2] - losses[-1]) <= _STILL and losses[-1] <= self.stop_loss:
+                break
         return change.detach(), torch.tensor(kept, dtype=torch.float64), least, losses
 
     def _distances(self, memory: SideWeights, seen: tuple[Tensor, Tensor], change: Tensor, mask: Tensor) -> Tensor:
