@@ -117,7 +117,7 @@ study-batch:
 # Every edit alone, then those that collapse the model once more under guards.
 BUTTERFLY := runs/study_butterfly/$(MODEL)
 study-butterfly:
-	$(call RUN_STUDY,butterfly) method=rome,r_rome $(if $(SENTENCES),evaluation.perplexity.path=$(SENTENCES))
+	$(call RUN_STUDY,butterfly) method=rome,r_rome data.subject_first=false,true $(if $(SENTENCES),evaluation.perplexity.path=$(SENTENCES))
 	$(DRAW_STUDY) butterfly $(BUTTERFLY) --hard $(BUTTERFLY)/hard.jsonl
 	if [ -s $(BUTTERFLY)/hard.jsonl ]; then $(call RUN_STUDY,butterfly) method=rome data=jsonl \
 		data.path=$(BUTTERFLY)/hard.jsonl data.unique_subjects=false callbacks=guards callbacks.guards.policy=rollback \
