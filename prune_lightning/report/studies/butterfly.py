@@ -125,7 +125,7 @@ def write_hard(runs: Sequence[FinishedRun], path: Path) -> int:
 
 
 def _line(request: EditRequest) -> dict[str, Any]:
-    line = {"case_id": request.case_id, "subject": request.subject, "prompt": request.prompt}
+    line: dict[str, Any] = {"case_id": request.case_id, "subject": request.subject, "prompt": request.prompt}
     line |= {"subject_start": request.subject_start, "target_new": request.target_new, "target_old": request.target_old}
     line |= {"paraphrases": list(request.paraphrases), "separator": request.separator}
     probes = [{"prompt": p.prompt, "answer": p.answer, "separator": p.separator} for p in request.locality]
