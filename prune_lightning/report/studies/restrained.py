@@ -45,7 +45,7 @@ def prune(runs: Sequence[FinishedRun]) -> tuple[str, Figure]:
             else:
                 axes.set_ylim(-0.03, 1.05)
     for axes, key in zip(grid[0], columns, strict=True):
-        axes.set_title("relative norm" if key == _NORM else labels.label(key), fontsize=10)
+        axes.set_title("relative norm" if key == _NORM else labels.label(key), fontsize=9)
     for axes in grid[-1]:
         axes.set_xlabel("edits")
     _legend(drawing, grid[0][0])
