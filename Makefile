@@ -113,23 +113,23 @@ study: env study-$(NAME)
 .PHONY: study-prune study-rect study-batch study-butterfly study-mirage
 study-prune:
 	$(call RUN_STUDY,prune) method=rome,memit,mend restraint=none
-	$(call RUN_STUDY,prune) method=rome,memit,mend restraint=prune restraint.base=1.2,1.5,2
+	$(call RUN_STUDY,prune) method=rome,memit,mend restraint=prune restraint.base=1.2,2
 	$(DRAW_STUDY) prune runs/study_prune/$(MODEL)
 
 study-rect:
 	$(call RUN_STUDY,rect) method=rome,memit,mend,kn restraint=none
-	$(call RUN_STUDY,rect) method=rome,memit,mend,kn restraint=rect restraint.keep=0.2,0.4,0.6,0.8
+	$(call RUN_STUDY,rect) method=rome,memit,mend,kn restraint=rect restraint.keep=0.2,0.6
 	$(DRAW_STUDY) rect runs/study_rect/$(MODEL)
 
 study-batch:
-	$(call RUN_STUDY,batch) method=rome,memit,emmet data.protocol=batch,sequential_batched data.batch_size=1,8,64
+	$(call RUN_STUDY,batch) method=rome,memit,emmet data.protocol=batch,sequential_batched data.batch_size=1,8,32
 	$(call RUN_STUDY,layers) method=memit,emmet method.layers=[0],[1],[2],[3]
 	$(DRAW_STUDY) batch runs/study_batch/$(MODEL) runs/study_layers/$(MODEL)
 
 # Every edit alone, then those that collapse the model once more under guards.
 BUTTERFLY := runs/study_butterfly/$(MODEL)
 study-butterfly:
-	$(call RUN_STUDY,butterfly) method=rome,r_rome $(if $(SENTENCES),evaluation.perplexity.path=$(SENTENCES))
+	$(call RUN_STUDY,butterfly) method=rome,r_rome data.subject_first=false,true $(if $(SENTENCES),evaluation.perplexity.path=$(SENTENCES))
 	$(DRAW_STUDY) butterfly $(BUTTERFLY) --hard $(BUTTERFLY)/hard.jsonl
 	if [ -s $(BUTTERFLY)/hard.jsonl ]; then $(call RUN_STUDY,butterfly) method=rome data=jsonl \
 		data.path=$(BUTTERFLY)/hard.jsonl data.unique_subjects=false callbacks=guards callbacks.guards.policy=rollback \

@@ -25,7 +25,15 @@ class BundledWorld(EditStream):
     The new target is another object of the same relation. Paraphrases are two further phrasings, one of them held out
     from training for half of the subjects. The neighbourhood consists of facts of the same relation about subjects that
     are never edited, those with the same old object first. All subjects occur once before any occurs twice.
+
+    Args:
+        subject_first: Whether to edit wordings that begin with the subject, in which ROME's keys can differ.
+        kwargs: See :class:`~prune_lightning.data.stream.EditStream`.
     """
+
+    def __init__(self, subject_first: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.subject_first = subject_first
 
     def records(self) -> Iterator[EditRequest | BadRow]:
         """Yield one request per editable fact."""
@@ -44,12 +52,17 @@ class BundledWorld(EditStream):
         return EditRequest(
             case_id=case_id,
             subject=fact.subject,
-            prompt=fact.phrasings[EDIT_PHRASING],
+            prompt=self._prompt(fact),
             target_new=rng.choice(objects),
             target_old=fact.answer,
             paraphrases=tuple(fact.phrasings[index] for index in PARAPHRASES),
             locality=tuple(Probe(other.phrasings[EDIT_PHRASING], other.answer) for other in reserved[:NEIGHBOURS]),
         )
+
+    def _prompt(self, fact: Fact) -> str:
+        wordings = [text for i, text in enumerate(fact.phrasings) if i not in PARAPHRASES]
+        first = [text for text in wordings if text.startswith(fact.subject)] if self.subject_first else []
+        return first[0] if first else fact.phrasings[EDIT_PHRASING]
 
     def ordered(self, requests: list[EditRequest]) -> list[EditRequest]:
         """Return the requests in rounds: every subject once, in random order, then every subject's second fact."""

@@ -37,7 +37,7 @@ class FileStream(EditStream):
 
     def __init__(self, path: str, hub: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.name, self.hub = path, dict(hub or {})
+        self._source, self.hub = path, dict(hub or {})
         try:
             self.path = Path(path).expanduser()
         except RuntimeError as error:
@@ -65,7 +65,7 @@ class FileStream(EditStream):
 
     def located(self) -> Iterator[Located | BadRow]:
         """Yield requests and bad rows in the file's order, with their lines and remarks."""
-        rows = hub_rows(self.name, self.hub) if self.name.startswith(PREFIX) else self.read_file()
+        rows = hub_rows(self._source, self.hub) if self._source.startswith(PREFIX) else self.read_file()
         for case_id, (line, row) in enumerate(rows):
             if isinstance(row, str):
                 yield BadRow(line, row)

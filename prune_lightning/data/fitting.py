@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from prune_lightning.data.rows import BadRow, Located
 from prune_lightning.errors import UserError, shown
 from prune_lightning.models.tokenization import Tokens
-from prune_lightning.requests import EditRequest
+from prune_lightning.requests import EditRequest, Frame
 from prune_lightning.text.separators import AUTO, TextPair, infer
 
 
@@ -90,6 +91,36 @@ def fit_to_model(request: EditRequest, tokens: Tokens) -> Fit:
             "into every text (docs/guards.md)"
         )
     return Fit(doubts=tuple(found))
+
+
+def fitting(
+    candidates: Sequence[Located],
+    tokens: Tokens,
+    frame: Frame,
+    unusable: Callable[[EditRequest], str | None] | None,
+    count: int | None,
+) -> tuple[list[Located], list[BadRow]]:
+    """Return the records that fit a model and a method, in the frame of a chat if there is one, and the others.
+
+    Args:
+        candidates: The records.
+        tokens: The model's tokens.
+        frame: The text of a chat template before and after each prompt.
+        unusable: Returns the reason why a method cannot use a request, or ``None``.
+        count: Stop after this many.
+    """
+    found: list[Located] = []
+    misfits: list[BadRow] = []
+    for one in candidates:
+        if len(found) == count:
+            break
+        request = one.request.in_frame(frame) if any(frame) else one.request
+        fit = fit_to_model(request, tokens)
+        if reason := (unusable and unusable(request)) or fit.reason:
+            misfits.append(BadRow(one.line, reason))
+        else:
+            found.append(Located(request, one.line, (*one.remarks, *fit.doubts)))
+    return found, misfits
 
 
 def _scored(request: EditRequest) -> Iterator[tuple[str, TextPair]]:

@@ -32,21 +32,26 @@ class Located:
     remarks: tuple[str, ...] = ()
 
 
-def repeated(usable: Sequence[Located], kept: Sequence[Located]) -> list[BadRow]:
-    """Return the usable records that are not among those kept, since another one has their subject or their edit."""
+def repeated(usable: Sequence[Located], kept: Sequence[Located], by_subject: bool = True) -> list[BadRow]:
+    """Return the usable records that are not among those kept, since another one has their subject, or their edit.
+
+    Args:
+        usable: All usable records.
+        kept: Those of the stream.
+        by_subject: Whether the records were left out by their subject, or else by their edit.
+    """
     present = {id(one.request) for one in kept}
-    subjects = {one.request.subject.lower(): one.line for one in kept}
-    edits = {one.request.fact: one.line for one in kept}
+    lines: dict[str | tuple[str, str], int] = {one.request.subject.lower(): one.line for one in kept}
+    lines |= {one.request.fact: one.line for one in kept}
     found = []
     for one in usable:
         if id(one.request) not in present:
-            subject = one.request.subject
             reason = (
-                f"its subject {shown(subject)} is that of line {subjects[subject.lower()]} "
+                f"its subject {shown(one.request.subject)} is that of line {lines[one.request.subject.lower()]} "
                 "(data.unique_subjects=false keeps both)"
+                if by_subject
+                else f"it repeats the edit of line {lines[one.request.fact]}"
             )
-            if line := edits.get(one.request.fact):
-                reason = f"it repeats the edit of line {line}"
             found.append(BadRow(one.line, reason))
     return found
 

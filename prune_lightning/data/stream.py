@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from prune_lightning.data.fitting import doubts, fit_to_model
+from prune_lightning.data.fitting import doubts, fitting
 from prune_lightning.data.knowledge import ALL, EXACT, Division, KeepRule, Knows
 from prune_lightning.data.loader import EditLoader
 from prune_lightning.data.placing import placed
@@ -197,27 +197,8 @@ class EditStream(L.LightningDataModule, ABC):
         unusable: Callable[[EditRequest], str | None] | None = None,
         count: int | None = None,
     ) -> tuple[list[Located], list[BadRow]]:
-        """Return the records that fit a model and a method, with the chat template if enabled, and the others.
-
-        Args:
-            candidates: The records.
-            tokens: See :meth:`fit`.
-            unusable: See :meth:`fit`.
-            count: Stop after this many.
-        """
-        frame = tokens.chat_frame() if self.chat_template else PLAIN
-        fitting: list[Located] = []
-        misfits: list[BadRow] = []
-        for one in candidates:
-            if len(fitting) == count:
-                break
-            request = one.request.in_frame(frame) if any(frame) else one.request
-            fit = fit_to_model(request, tokens)
-            if reason := (unusable and unusable(request)) or fit.reason:
-                misfits.append(BadRow(one.line, reason))
-            else:
-                fitting.append(Located(request, one.line, (*one.remarks, *fit.doubts)))
-        return fitting, misfits
+        """Return the records that fit a model and a method, and the others; see :func:`~.fitting.fitting`."""
+        return fitting(candidates, tokens, tokens.chat_frame() if self.chat_template else PLAIN, unusable, count)
 
     def _take(self, candidates: Sequence[Located]) -> None:
         if not candidates:
@@ -230,7 +211,7 @@ class EditStream(L.LightningDataModule, ABC):
         """Return the records in the order of the stream, and those that :meth:`ordered` leaves out, with reasons."""
         by_identity = {id(one.request): one for one in usable}
         kept = [by_identity[id(request)] for request in self.ordered([one.request for one in usable])]
-        return kept, repeated(usable, kept)
+        return kept, repeated(usable, kept, self.unique_subjects)
 
     def ordered(self, requests: list[EditRequest]) -> list[EditRequest]:
         """Return the requests in the order of the stream, without repeated subjects if ``unique_subjects`` is set."""

@@ -125,7 +125,7 @@ class ConsequenceQuestions(EditingMeasurement):
         asked = [
             (one.case, question)
             for one in self._groups
-            if one.case in cases and (one.until is None or written < one.until)
+            if one.case is not None and one.case in cases and (one.until is None or written < one.until)
             for question in one.group.questions
             if self._counts(question)
         ]

@@ -74,12 +74,12 @@ def _table(sizes: dict[_Key, Group], layers: dict[_Key, Group]) -> str:
     rows: list[list[Cell]] = []
     for (method, protocol, size), group in sorted(sizes.items()):
         kept = None if protocol == "batch" else last(group, keys.kept)
-        rows.append([method, _LINES[protocol][1], str(size), *(last(group, key) for key in _SCORES.values()), kept])
+        rows.append([method, _LINES[protocol][1], size, *(last(group, key) for key in _SCORES.values()), kept])
     run = groups[0].runs[0]
     text = f"{run['model']}, {run['data']}, {groups[0].counts[-1]} edits:\n\n{markdown(heads, rows)}"
     if layers:
         lines: list[list[Cell]] = [
-            [method, str(layer), *(last(group, key) for key in _SCORES.values())]
+            [method, layer, *(last(group, key) for key in _SCORES.values())]
             for (method, _, layer), group in sorted(layers.items())
         ]
         text += f"\n\nOne batch at each layer:\n\n{markdown(['editor', 'layer', *_SCORES], lines)}"

@@ -47,7 +47,7 @@ def butterfly(runs: Sequence[FinishedRun]) -> tuple[str, Figure]:
     """
     edits = {run.folder.name: read_edits(run) for run in runs}
     alone = [run for run in runs if not option(run, "callbacks.guards")]
-    drawing = Figure(figsize=(5.2 * max(1, len(alone)), 3.8), layout="constrained")
+    drawing = Figure(figsize=(3.9 * max(1, len(alone)), 3.6), layout="constrained")
     for axes, run in zip(drawing.subplots(1, len(alone), squeeze=False, sharey=True)[0], alone, strict=True):
         found = sorted(edits[run.folder.name], key=lambda edit: edit.relative)
         heights = [min(edit.relative, _MOST) for edit in found]
@@ -55,7 +55,7 @@ def butterfly(runs: Sequence[FinishedRun]) -> tuple[str, Figure]:
         axes.scatter(range(1, len(found) + 1), heights, c=colors, s=12)
         factor = run.summary["measurements"][_NAME]["factor"]
         axes.axhline(factor, color="C3", lw=1, ls="--", label=f"collapse: {factor:g} times the unedited model's")
-        axes.set(yscale="log", title=f"{run.summary['method']}, {run.summary['data']}", xlabel="edits, sorted")
+        axes.set(yscale="log", title=f"{run.summary['method']}, {_data(run)}", xlabel="edits, sorted")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, frameon=False)
     drawing.axes[0].set_ylabel("ME-PPL after the edit, relative")
@@ -74,11 +74,17 @@ def butterfly(runs: Sequence[FinishedRun]) -> tuple[str, Figure]:
     return f"{runs[0].summary['model']}, every edit alone:\n\n{markdown(heads, rows)}{_named(runs, edits)}", drawing
 
 
+def _data(run: FinishedRun) -> str:
+    """Return the data of a run; the bundled ones with the place of the subject."""
+    place = {True: ", subject first", False: ", subject inside", None: ""}
+    return f"{run.summary['data']}{place[option(run, 'data.subject_first')]}"
+
+
 def _row(run: FinishedRun, edits: Sequence[Edit]) -> list[Cell]:
     relative = sorted(edit.relative for edit in edits)
     policy = option(run, "callbacks.guards.policy") or "none"
     refused, collapsed = sum(edit.refused is not None for edit in edits), sum(edit.collapsed for edit in edits)
-    start = [str(run.summary["method"]), str(run.summary["data"]), len(edits), str(policy), refused, collapsed]
+    start = [str(run.summary["method"]), _data(run), len(edits), str(policy), refused, collapsed]
     return [*start, relative[-1], relative[len(relative) // 2], run.summary["measurements"][_NAME]["reference"]]
 
 
@@ -119,7 +125,7 @@ def write_hard(runs: Sequence[FinishedRun], path: Path) -> int:
 
 
 def _line(request: EditRequest) -> dict[str, Any]:
-    line = {"case_id": request.case_id, "subject": request.subject, "prompt": request.prompt}
+    line: dict[str, Any] = {"case_id": request.case_id, "subject": request.subject, "prompt": request.prompt}
     line |= {"subject_start": request.subject_start, "target_new": request.target_new, "target_old": request.target_old}
     line |= {"paraphrases": list(request.paraphrases), "separator": request.separator}
     probes = [{"prompt": p.prompt, "answer": p.answer, "separator": p.separator} for p in request.locality]

@@ -14,11 +14,12 @@ Cell = str | float | int | None
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """Return a table; texts and whole numbers stay as they are, other numbers get three digits."""
-    lines = [
-        "| " + " | ".join(heads) + " |",
-        "| " + " | ".join("---" if i < 2 else "---:" for i in range(len(heads))) + " |",
-    ]
+    """Return a table; texts and whole numbers stay as they are, other numbers get three digits.
+
+    Columns of texts are aligned to the left.
+    """
+    texts = [any(isinstance(row[i], str) for row in rows) for i in range(len(heads))]
+    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" if text else "---:" for text in texts) + " |"]
     for row in rows:
         lines.append("| " + " | ".join(_shown(cell) for cell in row) + " |")
     return "\n".join(lines)

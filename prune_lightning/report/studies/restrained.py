@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from prune_lightning.report.compare import Keys, labels_of
 from prune_lightning.report.groups import FinishedRun, Group
@@ -39,10 +40,12 @@ def prune(runs: Sequence[FinishedRun]) -> tuple[str, Figure]:
             axes.grid(alpha=0.3)
             if key in (_CONDITION, _NORM):
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(LogFormatter())
+                axes.yaxis.set_minor_formatter(LogFormatter())
             else:
                 axes.set_ylim(-0.03, 1.05)
     for axes, key in zip(grid[0], columns, strict=True):
-        axes.set_title(labels.label(key).split(",")[0], fontsize=10)
+        axes.set_title("relative norm" if key == _NORM else labels.label(key), fontsize=9)
     for axes in grid[-1]:
         axes.set_xlabel("edits")
     _legend(drawing, grid[0][0])
@@ -50,7 +53,7 @@ def prune(runs: Sequence[FinishedRun]) -> tuple[str, Figure]:
         "editor",
         "restraint",
         "condition number",
-        "norm",
+        "relative norm",
         *map(labels.label, columns[2:]),
         "retention",
         "efficacy",
