@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prune_lightning.devices import to_device
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.methods.edited_part import EditedPart, Event
 from prune_lightning.models.family import stores_transposed
+from prune_lightning.sharding import sharded_like, whole
 from prune_lightning.spectral import AccumulatedChange
 from prune_lightning.spectral.triplets import fp64
 from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate, MemoryUpdate, Update
@@ -24,6 +26,9 @@ class EditedMatrix(EditedPart):
 
     The change is kept in fp32 at least and cast to the weight's dtype once per write. All matrices are handled as
     ``out_features x in_features``; a ``Conv1D`` weight is transposed on reading and writing.
+
+    A sharded weight and its original stay sharded. Each is gathered while it is read, by all processes together, and
+    the weight that the first process computes is divided again. The change is whole on every process.
 
     Args:
         name: Qualified name of the weight.
@@ -84,13 +89,30 @@ class EditedMatrix(EditedPart):
     def _turned(self, stored: Tensor) -> Tensor:
         return stored.T if self.transposed else stored
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        rows, columns = self.change.master.shape
+        return rows, columns
+
     def original(self) -> Tensor:
         """Return the original matrix."""
-        return self._turned(self._original)
+        return self._turned(whole(self._original))
 
     def weight(self) -> Tensor:
         """Return the live weight."""
-        return self._turned(self.parameter.detach())
+        return self._turned(whole(self.parameter.detach()))
+
+    @contextmanager
+    def _writing(self) -> Iterator[Tensor]:
+        """Yield a matrix that is the live weight after the block: the weight itself, unless it is sharded."""
+        stored = self.parameter.detach()
+        if not isinstance(stored, DTensor):
+            yield self._turned(stored)
+            return
+        matrix = torch.empty_like(self.change.master, dtype=stored.dtype)
+        yield matrix
+        stored.copy_(sharded_like(self._turned(matrix), stored))
 
     def delta(self) -> Tensor:
         """Return the change of the live weight, before the cast to the weight's dtype."""
@@ -111,7 +133,7 @@ class EditedMatrix(EditedPart):
 
     def check(self, update: Update) -> None:
         """Raise a ``ValueError`` if an update has another shape."""
-        expected = tuple(self.original().shape)
+        expected = self.shape
         shape = tuple(update.shape) if isinstance(update, (LowRankUpdate, DenseUpdate)) else type(update).__name__
         if shape != expected:
             raise ValueError(f"expected an update of shape {expected} for {self.name}, but got {shape}")
@@ -151,7 +173,7 @@ class EditedMatrix(EditedPart):
             Shape ``(out_features, b)``, in the dtype of ``keys``.
         """
         if not self.feeds_back or self.withheld is None:
-            return keys.new_zeros(self.original().shape[0], keys.shape[1])
+            return keys.new_zeros(self.shape[0], keys.shape[1])
         return self.withheld.times(keys)
 
     @contextmanager
@@ -204,7 +226,8 @@ class EditedMatrix(EditedPart):
 
     def write(self) -> None:
         """Write the weight from the change and the withheld part."""
-        self.change.write(self.weight(), self.original(), self.withheld)
+        with self._writing() as weight:
+            self.change.write(weight, self.original(), self.withheld)
 
     @torch.no_grad()
     def add_provisionally(self, update: MatrixUpdate) -> None:
@@ -212,7 +235,8 @@ class EditedMatrix(EditedPart):
         changed = torch.empty_like(self.change.master)
         self.change.write(changed, self.original(), self.withheld)
         update.add_to(changed)
-        self.weight().copy_(changed)
+        with self._writing() as weight:
+            weight.copy_(changed)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -272,8 +296,8 @@ class EditedMatrix(EditedPart):
         elif "withheld.matrix" in state:
             self.withheld = DenseUpdate(state["withheld.matrix"].to(self.change.master.device))
         if self.withheld is not None:
-            with torch.no_grad():
-                self.weight().copy_(state["weight"])
+            with torch.no_grad(), self._writing() as weight:
+                weight.copy_(state["weight"])
         else:
             self.write()
 

@@ -277,15 +277,18 @@ class SecondMoments:
         pieces = token_rows(model.tokens, window, min(self.max_length, model.tokens.max_length), left)
         tokens = sum(map(len, pieces))
         phase.expect(self._texts_in_all(running.texts + len(window), running.tokens + tokens))
-        for number, batch in enumerate(self.batches(pieces)):
+        batches, size = list(self.batches(pieces)), world_size()
+        for number, batch in enumerate(batches):
             running.count(sum(map(len, batch)))
-            if number % world_size() == rank():
+            if number % size == rank():
                 ids, mask = model.tokens.pad(batch, model.device)
                 with capture(inputs=modules, rows=len(ids)) as seen:
                     model(ids, mask)
                 running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
             # The batches of a window are sorted by length, so progress is measured by tokens.
             phase.advance(len(window) * sum(map(len, batch)) / tokens)
+        if model.is_sharded and 0 < len(batches) % size <= rank():  # its parts are needed in the others' last pass
+            model(*model.tokens.pad(batches[0], model.device))
 
     def _texts_in_all(self, texts: int, tokens: int) -> float:
         """Return the expected number of texts, if the others are as long as those so far."""
