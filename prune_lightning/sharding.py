@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,6 +30,17 @@ def sharded_like(tensor: Tensor, live: Tensor) -> Tensor:
     if not isinstance(live, DTensor):
         return tensor
     return distribute_tensor(tensor.contiguous(), live.device_mesh, live.placements)
+
+
+@contextmanager
+def writing(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield what the tensor is to become: itself, or, if it is sharded, a whole one that is divided after the block."""
+    if not isinstance(tensor, DTensor):
+        yield tensor
+        return
+    result = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    yield result
+    tensor.copy_(sharded_like(result, tensor))
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], device_type: str) -> None:

@@ -9,13 +9,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from prune_lightning.devices import to_device
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.methods.edited_part import EditedPart, Event
 from prune_lightning.models.family import stores_transposed
-from prune_lightning.sharding import sharded_like, whole
+from prune_lightning.sharding import whole, writing
 from prune_lightning.spectral import AccumulatedChange
 from prune_lightning.spectral.triplets import fp64
 from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate, MemoryUpdate, Update
@@ -89,12 +88,6 @@ class EditedMatrix(EditedPart):
     def _turned(self, stored: Tensor) -> Tensor:
         return stored.T if self.transposed else stored
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out_features, in_features)``."""
-        rows, columns = self.change.master.shape
-        return rows, columns
-
     def original(self) -> Tensor:
         """Return the original matrix."""
         return self._turned(whole(self._original))
@@ -102,17 +95,6 @@ class EditedMatrix(EditedPart):
     def weight(self) -> Tensor:
         """Return the live weight."""
         return self._turned(whole(self.parameter.detach()))
-
-    @contextmanager
-    def _writing(self) -> Iterator[Tensor]:
-        """Yield a matrix that is the live weight after the block: the weight itself, unless it is sharded."""
-        stored = self.parameter.detach()
-        if not isinstance(stored, DTensor):
-            yield self._turned(stored)
-            return
-        matrix = torch.empty_like(self.change.master, dtype=stored.dtype)
-        yield matrix
-        stored.copy_(sharded_like(self._turned(matrix), stored))
 
     def delta(self) -> Tensor:
         """Return the change of the live weight, before the cast to the weight's dtype."""
@@ -133,7 +115,7 @@ class EditedMatrix(EditedPart):
 
     def check(self, update: Update) -> None:
         """Raise a ``ValueError`` if an update has another shape."""
-        expected = self.shape
+        expected = tuple(self.change.master.shape)
         shape = tuple(update.shape) if isinstance(update, (LowRankUpdate, DenseUpdate)) else type(update).__name__
         if shape != expected:
             raise ValueError(f"expected an update of shape {expected} for {self.name}, but got {shape}")
@@ -173,7 +155,7 @@ class EditedMatrix(EditedPart):
             Shape ``(out_features, b)``, in the dtype of ``keys``.
         """
         if not self.feeds_back or self.withheld is None:
-            return keys.new_zeros(self.shape[0], keys.shape[1])
+            return keys.new_zeros(len(self.change.master), keys.shape[1])
         return self.withheld.times(keys)
 
     @contextmanager
@@ -226,8 +208,8 @@ class EditedMatrix(EditedPart):
 
     def write(self) -> None:
         """Write the weight from the change and the withheld part."""
-        with self._writing() as weight:
-            self.change.write(weight, self.original(), self.withheld)
+        with writing(self.parameter.detach()) as stored:
+            self.change.write(self._turned(stored), self.original(), self.withheld)
 
     @torch.no_grad()
     def add_provisionally(self, update: MatrixUpdate) -> None:
@@ -235,8 +217,8 @@ class EditedMatrix(EditedPart):
         changed = torch.empty_like(self.change.master)
         self.change.write(changed, self.original(), self.withheld)
         update.add_to(changed)
-        with self._writing() as weight:
-            weight.copy_(changed)
+        with writing(self.parameter.detach()) as stored:
+            self._turned(stored).copy_(changed)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -296,8 +278,8 @@ class EditedMatrix(EditedPart):
         elif "withheld.matrix" in state:
             self.withheld = DenseUpdate(state["withheld.matrix"].to(self.change.master.device))
         if self.withheld is not None:
-            with torch.no_grad(), self._writing() as weight:
-                weight.copy_(state["weight"])
+            with torch.no_grad(), writing(self.parameter.detach()) as stored:
+                self._turned(stored).copy_(state["weight"])
         else:
             self.write()
 
