@@ -14,7 +14,7 @@ from prune_lightning.devices import to_device
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.methods.edited_part import EditedPart, Event
 from prune_lightning.models.family import stores_transposed
-from prune_lightning.sharding import whole, writing
+from prune_lightning.sharding import sharded_like, whole, writing
 from prune_lightning.spectral import AccumulatedChange
 from prune_lightning.spectral.triplets import fp64
 from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate, MemoryUpdate, Update
@@ -65,7 +65,9 @@ class EditedMatrix(EditedPart):
         """Move the state to the device of the live weight, in place."""
         if self._module is not None:
             self.parameter = cast(nn.Parameter, self._module.weight)  # some backends make new ones
-        self._original, self.change = self._original.to(device), self.change.to(device)
+        # The model may have been sharded in the meantime.
+        self._original = sharded_like(whole(self._original.to(device)), self.parameter.detach())
+        self.change = self.change.to(device)
         self.withheld, self._last = to_device((self.withheld, self._last), device)
         self.journal = [replace(event, change=to_device(event.change, device)) for event in self.journal]
         return self
