@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from prune_lightning.bundled.corpus import BundledCorpus
-from prune_lightning.callbacks import PRUNE, EditLedger, SpectrumMonitor
+from prune_lightning.callbacks import PRUNE, EditLedger
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.ledger import Ledger
 from prune_lightning.methods import base
@@ -47,7 +47,7 @@ def edit(third: str, cache: Path, strategy: str | None = None) -> dict[str, torc
     shared = {
         "layers": [0, 1],
         "second_moments": SecondMoments(corpus, ridge=1e-3, token_budget=512, cache=cache, save_every=100),
-        "value": ValueOptions(steps=8),
+        "value": ValueOptions(steps=6),
         "contexts": ContextOptions(lengths=[[10, 2]]),
     }
     methods = {
@@ -58,20 +58,14 @@ def edit(third: str, cache: Path, strategy: str | None = None) -> dict[str, torc
     }
     for name in ("memit", "alphaedit", third):
         build, options = methods[name]
-        L.seed_everything(0, verbose=False)
-        module = build(language_model=load_language_model("pkg://prune_lightning.bundled/model"), **options)
-        trainer(strategy, PRUNE(1.5)).fit(module, datamodule=stream(9))
-        result |= {f"{name} {n}": matrix.weight().clone() for n, matrix in module.edited_matrices().items()}
-    if third == "rome":
-        folder = cache / "ledger"
-        build, options = methods["memit"]
-        for count in (6, 9):
-            ledger = Ledger.open(folder) if count == 9 else None
+        ends, folder = ((6, 9) if strategy == "fsdp2" and name == "memit" else (9,)), cache / name
+        for count in ends:  # resumed after six
             L.seed_everything(0, verbose=False)
             module = build(language_model=load_language_model("pkg://prune_lightning.bundled/model"), **options)
-            callbacks = [PRUNE(1.5), SpectrumMonitor(100, draw=False), EditLedger(folder, ledger=ledger)]
+            ledger = Ledger.open(folder) if count != ends[0] else None
+            callbacks = [PRUNE(1.5), EditLedger(folder, ledger=ledger)]
             trainer(strategy, *callbacks).fit(module, datamodule=stream(count, ledger.sizes if ledger else ()))
-        result |= {f"resumed {n}": matrix.weight().clone() for n, matrix in module.edited_matrices().items()}
+        result |= {f"{name} {n}": matrix.weight().clone() for n, matrix in module.edited_matrices().items()}
     return result
 
 

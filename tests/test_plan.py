@@ -226,8 +226,13 @@ def test_a_run_takes_the_memory_of_its_plan(name, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(load_path()).save_pretrained(tmp_path / "model")
     arguments = ["model=llama-3-8b", f"model.path={tmp_path / 'model'}", "method=memit", *options, "data.num_edits=3"]
-    arguments += ["model.second_moments.corpus=null", "method.value.steps=3", "method.contexts.lengths=null"]
-    arguments += ["evaluation.everyday.enabled=false", "progress=false", "control=false"]
+    arguments += ["model.second_moments.corpus=null", "method.value.steps=3", "method.contexts.lengths=[[5,1]]"]
+    arguments += [
+        "evaluation.everyday.enabled=false",
+        "evaluation.legacy.enabled=false",
+        "progress=false",
+        "control=false",
+    ]
     peak_of("experiment=plan", *arguments, f"hydra.run.dir={tmp_path / 'plan'}")
     plan = json.loads((tmp_path / "plan" / "plan.json").read_text())["memory_bytes"]
     measured = peak_of(*arguments, f"hydra.run.dir={tmp_path / 'run'}")
