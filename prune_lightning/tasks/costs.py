@@ -71,7 +71,7 @@ def memory(weights: float, cost: Cost, restraint: RestraintCost, kept: Changes, 
     size = sum(m * n for m, n in cost.matrices)
     found = {"weights": weights, "originals of edited matrices": float(size * w)}
     found["masters of changes"] = float(size * kept.entry)
-    later = cost.memory | {"restraint": restraint.memory}
+    later = {**cost.memory, "restraint": restraint.memory}
     if kept.ranks is not None:
         later = {"factors of changes": _factors(cost, kept, stores=2)} | later
     writing = size * w + 4 * max((m * n for m, n in cost.matrices), default=0) * kept.entry
