@@ -10,25 +10,11 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prune_lightning.errors import UserError
+from prune_lightning.sharding import sharded_like, whole
 from prune_lightning.spectral import FactoredMatrix, NonFiniteChange
 from prune_lightning.types import LowRankUpdate
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor, gathered if it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(tensor: Tensor, live: Tensor) -> Tensor:
-    """Return a whole tensor, sharded as ``live`` is."""
-    return (
-        distribute_tensor(tensor.contiguous(), live.device_mesh, live.placements)
-        if isinstance(live, DTensor)
-        else tensor
-    )
 
 
 class AdaptedMatrix:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prune_lightning.errors import UserError, kind_of, near
+from prune_lightning.sharding import sharded_like, whole
 from prune_lightning.types import LowRankUpdate
 
-from ._adapted import AdaptedMatrix, adapted_layers, sharded_like, whole
+from ._adapted import AdaptedMatrix, adapted_layers
 
 
 class SnapshotMatrix:

@@ -96,7 +96,7 @@ class EditLedger(LightningCallback):
             with module.clock.phase("resume"):
                 self._resume(trainer, module)
         elif self.ledger is None:
-            on_rank_zero(partial(self._create, trainer, module))
+            self._create(trainer, module)
 
     def _create(self, trainer: L.Trainer, module: EditingModule) -> None:
         about = {
@@ -105,7 +105,11 @@ class EditLedger(LightningCallback):
             "restraints": [type(restraint).__name__ for restraint in _restraints(trainer)],
             "originals": module.originals(),
         }
-        self.ledger = Ledger.create(self.folder, about)
+
+        def create() -> None:
+            self.ledger = Ledger.create(self.folder, about)
+
+        on_rank_zero(create)
 
     def _resume(self, trainer: L.Trainer, module: EditingModule) -> None:
         assert self.ledger is not None
@@ -128,42 +132,49 @@ class EditLedger(LightningCallback):
     ) -> None:
         """Write the step, and a snapshot if one is due."""
         module = editing_module(self, pl_module)
-        module.run.settle()
-        states = {name: callback.step_state() for name, callback in keepers(trainer).items()}
-        on_rank_zero(partial(self._append, trainer, module, batch, states))
+        record = self._record(trainer, module, batch)
+        snapshot = on_rank_zero(partial(self._is_due, trainer, module, record))
+        state = module.run.state_dict() if snapshot else None
+        on_rank_zero(partial(self._append, record, state))
 
-    def _append(self, trainer: L.Trainer, module: EditingModule, batch: EditBatch, states: Mapping[str, Any]) -> None:
-        report, observed, events = last_report(module), module.run.settle(), module.run.take_events()
-        assert self.ledger is not None
+    def _record(self, trainer: L.Trainer, module: EditingModule, batch: EditBatch) -> StepRecord:
+        """Return what is to be written of a step; on every process, since sharded weights are read by all together."""
         assert self._sketch is not None
-        record = StepRecord(
+        report, observed = last_report(module), module.run.settle()
+        states = {name: callback.step_state() for name, callback in keepers(trainer).items()}
+        return StepRecord(
             step=module.run.num_steps,
             num_requests=module.run.num_requests,
             requests=[request.as_dict() for request in batch.requests],
             applied=report.applied,
             from_base=batch.from_base,
             callbacks={name: state for name, state in states.items() if state},
-            events=events,
+            events=module.run.take_events(),
             observed=observed,
             sketch={} if batch.from_base else self._sketch.take(),
         )
-        self._exact &= all(event.exact for each in events.values() for event in each)
-        # A run that continues after this step needs the state from before the end of the stream changes it.
-        ends = module.run.pending and (trainer.is_last_batch or trainer.should_stop)
+
+    def _is_due(self, trainer: L.Trainer, module: EditingModule, record: StepRecord) -> bool:
+        """Whether a snapshot is to be written with a step."""
+        assert self.ledger is not None
+        self._exact &= all(event.exact for each in record.events.values() for event in each)
         with self._cadence.waiting():
             self.ledger.wait()
-            snapshot = not batch.from_base and (ends or self._is_due(module))
-            self.ledger.append(record, HeldState.of(module.run.state_dict()) if snapshot else None)
-        if snapshot:
-            self._cadence.taken()
-            self._exact = True
-
-    def _is_due(self, module: EditingModule) -> bool:
-        assert self.ledger is not None
         parts = module.run.parts.values()
         exact = self._exact and all(part.exact for part in parts)
         size = sum(part.num_bytes for part in parts)
-        return self._cadence.due(module.run.num_steps, self.ledger.snapshots.expected_seconds(size), exact)
+        due = self._cadence.due(module.run.num_steps, self.ledger.snapshots.expected_seconds(size), exact)
+        # A run that continues after this step needs the state from before the end of the stream changes it.
+        ends = module.run.pending and (trainer.is_last_batch or trainer.should_stop)
+        return not record.from_base and (ends or due)
+
+    def _append(self, record: StepRecord, state: Mapping[str, Any] | None) -> None:
+        assert self.ledger is not None
+        with self._cadence.waiting():
+            self.ledger.append(record, None if state is None else HeldState.of(state))
+        if state is not None:
+            self._cadence.taken()
+            self._exact = True
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -182,21 +193,20 @@ class EditLedger(LightningCallback):
         module.run.finish()
         states = {name: callback.step_state() for name, callback in keepers(trainer).items()}
         if module.run.num_steps:
-            on_rank_zero(partial(self._finish, module, states))
+            assert self._sketch is not None
+            record = FinishRecord(
+                step=module.run.num_steps,
+                callbacks={name: state for name, state in states.items() if state},
+                events=module.run.take_events(),
+                sketch=self._sketch.take(),
+            )
+            on_rank_zero(partial(self._finish, record, module.run.state_dict()))
 
-    def _finish(self, module: EditingModule, states: Mapping[str, Any]) -> None:
+    def _finish(self, record: FinishRecord, state: Mapping[str, Any]) -> None:
         assert self.ledger is not None
-        assert self._sketch is not None
         self.ledger.wait()
-        if any(line["from_base"] for line in self.ledger.lines[-1:]):
-            return  # no edited model is left
-        record = FinishRecord(
-            step=module.run.num_steps,
-            callbacks={name: state for name, state in states.items() if state},
-            events=module.run.take_events(),
-            sketch=self._sketch.take(),
-        )
-        self.ledger.append_finish(record, HeldState.of(module.run.state_dict(), final=True))
+        if not any(line["from_base"] for line in self.ledger.lines[-1:]):  # otherwise no edited model is left
+            self.ledger.append_finish(record, HeldState.of(state, final=True))
 
 
 def _restraints(trainer: L.Trainer) -> list[Restraint]:

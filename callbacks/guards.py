@@ -184,7 +184,9 @@ class Guards(LightningCallback):
 
     def _read(self, sentinel: Sentinel, trainer: L.Trainer, module: EditingModule, batch: EditBatch) -> None:
         with module.run.evaluation_view():
-            reading = on_rank_zero(partial(sentinel.read, module.language_model, module.run.num_requests))
+            model = module.language_model
+            read = partial(sentinel.read, model, module.run.num_requests)
+            reading = on_rank_zero(read, everywhere=model.is_sharded)
         if wrong := sentinel.wrong(reading.relative):
             finding = Finding(
                 f"perplexity is {reading.relative:.3g} times the unedited model's",

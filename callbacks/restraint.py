@@ -223,9 +223,8 @@ class Restraint(RestraintRule, LightningCallback, ABC):
         if isinstance(pl_module, HasEditedMatrices):
             check_order(trainer)
         served = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
-        sharded_edits = isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(pl_module, HasEditedMatrices)
         # DeepSpeed and XLA keep copies of the weights elsewhere; both derive from DDP's strategy.
-        if not served or sharded_edits or isinstance(trainer.strategy, (DeepSpeedStrategy, XLAStrategy)):
+        if not served or isinstance(trainer.strategy, (DeepSpeedStrategy, XLAStrategy)):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs whole weight matrices, one at a time, which "
                 f"{type(trainer.strategy).__name__} cannot give. Use a single device, `strategy='ddp'`, or, to train a "

@@ -146,6 +146,10 @@ class Cost:
         matrices: Shapes of the edited matrices.
         rank: Rank that one edit adds to the change of a matrix; ``None`` for dense updates.
         memory: Permanent bytes on the device, by purpose.
+        host: Permanent bytes in the CPU's memory, even if the device is a GPU.
+        preparing: Bytes on the device before the first edit, besides weights, originals and masters; they are free when
+            the edits begin.
+        state: Bytes of the method's memory in a snapshot.
         peaks: Temporary bytes, by purpose; the largest counts.
         disk: Bytes on disk.
         per_edit: Work of one edit, by purpose.
@@ -157,6 +161,9 @@ class Cost:
     matrices: Sequence[Shape]
     rank: float | None = 1.0
     memory: Mapping[str, float] = field(default_factory=dict)
+    host: Mapping[str, float] = field(default_factory=dict)
+    preparing: float = 0.0
+    state: float = 0.0
     peaks: Mapping[str, float] = field(default_factory=dict)
     disk: Mapping[str, float] = field(default_factory=dict)
     per_edit: Mapping[str, Work] = field(default_factory=dict)

@@ -77,35 +77,50 @@ def all_reduce(tensors: Sequence[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
+def take_first(tensor: Tensor) -> None:
+    """Replace a tensor by the first process's, in place.
+
+    Args:
+        tensor: On the device that the processes communicate by; of the same shape on every process.
+    """
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+
+
 def true_on_all_ranks(answer: bool) -> bool:
     """Whether the answer is yes on every process."""
     return all(gather(answer))
 
 
-def map_over_ranks(items: Sequence[Item], work: Callable[[Sequence[Item]], list[Result]]) -> list[Result]:
+def map_over_ranks(
+    items: Sequence[Item], work: Callable[[Sequence[Item]], list[Result]], everywhere: bool = False
+) -> list[Result]:
     """Return ``work(items)``, each process doing every n-th item.
 
     Args:
         items: The same on every process.
         work: Takes some of the items and returns one result for each, on the CPU, in their order; it does not
             communicate.
+        everywhere: See :func:`on_rank_zero`: every process does all items.
 
     Raises:
         Exception: What ``work`` raised on the first of the ranks where it failed, on every rank.
     """
     size = world_size()
-    if size == 1:
-        return work(items)
+    if everywhere or size == 1:
+        return on_rank_zero(lambda: work(items), everywhere)
     mine = items[rank() :: size]
     gathered = _exchange(lambda: work(mine) if mine else [])
     return [gathered[i % size][i // size] for i in range(len(items))]
 
 
-def on_rank_zero(work: Callable[[], Result]) -> Result:
+def on_rank_zero(work: Callable[[], Result], everywhere: bool = False) -> Result:
     """Run ``work`` on the first process alone and return its result on all of them.
 
     Args:
         work: Returns what can be pickled, tensors on the CPU; it does not communicate.
+        everywhere: Run it on all processes, and return the first one's result. A sharded model needs this: its parts
+            are exchanged in every pass.
 
     Raises:
         Exception: What ``work`` raised, on every rank.
@@ -115,10 +130,10 @@ def on_rank_zero(work: Callable[[], Result]) -> Result:
     box: list[Any] = [None]
 
     def first() -> bytes | None:
-        if rank() == 0:
-            box[0] = pickle.dumps(work())
-            return box[0] if len(box[0]) <= _SMALL else None
-        return None
+        if rank() and not everywhere:
+            return None
+        box[0] = pickle.dumps(work())
+        return box[0] if len(box[0]) <= _SMALL else None
 
     # A gather sends as much from every rank as from the first: large results take a second way.
     if (small := _exchange(first)[0]) is not None:

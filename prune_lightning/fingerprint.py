@@ -8,11 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from prune_lightning.sharding import whole
+
 
 def sampled_fingerprint(tensors: Mapping[str, Tensor], samples: int = 65_536) -> str:
     """Return 32 hexadecimal digits that depend on names, shapes, dtypes, and evenly spaced entries of each tensor.
 
     For whole models, where hashing every bit would take minutes. Training and editing change most entries of a matrix.
+    A sharded tensor is gathered, so that it has the fingerprint of the whole one; all processes have to call this.
 
     Args:
         tensors: By name.
@@ -20,8 +23,10 @@ def sampled_fingerprint(tensors: Mapping[str, Tensor], samples: int = 65_536) ->
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().flatten()
-        digest.update(f"{name}{tuple(tensor.shape)}{fingerprint(flat[:: -(-len(flat) // samples) or 1])}".encode())
+        flat = whole(tensor.detach()).flatten()
+        # A copy: what NumPy has seen cannot be freed in place, as FSDP frees a gathered part.
+        some = flat[:: -(-len(flat) // samples) or 1].clone()
+        digest.update(f"{name}{tuple(tensor.shape)}{fingerprint(some)}".encode())
     return digest.hexdigest()
 
 

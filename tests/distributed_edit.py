@@ -1,32 +1,45 @@
-"""Run under ``torchrun`` by test_distributed.py: edits of the bundled model, the requests shared out over the ranks."""
+"""Run under ``torchrun`` by test_distributed.py: edits of the bundled model by two processes.
+
+Under DDP they divide the requests, under FSDP2 the model.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from prune_lightning.bundled.corpus import BundledCorpus
-from prune_lightning.callbacks import PRUNE
+from prune_lightning.callbacks import PRUNE, EditLedger
 from prune_lightning.data.bundled import BundledWorld
+from prune_lightning.ledger import Ledger
 from prune_lightning.methods import base
 from prune_lightning.methods.alphaedit import AlphaEdit
 from prune_lightning.methods.knowledge_neurons import KnowledgeNeurons, SelectionOptions
 from prune_lightning.methods.memit import MEMIT
+from prune_lightning.methods.rome import ROME
 from prune_lightning.methods.value import ValueOptions
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
 
+STRATEGIES = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy}
 
-def edit(distributed: bool, cache: Path) -> dict[str, torch.Tensor]:
+
+def edit(third: str, cache: Path, strategy: str | None = None) -> dict[str, torch.Tensor]:
     """Write nine facts in three batches by three methods and return the weights.
 
     The first method takes the statistics, saving them on the way; the second finds them.
+
+    Args:
+        third: The third method.
+        cache: A folder.
+        strategy: The strategy for two processes; ``None`` for one.
     """
     corpus = BundledCorpus(300, {"facts": 0.5, "text": 0.5})
     base.COMPARE_EVERY = 3
@@ -34,36 +47,51 @@ def edit(distributed: bool, cache: Path) -> dict[str, torch.Tensor]:
     shared = {
         "layers": [0, 1],
         "second_moments": SecondMoments(corpus, ridge=1e-3, token_budget=512, cache=cache, save_every=100),
-        "value": ValueOptions(steps=8),
+        "value": ValueOptions(steps=6),
         "contexts": ContextOptions(lengths=[[10, 2]]),
     }
-    for name, build, options in (
-        ("memit", MEMIT, {"ridge": 50.0, **shared}),
-        ("alphaedit", AlphaEdit, shared),
-        ("kn", KnowledgeNeurons, {"selection": SelectionOptions(threshold=0.5)}),
-    ):
-        L.seed_everything(0, verbose=False)
-        module = build(language_model=load_language_model("pkg://prune_lightning.bundled/model"), **options)
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=2 if distributed else 1,
-            strategy=DDPStrategy(process_group_backend="gloo") if distributed else "auto",
-            max_epochs=1,
-            callbacks=[PRUNE(1.5)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        trainer.fit(module, datamodule=BundledWorld(num_edits=9, protocol="sequential_batched", batch_size=3))
+    methods = {
+        "memit": (MEMIT, {"ridge": 50.0, **shared}),
+        "alphaedit": (AlphaEdit, shared),
+        "kn": (KnowledgeNeurons, {"selection": SelectionOptions(threshold=0.5)}),
+        "rome": (ROME, {**shared, "layers": [1], "value": ValueOptions(steps=4)}),
+    }
+    for name in ("memit", "alphaedit", third):
+        build, options = methods[name]
+        ends, folder = ((6, 9) if strategy == "fsdp2" and name == "memit" else (9,)), cache / name
+        for count in ends:  # resumed after six
+            L.seed_everything(0, verbose=False)
+            module = build(language_model=load_language_model("pkg://prune_lightning.bundled/model"), **options)
+            ledger = Ledger.open(folder) if count != ends[0] else None
+            callbacks = [PRUNE(1.5), EditLedger(folder, ledger=ledger)]
+            trainer(strategy, *callbacks).fit(module, datamodule=stream(count, ledger.sizes if ledger else ()))
         result |= {f"{name} {n}": matrix.weight().clone() for n, matrix in module.edited_matrices().items()}
     return result
 
 
+def stream(count: int, done: Sequence[int] = ()) -> BundledWorld:
+    return BundledWorld(num_edits=count, protocol="sequential_batched", batch_size=3, done=done)
+
+
+def trainer(strategy: str | None, *callbacks: L.Callback) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        devices=2 if strategy else 1,
+        strategy=STRATEGIES[strategy](process_group_backend="gloo") if strategy else "auto",
+        max_epochs=1,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
 if __name__ == "__main__":
-    weights = edit(True, Path(sys.argv[1]) / "both")
+    target, strategy, third = Path(sys.argv[1]), *sys.argv[2:]
+    weights = edit(third, target / "both", strategy)
     if torch.distributed.get_rank() == 0:
-        torch.save(weights, Path(sys.argv[1]) / "weights.pt")
+        torch.save(weights, target / "weights.pt")
     torch.distributed.barrier()
     os._exit(0)

@@ -13,8 +13,10 @@ import distributed_fit
 import pytest
 import torch
 from conftest import BUNDLED, ROOT
+from safetensors.torch import load_file
 from test_train import train
 
+from prune_lightning.export.sources import load_run
 from prune_lightning.models.loading import load_language_model
 
 
@@ -27,28 +29,51 @@ def in_two_processes(script, folder, *arguments):
     return torch.load(folder / "weights.pt")
 
 
-def test_edits_shared_out_over_two_processes_give_the_weights_of_one(tmp_path):
-    both, alone = in_two_processes("distributed_edit.py", tmp_path), distributed_edit.edit(False, tmp_path / "alone")
+@pytest.mark.parametrize(("strategy", "third"), [("ddp", "kn"), ("fsdp2", "rome")])
+def test_edits_by_two_processes_give_the_weights_of_one(strategy, third, tmp_path):
+    both = in_two_processes("distributed_edit.py", tmp_path, strategy, third)
+    alone = distributed_edit.edit(third, tmp_path / "alone")
     original = load_language_model(BUNDLED)
     assert sorted(both) == sorted(alone)
     for name, weight in alone.items():
         change = weight - original.model.get_parameter(name.split()[1]).detach().T
+        assert float(change.norm()) > 0.1
         assert float((both[name] - weight).norm()) < 1e-5 * float(change.norm()) + 1e-6 * float(weight.norm())
 
 
-@pytest.mark.parametrize("devices", [2])
-def test_main_job_under_ddp_leaves_one_run(devices, tmp_path):
-    small = ["evaluation.miniature.max_items=4", "data.num_edits=4", "method.value.steps=3", "progress=false"]
-    ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={devices}"]
-    for folder, arguments in (("one", []), ("two", ddp)):
-        done = train(f"hydra.run.dir={tmp_path / folder}", "control=false", "method=memit", *small, *arguments)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("The run lies in") == 1
-    one, two = (json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("one", "two"))
+SMALL = ["evaluation.miniature.max_items=4", "data.num_edits=4", "method.value.steps=3", "progress=false"]
+MEMIT_JOB = ("control=false", "method=memit", "export=full", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    done = train(f"hydra.run.dir={folder}", *MEMIT_JOB)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp2"])
+def test_main_job_of_two_processes_leaves_one_run(trainer, one_process, tmp_path):
+    two = [f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2"]
+    done = train(f"hydra.run.dir={tmp_path}", *MEMIT_JOB, *two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The run lies in") == 1
+    one, two = (json.loads((folder / "summary.json").read_text()) for folder in (one_process, tmp_path))
     assert two["final"] == pytest.approx(one["final"], rel=1e-3)
-    assert len((tmp_path / "two" / "edits.jsonl").read_text().splitlines()) == 4
-    rows = [len((tmp_path / folder / "cases.jsonl").read_text().splitlines()) for folder in ("one", "two")]
+    assert len((tmp_path / "edits.jsonl").read_text().splitlines()) == 4
+    rows = [len((folder / "cases.jsonl").read_text().splitlines()) for folder in (one_process, tmp_path)]
     assert rows[0] == rows[1] > 4
+    exported, expected = (
+        load_file(folder / "export" / "full" / "model.safetensors") for folder in (tmp_path, one_process)
+    )
+    rebuilt = {matrix.name: matrix for matrix in load_run(tmp_path).matrices}
+    for name, weight in expected.items():
+        assert torch.allclose(exported[name], weight, rtol=0, atol=1e-5 * float(weight.norm())), name
+        if name in rebuilt:
+            found = rebuilt[name].stored(rebuilt[name].original + rebuilt[name].dense_change())
+            assert float((found - weight).norm()) < 1e-5 * float(weight.norm())
+    assert len(rebuilt) == 2
 
 
 def test_the_restraints_have_work_to_do(tmp_path):

@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from prune_lightning import metrics
+from prune_lightning.bundled.corpus import BundledCorpus
 from prune_lightning.callbacks import PRUNE, EditLedger
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.export.delta import apply_delta
@@ -52,7 +53,7 @@ from prune_lightning.methods.value import Values, optimise_values
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_language_model
-from prune_lightning.models.statistics import SecondMoment
+from prune_lightning.models.statistics import SecondMoment, SecondMoments
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.setup import fit
 
@@ -414,6 +415,36 @@ def test_every_metric_on_the_device(here, place):
         for name, value in values.items():
             ours = torch.as_tensor(found[metric][name]).double().cpu()
             torch.testing.assert_close(ours, torch.as_tensor(value).double(), rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+# -- what stays in the CPU's memory -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("place", [APART, GPU])
+@pytest.mark.parametrize(
+    ("method", "options"), [("memit", {"accumulate_past_keys": True}), ("alphaedit", {"null_threshold": 1.0})]
+)
+def test_moments_and_inverses_may_be_kept_on_the_cpu(here, place, method, options):
+    corpus = BundledCorpus(20, {"facts": 0.5, "text": 0.5})
+    weights = []
+    for further in ({}, {"on_cpu": True}, {"on_cpu": True, "dtype": "float32"}):
+        config = compose(f"method={method}").method
+        config.layers, config.value.steps = [0, 1], 3
+        config.contexts = {"_target_": config.contexts._target_, "fixed": ["The river. "]}
+        config.update(options)
+        moments = SecondMoments(corpus, ridge=0.1, **further)
+        model = rounded("llama", torch.float32, torch.float32, place.device)
+        module = instantiate(config, language_model=model, second_moments=moments, _convert_="all")
+        stream = BundledWorld(num_edits=4, protocol="sequential_batched", batch_size=2)
+        place.trainer(PRUNE(1.2)).fit(module, datamodule=stream)
+        with place.active():
+            module.to(place.device)  # from where the Trainer leaves it
+        expected = "cpu" if further else place.device.type
+        for held in (*module.moments.values(), *module.protected._inverses.values()):
+            assert {t.device.type for t in vars(held).values() if isinstance(t, torch.Tensor)} == {expected}
+        weights.append([matrix.weight().cpu() for matrix in module.edited_matrices().values()])
+        originals = [matrix.original().cpu() for matrix in module.edited_matrices().values()]
+    for other in weights[1:]:
+        for ours, theirs, original in zip(weights[0], other, originals, strict=True):
+            assert float((ours - theirs).norm()) < 1e-4 * float((ours - original).norm())
 
 
 # -- what leaves the device -------------------------------------------------------------------------------------------

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, load_path
+from conftest import FAMILIES, ROOT, load_path
 from hydra.utils import instantiate
 from test_configs import compose, options
 from test_fuzz import command_line
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from prune_lightning.callbacks import Restraint
 from prune_lightning.costs import Cost, Machine
@@ -190,6 +193,51 @@ def test_plan_of_a_large_model_says_what_does_not_fit(tmp_path, capsys):
     assert found["does_not_fit"]
     assert "memory: " in shown.replace("\n", " ")
     assert "4 characters a token" in shown
+
+
+def peak_of(*arguments):
+    """Run `train.py` and return its largest resident memory in bytes."""
+    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(run.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss * 1024
+
+
+# Moments, their factors, inverses, originals and masters are two thirds of what the run takes beside the libraries.
+MIDDLE = {
+    "memit": ((384, 2304, 6), ["method.layers=[1,2,3]"]),
+    "memit with past keys": ((512, 1792, 10), ["method.layers=[2,3]", "method.accumulate_past_keys=true"]),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of the resident memory is another")
+@pytest.mark.parametrize("name", MIDDLE)
+def test_a_run_takes_the_memory_of_its_plan(name, tmp_path):
+    (hidden, intermediate, depth), options = MIDDLE[name]
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=depth,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        architectures=["LlamaForCausalLM"],
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(load_path()).save_pretrained(tmp_path / "model")
+    arguments = ["model=llama-3-8b", f"model.path={tmp_path / 'model'}", "method=memit", *options, "data.num_edits=3"]
+    arguments += ["model.second_moments.corpus=null", "method.value.steps=3", "method.contexts.lengths=[[5,1]]"]
+    arguments += [
+        "evaluation.everyday.enabled=false",
+        "evaluation.legacy.enabled=false",
+        "progress=false",
+        "control=false",
+    ]
+    peak_of("experiment=plan", *arguments, f"hydra.run.dir={tmp_path / 'plan'}")
+    plan = json.loads((tmp_path / "plan" / "plan.json").read_text())["memory_bytes"]
+    measured = peak_of(*arguments, f"hydra.run.dir={tmp_path / 'run'}")
+    assert sum(plan.values()) > 1.5 * plan["libraries"], "the plan is of something"
+    assert sum(plan.values()) == pytest.approx(measured, rel=0.2), plan
 
 
 PLAN = ("experiment=plan", "data.num_edits=3")

@@ -20,7 +20,7 @@ from prune_lightning.data.corpus import TextCorpus
 from prune_lightning.errors import UserError
 from prune_lightning.models.hooks import capture
 from prune_lightning.models.loading import load_language_model
-from prune_lightning.models.second_moment import SecondMoment
+from prune_lightning.models.second_moment import Keep, SecondMoment
 from prune_lightning.models.self_sampled import SampledText, SelfSampledCorpus, sample_texts
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.phases import PhaseClock
@@ -221,6 +221,35 @@ def test_rounding_that_leaves_a_positive_definite_matrix_is_seen():
     assert not torch.linalg.cholesky_ex(noisy).info
     with pytest.warns(UserWarning, match="1 of 8 eigenvalues vanish"):
         SecondMoment(noisy, torch.float32)
+
+
+@pytest.mark.parametrize("decades", [2, 5, 7])
+def test_a_moment_kept_in_fp32_solves_as_in_fp64(decades):
+    """Refinement gains what fp32 has beyond the condition; the condition of the problem remains."""
+    size, generator = 60, torch.Generator().manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    moment = ((turn * torch.logspace(0, -decades, size, dtype=torch.float64)) @ turn.T).float().double()
+    moment, keys = (moment + moment.T) / 2, torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    single = SecondMoment(moment, keep=Keep(dtype="float32"))
+    kept = [value for value in vars(single).values() if isinstance(value, torch.Tensor)]
+    assert sum(tensor.nbytes for tensor in kept) == 2 * size**2 * 4
+    expected = torch.linalg.solve(single.matrix, keys)
+    error = float((single.solve(keys) - expected).norm() / expected.norm())
+    assert error < 20 * torch.finfo(torch.float64).eps * 10**decades
+    inverse = torch.linalg.inv(single.matrix)
+    error = float((single.inverse() - inverse).norm() / inverse.norm())
+    assert error < 20 * torch.finfo(torch.float64).eps * 10**decades
+
+
+def test_a_moment_that_fp32_cannot_factor_keeps_its_factor_in_fp64():
+    size = 40
+    turn, _ = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    moment = (turn * torch.logspace(0, -10, size, dtype=torch.float64)) @ turn.T
+    with pytest.warns(UserWarning, match="its factor is kept in fp64"):
+        kept = SecondMoment((moment + moment.T) / 2, keep=Keep(dtype="float32"))
+    keys = torch.ones(size, 1, dtype=torch.float64)
+    expected = SecondMoment((moment + moment.T) / 2).solve(keys)
+    torch.testing.assert_close(kept.solve(keys), expected, rtol=0, atol=0)
 
 
 # -- text that the model samples itself -------------------------------------------------------------------------------

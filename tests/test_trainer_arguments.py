@@ -5,11 +5,15 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
-from conftest import build_tiny
+from conftest import build_tiny, quiet_trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from test_configs import compose
 from test_conformance import REQUESTS, build
 
 from prune_lightning.errors import UserError
+from prune_lightning.methods.fine_tuning import FineTuning
+from prune_lightning.methods.memit import MEMIT
+from prune_lightning.methods.trainer_checks import check_trainer
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.tasks.setup import settle_trainer
 from prune_lightning.types import EditBatch
@@ -111,3 +115,25 @@ def test_precision_is_the_dtype_that_the_run_knows_of():
     config = compose("model.dtype=float64")
     settle_trainer(config)
     assert config.model.dtype == "float64"
+
+
+def test_sharded_models_are_for_the_methods_that_take_them():
+    trainer = quiet_trainer(strategy=ModelParallelStrategy(), devices=2)
+    check_trainer(trainer)
+    check_trainer(trainer, MEMIT)
+    with pytest.raises(UserError, match=r"FineTuning needs the whole model on each device: .*trainer=ddp"):
+        check_trainer(trainer, FineTuning)
+
+
+def test_a_model_that_accelerate_spreads_over_devices_is_refused(tmp_path):
+    """The disk is the second device."""
+    accelerate = pytest.importorskip("accelerate")
+    model = build_tiny("gpt2", torch.float32)
+    places = {name: "cpu" for name, _ in model.model.named_children()}
+    LanguageModel(accelerate.dispatch_model(model.model, places | {"": "cpu"}), model.tokens.tokenizer)
+    places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}
+    places |= {"transformer.drop": "cpu", "transformer.h": "disk"}
+    spread = accelerate.dispatch_model(build_tiny("gpt2", torch.float32).model, places, "cpu", offload_dir=tmp_path)
+    with pytest.raises(UserError, match=r"device_map over cpu, disk; .*trainer=fsdp2") as caught:
+        LanguageModel(spread, model.tokens.tokenizer)
+    assert "\n" not in str(caught.value)

@@ -130,7 +130,7 @@ class HarnessTasks(Measurement):
         return {"lm_eval": partial(self._measure, model)}
 
     def _measure(self, model: LanguageModel) -> Measured:
-        results = on_rank_zero(partial(self._evaluate, model))
+        results = on_rank_zero(partial(self._evaluate, model), everywhere=model.is_sharded)
         scores = {f"{task}/{metric}": score for task in results["results"] for metric, score in metrics(results, task)}
         for task in results["counted"]:
             better = [metric for metric, _ in metrics(results, task) if _is_better_higher(results, task, metric)]

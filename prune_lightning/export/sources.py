@@ -50,6 +50,10 @@ class ExportedMatrix:
             change = LowRankUpdate.sum(parts)
         return cls(matrix.name, matrix.original(), change, matrix.transposed)
 
+    def to(self, device: torch.device) -> ExportedMatrix:
+        """Return the matrix on a device."""
+        return replace(self, original=self.original.to(device), change=self.change.to(device))
+
     def stored(self, matrix: Tensor) -> Tensor:
         """Return a matrix in the orientation in which the model stores it."""
         return matrix.T if self.transposed else matrix

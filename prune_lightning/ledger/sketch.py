@@ -69,7 +69,7 @@ class StateSketch:
     def _signs_for(self, matrix: EditedMatrix) -> tuple[Tensor, Tensor]:
         key = matrix.name, matrix.parameter.device
         if key not in self._signs:
-            rows, columns = matrix.original().shape
+            rows, columns = matrix.change.master.shape
             generator = torch.Generator().manual_seed(rows * 1_000_003 + columns)
             signs = torch.randint(0, 2, (rows + columns, _SIDE), generator=generator).mul_(2).sub_(1)
             left, right = signs.to(matrix.change.master).split([rows, columns])

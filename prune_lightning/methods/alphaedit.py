@@ -69,7 +69,8 @@ class AlphaEdit(KeyProtectingEdit):
     @classmethod
     def cost(cls, model: Shapes, stream: StreamShape, *, refresh_every: int | None = None, **options: Any) -> Cost:
         """Return the costs: a growing inverse and the basis of the null space per layer, and the sum of past keys."""
-        return protecting(super().cost(model, stream, **options), 3 if refresh_every else 2, stream.batch)
+        keep, found = options["second_moments"].keep, super().cost(model, stream, **options)
+        return protecting(found, 3 if refresh_every else 2, stream.batch, keep)
 
     def prepare(self) -> None:
         """Find the null space of each layer."""
@@ -89,7 +90,7 @@ class AlphaEdit(KeyProtectingEdit):
                 f"AlphaEdit finds no null space at layer {layer}: no eigenvalue of the second moment is below "
                 f"method.null_threshold={self.null_threshold}; the smallest is {float(values.min()):.3g}"
             )
-        self._null[layer] = null
+        self._null[layer] = self.second_moments.keep.place(null)
         return null.shape[1]
 
     def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
@@ -98,10 +99,13 @@ class AlphaEdit(KeyProtectingEdit):
 
     def unprotected_inverse(self, layer: int) -> Tensor:
         r"""Return :math:`N (\lambda_1 N^\top C N + \rho I)^{-1} N^\top` with :math:`P = N N^\top`."""
-        null = self._null[layer]
+        null = self._null_space(layer)
         if not self.preserve:
             return null @ null.T / self.ridge
         return self._inverse_inside(null, self.preserve * self.moments[layer].matrix)
+
+    def _null_space(self, layer: int) -> Tensor:
+        return self._null[layer].to(self.language_model.device, torch.float64)
 
     def _inverse_inside(self, null: Tensor, bracket: Tensor) -> Tensor:
         inside = null.T @ bracket @ null
@@ -125,7 +129,7 @@ class AlphaEdit(KeyProtectingEdit):
         weight = self.preserve
         rank = self._find_null_space(layer, (past / self._edits + weight * moment) / (1 + weight))
         self.facts[f"projector_rank/{layer}"] = rank
-        inverse = self._inverse_inside(self._null[layer], past + weight * moment)
+        inverse = self._inverse_inside(self._null_space(layer), past + weight * moment)
         self.protected.load_state_dict({**self.protected.state_dict(), str(layer): inverse})
 
     def memory(self) -> Mapping[str, Tensor]:

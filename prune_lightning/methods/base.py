@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -174,8 +175,14 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
         """Check model and Trainer before anything runs: this is the first hook that a Trainer calls."""
         refuse_adapters(self.language_model.model)
         if self.trainer.state.fn == TrainerFn.FITTING:
-            check_trainer(self.trainer)
+            check_trainer(self.trainer, type(self))
         return []
+
+    def configure_model(self) -> None:
+        """Divide the model among the processes under FSDP2."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and not self.language_model.is_sharded:
+            self.language_model.shard(strategy.root_device.type)
 
     def configure_optimizers(self) -> NoOpOptimizer:
         """Return an optimizer that does nothing; editing methods keep their inner optimizers to themselves."""

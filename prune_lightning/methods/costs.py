@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from prune_lightning.costs import FP64, Cost, Shape, Shapes, StreamShape, Work
 from prune_lightning.methods.value import ValueOptions
 from prune_lightning.models.contexts import ContextOptions
+from prune_lightning.models.second_moment import Keep
 from prune_lightning.models.statistics import SecondMoments
 
 
@@ -46,8 +47,10 @@ def locating_cost(
 ) -> Cost:
     r"""Return the costs of a locate-and-edit method.
 
-    - memory: second moments :math:`n^2` fp64 and their Cholesky factors :math:`n^2`
-    - peak of the statistics: half-way sums and the result, :math:`n^2` fp64 a layer, and a forward pass
+    - memory: second moments :math:`n^2` and their Cholesky factors :math:`n^2`, fp64 if nothing else is said, on the
+      device or in the CPU's memory
+    - before the first edit: half-way and final sums, :math:`n^2` fp64 a layer each, a temporary one, and a forward
+      pass; if they are in the CPU's memory, three matrices while one is factorised
     - peak of the values: what the backward pass keeps (counted), keys and values of the whole rows, and five copies of
       the logits that are read, fp32
     - values: one whole forward pass and a check of the upper part, then ``steps`` passes through the upper part and
@@ -82,12 +85,20 @@ def locating_cost(
         keys = keys * (1 + (last - min(layers)) / (last + 1))
     found = Cost(
         shapes,
-        memory={"second moments": float(sum(2 * n * n * FP64 for _, n in shapes))},
         peaks={"values": step.saved + kv + 5 * rows.places * model.vocabulary * 4},
         per_edit={"values": values, "keys": keys, "solving": solving(shapes, batch)},
         length=rows.length,
     )
-    return with_statistics(found, model, layers, second_moments)
+    size = FP64 if second_moments.keep.on_cpu else second_moments.keep.size  # the sums of the pass are fp64
+    held = {"second moments": float(sum(2 * n * n * size for _, n in shapes))}
+    return with_statistics(_kept(found, held, second_moments.keep), model, layers, second_moments)
+
+
+def _kept(cost: Cost, held: Mapping[str, float], keep: Keep) -> Cost:
+    """Add what is kept, on the device or in the CPU's memory."""
+    if keep.on_cpu:
+        return replace(cost, host={**cost.host, **held})
+    return replace(cost, memory={**cost.memory, **held})
 
 
 def solving(shapes: Sequence[Shape], batch: int, passes: int = 1) -> Work:
@@ -103,17 +114,22 @@ def solving(shapes: Sequence[Shape], batch: int, passes: int = 1) -> Work:
     return Work(0.0, moved, 20 * len(shapes), flops64=flops) / batch
 
 
-def protecting(cost: Cost, kept: int, batch: int) -> Cost:
+def protecting(cost: Cost, kept: int, batch: int, keep: Keep) -> Cost:
     """Add the costs of growing inverses.
 
     Args:
         cost: Costs without them.
-        kept: Number of permanent matrices of :math:`n^2` fp64 per layer.
+        kept: Number of permanent matrices of :math:`n^2` per layer.
         batch: Requests of a step.
+        keep: How they are kept.
     """
-    memory = {"protected keys": float(sum(kept * n * n * FP64 for _, n in cost.matrices))}
+    held = {"protected keys": float(sum(kept * n * n * FP64 for _, n in cost.matrices))}
     work = {"solving": solving(cost.matrices, batch, passes=2)}
-    return replace(cost, memory={**cost.memory, **memory}, per_edit={**cost.per_edit, **work})
+    squares = [float(n * n * FP64) for _, n in cost.matrices]
+    # The first inverse of a layer, or its null space, is computed in fp64 on the device from what is kept.
+    making = (2 if keep == Keep() else 5) * max(squares)
+    found = replace(_kept(cost, held, keep), per_edit={**cost.per_edit, **work})
+    return replace(found, peaks={**cost.peaks, "inverses": making}, state=cost.state + sum(squares))
 
 
 def with_statistics(cost: Cost, model: Shapes, layers: Sequence[int], moments: SecondMoments) -> Cost:
@@ -136,8 +152,11 @@ def with_statistics(cost: Cost, model: Shapes, layers: Sequence[int], moments: S
     if moments.cache:
         disk["statistics, kept"] = float(sum(4 * n * n for _, n in shapes))
         disk["statistics, under way"] = float(sum(2 * n * n * FP64 for _, n in shapes))
-    peak = {"statistics": sum(n * n * FP64 for _, n in shapes) + hidden}
-    return replace(cost, peaks={**cost.peaks, **peak}, disk=disk, once=once)
+    squares = [float(n * n * FP64) for _, n in shapes]
+    preparing = hidden + 2 * sum(squares) + max(squares)
+    if moments.keep.on_cpu:
+        preparing = max(hidden, 3 * max(squares))
+    return replace(cost, preparing=preparing, disk=disk, once=once)
 
 
 def training_cost(

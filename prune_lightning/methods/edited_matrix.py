@@ -14,6 +14,7 @@ from prune_lightning.devices import to_device
 from prune_lightning.fingerprint import fingerprint
 from prune_lightning.methods.edited_part import EditedPart, Event
 from prune_lightning.models.family import stores_transposed
+from prune_lightning.sharding import sharded_like, whole, writing
 from prune_lightning.spectral import AccumulatedChange
 from prune_lightning.spectral.triplets import fp64
 from prune_lightning.types import DenseUpdate, LowRankUpdate, MatrixUpdate, MemoryUpdate, Update
@@ -24,6 +25,9 @@ class EditedMatrix(EditedPart):
 
     The change is kept in fp32 at least and cast to the weight's dtype once per write. All matrices are handled as
     ``out_features x in_features``; a ``Conv1D`` weight is transposed on reading and writing.
+
+    A sharded weight and its original stay sharded. Each is gathered while it is read, by all processes together, and
+    the weight that the first process computes is divided again. The change is whole on every process.
 
     Args:
         name: Qualified name of the weight.
@@ -61,7 +65,9 @@ class EditedMatrix(EditedPart):
         """Move the state to the device of the live weight, in place."""
         if self._module is not None:
             self.parameter = cast(nn.Parameter, self._module.weight)  # some backends make new ones
-        self._original, self.change = self._original.to(device), self.change.to(device)
+        # The model may have been sharded in the meantime.
+        self._original = sharded_like(whole(self._original.to(device)), self.parameter.detach())
+        self.change = self.change.to(device)
         self.withheld, self._last = to_device((self.withheld, self._last), device)
         self.journal = [replace(event, change=to_device(event.change, device)) for event in self.journal]
         return self
@@ -86,11 +92,11 @@ class EditedMatrix(EditedPart):
 
     def original(self) -> Tensor:
         """Return the original matrix."""
-        return self._turned(self._original)
+        return self._turned(whole(self._original))
 
     def weight(self) -> Tensor:
         """Return the live weight."""
-        return self._turned(self.parameter.detach())
+        return self._turned(whole(self.parameter.detach()))
 
     def delta(self) -> Tensor:
         """Return the change of the live weight, before the cast to the weight's dtype."""
@@ -111,7 +117,7 @@ class EditedMatrix(EditedPart):
 
     def check(self, update: Update) -> None:
         """Raise a ``ValueError`` if an update has another shape."""
-        expected = tuple(self.original().shape)
+        expected = tuple(self.change.master.shape)
         shape = tuple(update.shape) if isinstance(update, (LowRankUpdate, DenseUpdate)) else type(update).__name__
         if shape != expected:
             raise ValueError(f"expected an update of shape {expected} for {self.name}, but got {shape}")
@@ -151,7 +157,7 @@ class EditedMatrix(EditedPart):
             Shape ``(out_features, b)``, in the dtype of ``keys``.
         """
         if not self.feeds_back or self.withheld is None:
-            return keys.new_zeros(self.original().shape[0], keys.shape[1])
+            return keys.new_zeros(len(self.change.master), keys.shape[1])
         return self.withheld.times(keys)
 
     @contextmanager
@@ -204,7 +210,8 @@ class EditedMatrix(EditedPart):
 
     def write(self) -> None:
         """Write the weight from the change and the withheld part."""
-        self.change.write(self.weight(), self.original(), self.withheld)
+        with writing(self.parameter.detach()) as stored:
+            self.change.write(self._turned(stored), self.original(), self.withheld)
 
     @torch.no_grad()
     def add_provisionally(self, update: MatrixUpdate) -> None:
@@ -212,7 +219,8 @@ class EditedMatrix(EditedPart):
         changed = torch.empty_like(self.change.master)
         self.change.write(changed, self.original(), self.withheld)
         update.add_to(changed)
-        self.weight().copy_(changed)
+        with writing(self.parameter.detach()) as stored:
+            self._turned(stored).copy_(changed)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -272,8 +280,8 @@ class EditedMatrix(EditedPart):
         elif "withheld.matrix" in state:
             self.withheld = DenseUpdate(state["withheld.matrix"].to(self.change.master.device))
         if self.withheld is not None:
-            with torch.no_grad():
-                self.weight().copy_(state["weight"])
+            with torch.no_grad(), writing(self.parameter.detach()) as stored:
+                self._turned(stored).copy_(state["weight"])
         else:
             self.write()
 

@@ -20,12 +20,16 @@ class EditingMethod:
         filters_steps: Whether the method has an optimizer of its own and gives its steps to ``run.step_filters``.
         takes_feedback: Whether updates are computed from what the outputs lack, with :meth:`.EditedMatrix.withheld_on`
             as a part of the outputs.
+        takes_shards: Whether the method works on a model that is divided among processes: all of them call
+            :meth:`compute_update` with the same requests, run the same passes, and read weights by
+            :func:`~prune_lightning.sharding.whole`.
     """
 
     in_weights: ClassVar[bool] = True
     filters_steps: ClassVar[bool] = False
     low_rank: ClassVar[bool] = True
     takes_feedback: ClassVar[bool] = False
+    takes_shards: ClassVar[bool] = False
 
     def check(self) -> None:
         """Raise what is known to prevent the edits, such as a missing file; called before anything is computed."""

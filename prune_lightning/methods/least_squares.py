@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prune_lightning.models.second_moment import Keep
 from prune_lightning.types import LowRankUpdate
 
 
@@ -32,7 +33,7 @@ def regression_update(residual: Tensor, keys: Tensor, solved: Tensor, damping: f
 
 
 class RecursiveInverse:
-    r"""The inverse :math:`Q` of a matrix that grows by the keys written so far (recursive least squares), fp64.
+    r"""The inverse :math:`Q` of a matrix that grows by the keys written so far (recursive least squares).
 
     .. math:: Q \leftarrow Q - QK\,(I + K^\top Q K)^{-1} K^\top Q = (Q^{-1} + KK^\top)^{-1}
 
@@ -40,20 +41,23 @@ class RecursiveInverse:
 
     Args:
         inverse: :math:`Q`, symmetric, shape ``(n, n)``; modified in place.
+        keep: Where it is kept; keys and results stay where they are.
     """
 
-    def __init__(self, inverse: Tensor) -> None:
+    def __init__(self, inverse: Tensor, keep: Keep | None = None) -> None:
+        self._keep = keep or Keep()
         # One layout, so that a state that was read from the disk rounds in products as this one does.
-        self.inverse = inverse.contiguous()
+        self.inverse = self._keep.place(inverse).contiguous()
 
     def to(self, device: torch.device) -> RecursiveInverse:
-        """Move to a device, in place."""
-        self.inverse = self.inverse.to(device)
+        """Move to a device, in place; what is kept on the CPU stays there."""
+        if not self._keep.on_cpu:
+            self.inverse = self.inverse.to(device)
         return self
 
     def solve(self, keys: Tensor) -> Tensor:
         r"""Return :math:`QK` for keys ``(n, b)``."""
-        return self.inverse @ keys
+        return (self.inverse @ keys.to(self.inverse)).to(keys)
 
     def add(self, keys: Tensor) -> None:
         """Add keys ``(n, b)``."""
@@ -63,4 +67,5 @@ class RecursiveInverse:
         system.diagonal().add_(1.0)
         # A product of a matrix with its own transpose: Q stays exactly symmetric up to the rounding of the sum.
         half = torch.linalg.solve_triangular(torch.linalg.cholesky(system), solved.T, upper=False)
+        half = half.to(self.inverse)
         self.inverse.addmm_(half.T, half, alpha=-1)

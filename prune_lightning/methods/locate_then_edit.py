@@ -43,6 +43,7 @@ class LocateThenEdit(EditingModule):
     """
 
     takes_feedback: ClassVar[bool] = True
+    takes_shards: ClassVar[bool] = True
     one_by_one: ClassVar[bool] = True
 
     def __init__(
@@ -178,12 +179,13 @@ class LocateThenEdit(EditingModule):
             self.facts[f"anchor_norm/{site.layer}"] = self._anchors[site.layer]
 
     def _solved(self, requests: Sequence[EditRequest], site: ShiftSite, prefixes: Sequence[str]) -> Values:
-        """Optimise values as they are, divided among the processes."""
+        """Optimise values as they are. Processes that do not divide the model divide the requests."""
 
         def work(part: Sequence[EditRequest]) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
             values = optimise_values(self.language_model, self.rows(part, prefixes), site, self.value)
             return list(zip(values.target.cpu(), values.reference.cpu(), values.details, strict=True))
 
-        target, reference, details = zip(*map_over_ranks(requests, work), strict=True)
-        device = self.language_model.device
+        model = self.language_model
+        target, reference, details = zip(*map_over_ranks(requests, work, model.is_sharded), strict=True)
+        device = model.device
         return Values(torch.stack(target).to(device), torch.stack(reference).to(device), list(details))

@@ -54,7 +54,8 @@ class MEMIT(KeyProtectingEdit):
     ) -> Cost:
         """Return the costs; with past keys or a norm penalty, there is an inverse per layer."""
         found = super().cost(model, stream, **options)
-        return protecting(found, 1, stream.batch) if accumulate_past_keys or norm_penalty else found
+        keep = options["second_moments"].keep
+        return protecting(found, 1, stream.batch, keep) if accumulate_past_keys or norm_penalty else found
 
     def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
         """Solve the ``b x b`` system."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class NSE(LayerwiseEdit):
     Raises:
         UserError: A number out of range.
     """
+
+    takes_shards: ClassVar[bool] = False  # each process decides by its own rounding which requests need a pass
 
     def __init__(
         self,

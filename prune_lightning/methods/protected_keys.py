@@ -12,6 +12,7 @@ from torch import Tensor
 from prune_lightning.devices import to_device
 from prune_lightning.methods.layerwise import LayerwiseEdit
 from prune_lightning.methods.least_squares import RecursiveInverse
+from prune_lightning.models.second_moment import Keep
 from prune_lightning.types import EditRequest
 
 
@@ -20,10 +21,11 @@ class ProtectedKeys:
 
     Args:
         start: Returns :math:`Q` before the first edit of a layer, shape ``(n, n)``, fp64; called on first use.
+        keep: How the inverses are kept.
     """
 
-    def __init__(self, start: Callable[[int], Tensor]) -> None:
-        self._start = start
+    def __init__(self, start: Callable[[int], Tensor], keep: Keep | None = None) -> None:
+        self._start, self._keep = start, keep
         self._inverses: dict[int, RecursiveInverse] = {}
 
     def __contains__(self, layer: int) -> bool:
@@ -33,7 +35,7 @@ class ProtectedKeys:
     def __getitem__(self, layer: int) -> RecursiveInverse:
         """Return the inverse of a layer."""
         if layer not in self._inverses:
-            self._inverses[layer] = RecursiveInverse(self._start(layer))
+            self._inverses[layer] = RecursiveInverse(self._start(layer), self._keep)
         return self._inverses[layer]
 
     def add(self, keys: Mapping[str, Tensor]) -> None:
@@ -51,7 +53,7 @@ class ProtectedKeys:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace the inverses by copies of what :meth:`state_dict` returned."""
-        self._inverses = {int(layer): RecursiveInverse(inverse.clone()) for layer, inverse in state.items()}
+        self._inverses = {int(layer): RecursiveInverse(inverse.clone(), self._keep) for layer, inverse in state.items()}
 
     def to(self, device: torch.device) -> ProtectedKeys:
         """Move to a device, in place."""
@@ -72,7 +74,7 @@ class KeyProtectingEdit(LayerwiseEdit):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.protected = ProtectedKeys(self.unprotected_inverse)
+        self.protected = ProtectedKeys(self.unprotected_inverse, self.second_moments.keep)
 
     @abstractmethod
     def unprotected_inverse(self, layer: int) -> Tensor:

@@ -17,6 +17,7 @@ from prune_lightning.methods.costs import protecting
 from prune_lightning.methods.least_squares import RecursiveInverse, regression_update
 from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.second_moment import Keep
 from prune_lightning.types import EditRequest, LowRankUpdate, MemoryUpdate
 
 
@@ -72,7 +73,7 @@ class SimIE(EditingModule):
             return Cost([], unknown=True)
         found: Cost = editor.func.cost(model, stream, **editor.keywords)
         tokens = stream.prompt + stream.target
-        return replace(protecting(found, 1, ceil(tokens * stream.batch)), rank=tokens)
+        return replace(protecting(found, 1, ceil(tokens * stream.batch), Keep()), rank=tokens)
 
     def edited_modules(self) -> Mapping[str, nn.Module]:
         """Return the editor's modules."""

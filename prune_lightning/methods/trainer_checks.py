@@ -6,17 +6,28 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, XLAStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 
 from prune_lightning.errors import UserError
+from prune_lightning.methods.editing_method import EditingMethod
 
 _DTYPES = {"64-true": "float64", "16-true": "float16", "bf16-true": "bfloat16"}
 _LIGHTNINGS_OWN = (None, 1000, -1)  # values of `max_epochs` if it is not set
 
 
-def check_trainer(trainer: L.Trainer) -> None:
+def check_trainer(trainer: L.Trainer, method: type[EditingMethod] | None = None) -> None:
     """Refuse arguments that have no meaning for an edit stream, and set ``max_epochs=1`` if it is not set.
+
+    Args:
+        trainer: The Trainer.
+        method: The class of the editing method, if it is known.
 
     Raises:
         UserError: One line that names the argument and what to use instead.
@@ -39,17 +50,27 @@ def check_trainer(trainer: L.Trainer) -> None:
         if getattr(trainer, name) == 0:
             raise UserError(f"trainer.{name}=0 leaves no edit to make; use data.num_edits for a shorter stream")
     _check_precision(trainer)
-    whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-    if not whole or isinstance(trainer.strategy, (DeepSpeedStrategy, XLAStrategy)):
-        raise UserError(
-            f"{type(trainer.strategy).__name__} does not keep whole matrices, which an edit changes; use a single "
-            "device or trainer.strategy=ddp"
-        )
+    _check_strategy(trainer, method)
 
 
 def weights_dtype(trainer: L.Trainer) -> str | None:
     """Return the dtype to which ``precision`` converts the weights; ``None`` if it does not."""
     return _DTYPES.get(str(trainer.precision))
+
+
+def _check_strategy(trainer: L.Trainer, method: type[EditingMethod] | None) -> None:
+    strategy = trainer.strategy
+    served = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+    if not served or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
+        raise UserError(
+            f"{type(strategy).__name__} does not keep whole matrices, which an edit changes; use a single device, "
+            "trainer=ddp, or trainer=fsdp2 for a model that does not fit one device"
+        )
+    if isinstance(strategy, ModelParallelStrategy) and method is not None and not method.takes_shards:
+        raise UserError(
+            f"{method.__name__} needs the whole model on each device: use a single device or trainer=ddp. Of a model "
+            "that is divided by trainer=fsdp2, the methods that optimise values (rome, memit, alphaedit, ...) edit"
+        )
 
 
 def _check_epochs(trainer: L.Trainer) -> None:

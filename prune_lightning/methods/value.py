@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from prune_lightning.distributed import take_first
 from prune_lightning.methods.value_graph import CapturedStep
 from prune_lightning.methods.value_problem import (
     Layout,
@@ -139,6 +140,7 @@ class _Optimisation:
         self, model: LanguageModel, requests: Sequence[RequestRows], site: ShiftSite, options: ValueOptions
     ) -> None:
         self.model, self.requests, self.options = model, requests, options
+        self.sharded = model.is_sharded
         self.layout = Layout(model, requests)
         self.site = site
         upper = model.fast_path.attempt(FAST, self._upper) if options.fast else None
@@ -207,7 +209,8 @@ class _Optimisation:
     def _step(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]:
         """Return losses, negative log-likelihoods, whether all labels are on top, and what returns the gradient."""
         pays = self.options.steps - len(self.losses) > 2
-        if self.options.graph and self._settled and shift.is_cuda and self._captured is None and pays:
+        graph = self.options.graph and not self.sharded
+        if graph and self._settled and shift.is_cuda and self._captured is None and pays:
             self._captured = self.model.fast_path.attempt(GRAPH, lambda: CapturedStep(self._both, shift))
         if self._captured is not None:
             loss, nll, hit, gradient = self._captured(shift)
@@ -235,6 +238,8 @@ class _Optimisation:
         self.hits[self.current] += hit
         if self.options.early_stop is not None:
             active = active & (self.hits[self.current] < self.options.early_stop)
+        if self.sharded:  # rounding must not decide otherwise on another process, which takes part in the same passes
+            take_first(active)
         self.active[self.current] = active
         return active
 

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prune_lightning.sharding import is_sharded
+
 
 class _Reached(Exception):
     """Raised inside a forward pass once the last activation is recorded."""
@@ -50,13 +52,15 @@ def capture(
     Args:
         inputs: Modules whose first positional input is recorded.
         outputs: Modules whose output is recorded.
-        stop: Whether to end the forward pass as soon as everything is recorded.
+        stop: Whether to end the forward pass as soon as everything is recorded. A pass of a sharded model is always
+            completed: FSDP returns gathered blocks and synchronises its streams at the end of one.
         rows: Number of rows of the batch, if a module may have rows and tokens in one axis; they are recorded
             separately.
     """
     inputs, outputs = inputs or [], outputs or []
     recorder = Recorder()
     handles = []
+    stop = stop and not any(map(is_sharded, (*inputs, *outputs)))
 
     def done() -> None:
         if stop and len(recorder.inputs) == len(inputs) and len(recorder.outputs) == len(outputs):

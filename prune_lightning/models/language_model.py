@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from prune_lightning.models.hooks import capture, edit_input, edit_output, few_r
 from prune_lightning.models.prompt_memory import PromptMemory, PromptReader, Row
 from prune_lightning.models.token_tree import grow, tree_inputs
 from prune_lightning.models.tokenization import Tokens
+from prune_lightning.sharding import is_sharded, refuse_device_map, shard, whole
 
 
 class Multiply(nn.Module):
@@ -38,7 +39,8 @@ class LanguageModel(nn.Module):
     """Binds a ``transformers`` causal language model to its family and freezes it.
 
     Args:
-        model: The model; without adapters. It is put into evaluation mode and its parameters are frozen.
+        model: The model; without adapters, and not spread over devices by ``accelerate``. It is put into evaluation
+            mode and its parameters are frozen.
         tokenizer: Its fast tokenizer.
         family: Module paths of the architecture; found by ``model_type`` if not given.
 
@@ -52,6 +54,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         refuse_adapters(model)
+        refuse_device_map(model)
         self.model: Any = model.eval().requires_grad_(False)
         self.tokens = Tokens(tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         self.family = family or ModelFamily.of(model.config)
@@ -74,6 +77,15 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         """Device of the model's first parameter."""
         return next(self.model.parameters()).device
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are divided among processes, which then have to run the same passes together."""
+        return is_sharded(self.model)
+
+    def shard(self, device_type: str) -> None:
+        """Divide the weights among all processes; each block is gathered while it runs (FSDP2)."""
+        shard(self.model, map(self.block, range(self.num_layers)), device_type)
 
     def _module(self, template: str, layer: int) -> nn.Module:
         if not 0 <= layer < self.num_layers:
@@ -206,9 +218,9 @@ class LanguageModel(nn.Module):
         Computed outside the model, from its weight in full precision.
         """
         module = self.rewrite_module(layer)
-        weight = module.weight.T if stores_transposed(module) else module.weight
-        output = keys @ weight.detach().to(keys).T
-        return output if module.bias is None else output + module.bias.detach().to(keys)
+        weight = whole(module.weight.detach())
+        output = keys @ (weight if stores_transposed(module) else weight.T).to(keys)
+        return output if module.bias is None else output + whole(module.bias.detach()).to(keys)
 
     def rewrite_name(self, layer: int) -> str:
         """Return the qualified name of the edited weight of ``layer`` in the ``transformers`` model."""
@@ -250,7 +262,9 @@ class LanguageModel(nn.Module):
             Logits, shape ``(n, vocabulary)``.
         """
         head = self.model.get_output_embeddings()
-        with edit_input(head, lambda hidden: hidden[rows, positions].unsqueeze(1)), few_rows(head):
+        # The quick head returns a view, which FSDP warns of.
+        quick = nullcontext() if self.is_sharded else few_rows(head)
+        with edit_input(head, lambda hidden: hidden[rows, positions].unsqueeze(1)), quick:
             return self(input_ids, attention_mask, **kwargs).squeeze(1)
 
     def asked(self, rows: Sequence[Row]) -> list[Row]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from prune_lightning.atomic_files import write_json
-from prune_lightning.distributed import on_rank_zero
+from prune_lightning.distributed import on_rank_zero, rank
 from prune_lightning.fingerprint import sampled_fingerprint
 from prune_lightning.models.generating import generation_settings
 from prune_lightning.models.language_model import LanguageModel
@@ -101,9 +101,9 @@ class SelfSampledCorpus:
 
     def _read(self) -> list[str] | None:
         """Return the texts of the cache, those of rank 0."""
+        file = self._file()
 
         def read() -> list[str] | None:
-            file = self._file()
             found: list[str] | None = json.loads(file.read_text("utf-8")) if file and file.is_file() else None
             return found
 
@@ -111,15 +111,16 @@ class SelfSampledCorpus:
 
     def _sample(self) -> list[str]:
         """Sample the texts on rank 0, since rounding could make the others differ, and keep them."""
+        file = self._file()
 
         def sample() -> list[str]:
             texts = list(sample_texts(self.model, self.options, self.count, self.clock))
-            if file := self._file():
+            if file and not rank():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, texts)
             return texts
 
-        return on_rank_zero(sample)
+        return on_rank_zero(sample, everywhere=self.model.is_sharded)
 
 
 @torch.no_grad()

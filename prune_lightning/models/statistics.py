@@ -13,16 +13,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from prune_lightning.distributed import fail_together, rank, true_on_all_ranks, world_size
+from prune_lightning.distributed import fail_together, true_on_all_ranks
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.fingerprint import sampled_fingerprint
 from prune_lightning.models.batching import by_length
 from prune_lightning.models.corpora import SELF, CheckedCorpus, Corpus, CorpusUnavailable
-from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import local_path
 from prune_lightning.models.running_moments import RunningMoments
-from prune_lightning.models.second_moment import SecondMoment
+from prune_lightning.models.second_moment import Keep, SecondMoment
 from prune_lightning.models.self_sampled import SampledText, SelfSampledCorpus
 from prune_lightning.models.statistics_store import StatisticsStore
 from prune_lightning.models.tokenization import token_rows
@@ -49,6 +48,8 @@ class SecondMoments:
             ``pkg://package/folder`` for one in a package.
         sampled: How the model samples its own text.
         fallback: Whether the model's own text takes the place of a corpus that cannot be read here.
+        on_cpu: See :class:`~.second_moment.Keep`; the sums of the pass are in the CPU's memory, too.
+        dtype: See :class:`~.second_moment.Keep`.
 
     Raises:
         UserError: ``corpus`` is another text than ``self``.
@@ -66,7 +67,10 @@ class SecondMoments:
         shipped: str | None = None,
         sampled: SampledText | None = None,
         fallback: bool = False,
+        on_cpu: bool = False,
+        dtype: str = "float64",
     ) -> None:
+        self.keep = Keep(on_cpu, dtype)
         if isinstance(corpus, str):
             one_of("model.second_moments.corpus", corpus, (SELF,))
         self.sampled, self.fallback = sampled or SampledText(), fallback
@@ -105,7 +109,7 @@ class SecondMoments:
         clock = clock or PhaseClock()
         with clock.phase("statistics"):
             if self.corpus is None:
-                return {layer: SecondMoment(torch.eye(model.key_size(layer), device=model.device)) for layer in layers}
+                return {n: SecondMoment(torch.eye(model.key_size(n)).to(model.device), keep=self.keep) for n in layers}
             try:
                 moments = self._moments(model, layers, clock, tokens_per_feature)
             except CorpusUnavailable as error:
@@ -143,14 +147,15 @@ class SecondMoments:
         """Return what is shipped or cached, if every process finds it."""
         for folder in (self.shipped, self.cache):
             with fail_together():
-                found = StatisticsStore(folder, self.manifest(model)).load(layers, model.device) if folder else None
+                store = StatisticsStore(folder, self.manifest(model)) if folder else None
+                found = store.load(layers, self.keep.device(model.device)) if store else None
             if true_on_all_ranks(found is not None):
                 return found
         return None
 
     def _factored(self, model: LanguageModel, moments: Mapping[int, Tensor]) -> dict[int, SecondMoment]:
         precision = torch.float64 if self._is_exact(model) else torch.float32
-        return {layer: SecondMoment(self._damped(moment), precision) for layer, moment in moments.items()}
+        return {n: SecondMoment(self._damped(m.to(model.device)), precision, self.keep) for n, m in moments.items()}
 
     def num_texts(self, key_size: int) -> int:
         """Return the number of texts for keys of a width."""
@@ -225,7 +230,8 @@ class SecondMoments:
             store: Where to resume from and to store the result; ``None`` for neither.
             clock: Measures the time and counts the texts as the phase ``statistics``.
         """
-        running = RunningMoments([model.key_size(layer) for layer in layers], model.device)
+        sizes = [model.key_size(layer) for layer in layers]
+        running = RunningMoments(sizes, self.keep.device(model.device), model.device)
         if store:
             store.load_partial(layers, running)
         with (clock or PhaseClock()).phase("statistics") as phase:
@@ -277,15 +283,9 @@ class SecondMoments:
         pieces = token_rows(model.tokens, window, min(self.max_length, model.tokens.max_length), left)
         tokens = sum(map(len, pieces))
         phase.expect(self._texts_in_all(running.texts + len(window), running.tokens + tokens))
-        for number, batch in enumerate(self.batches(pieces)):
-            running.count(sum(map(len, batch)))
-            if number % world_size() == rank():
-                ids, mask = model.tokens.pad(batch, model.device)
-                with capture(inputs=modules, rows=len(ids)) as seen:
-                    model(ids, mask)
-                running.add([seen.inputs[i][mask.bool()] for i in range(len(modules))])
+        for done in running.add_batches(model, modules, list(self.batches(pieces))):
             # The batches of a window are sorted by length, so progress is measured by tokens.
-            phase.advance(len(window) * sum(map(len, batch)) / tokens)
+            phase.advance(len(window) * done / tokens)
 
     def _texts_in_all(self, texts: int, tokens: int) -> float:
         """Return the expected number of texts, if the others are as long as those so far."""

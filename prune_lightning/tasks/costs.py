@@ -59,7 +59,7 @@ def memory(weights: float, cost: Cost, restraint: RestraintCost, kept: Changes, 
       update :math:`2mnp` for the moment of writing, of one matrix at a time
     - factors: two bases in stores that double, :math:`2(m+n)k` fp64, and a core :math:`k^2`; none of dense updates
     - the needs of the method and the restraint
-    - the largest peak: writing, or one of the method
+    - the largest peak: writing, one of the method, or what its preparation needs beyond all of this
 
     Args:
         weights: Bytes of the model.
@@ -71,24 +71,43 @@ def memory(weights: float, cost: Cost, restraint: RestraintCost, kept: Changes, 
     size = sum(m * n for m, n in cost.matrices)
     found = {"weights": weights, "originals of edited matrices": float(size * w)}
     found["masters of changes"] = float(size * kept.entry)
+    later = {**cost.memory, "restraint": restraint.memory}
     if kept.ranks is not None:
-        factors = sum(2 * (m + n) * k + k * k for (m, n), k in zip(cost.matrices, kept.ranks, strict=True))
-        found["factors of changes"] = float(factors * FP64)
-    found |= cost.memory
-    found["restraint"] = restraint.memory
+        later = {"factors of changes": _factors(cost, kept, stores=2)} | later
     writing = size * w + 4 * max((m * n for m, n in cost.matrices), default=0) * kept.entry
-    moments = {"writing": float(writing), **cost.peaks}
+    moments = {"writing": float(writing), **cost.peaks, "preparation": cost.preparing - sum(later.values())}
     largest = max(moments, key=lambda name: moments[name])
-    return _of_matrices(cost, found | {f"largest moment: {largest}": moments[largest]})
+    return _of_matrices(cost, found | later | {f"largest moment: {largest}": moments[largest]})
+
+
+def _factors(cost: Cost, kept: Changes, stores: int) -> float:
+    """Return bytes of the factors; the stores of their bases may be larger than the bases."""
+    ranks = zip(cost.matrices, kept.ranks or (), strict=False)
+    return float(sum(stores * (m + n) * k + k * k for (m, n), k in ranks) * FP64)
+
+
+def snapshot(cost: Cost, kept: Changes) -> float:
+    """Return bytes of a snapshot: masters and factors of the changes, and the method's memory."""
+    return float(sum(m * n * kept.entry for m, n in cost.matrices)) + _factors(cost, kept, stores=1) + cost.state
+
+
+def host(cost: Cost, kept: Changes) -> dict[str, float]:
+    """Return bytes in the CPU's memory, by purpose: the method's, and the copy from which a snapshot is written."""
+    return _of_matrices(cost, {**cost.host, "copy for a snapshot": snapshot(cost, kept)})
 
 
 def disk(cost: Cost, stream: StreamShape, kept: Changes) -> dict[str, float]:
-    """Return bytes on disk: the ledger, in fp64 factors or dense in the master's precision, and the method's."""
+    """Return bytes on disk.
+
+    - the ledger: updates in fp64 factors, or dense in the master's precision; the latest two snapshots and the last
+    - those of the method
+    """
     if cost.rank is None:
         ledger = -(-stream.edits // stream.batch) * sum(m * n for m, n in cost.matrices) * float(kept.entry)
     else:
         ledger = stream.edits * cost.rank * sum((m + n) * FP64 for m, n in cost.matrices)
-    return _of_matrices(cost, {"ledger of edits": float(ledger), **cost.disk})
+    found = {"ledger of edits": float(ledger), "snapshots": 3 * snapshot(cost, kept), **cost.disk}
+    return _of_matrices(cost, found)
 
 
 def time(

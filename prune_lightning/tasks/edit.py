@@ -93,8 +93,7 @@ def _run(config: DictConfig, given: DictConfig) -> None:
             told = loggers if trainer.is_global_zero else []
             answers = edit_rows(job.module, folder / "edits.jsonl", told, from_base)
         with clock.phase("export"):
-            wanted = job.formats if trainer.is_global_zero else []
-            exports = export_all(wanted, config, folder, job.module, job.stream, out)
+            exports = export_all(job.formats, config, folder, job.module, job.stream, out)
         summary = RunSummary(_about(config, job)).collect([job.module, job.stream, *job.callbacks()])
         with clock.prefixed("control/"):
             restrained = job.restraint and job.module.edited_matrices()

@@ -21,6 +21,7 @@ RANGE_OF_ERROR = (
     "was measured (docs/export.md)."
 )
 _CUDA_CONTEXT = 0.6e9
+_OF_A_RUN = 0.2e9  # Trainer, evaluation and plots, on a CPU
 Product = tuple[int, int, int]
 """``(tokens, in, out)`` of a typical matrix product of a run."""
 
@@ -106,8 +107,8 @@ class Here:
         return free_memory(device)
 
     def libraries(self, device: torch.device) -> float:
-        """Return what this process holds, or CUDA's context."""
-        return _CUDA_CONTEXT if device.type == "cuda" else resident()
+        """Return what this process holds and what a run adds, or CUDA's context."""
+        return _CUDA_CONTEXT if device.type == "cuda" else resident() + _OF_A_RUN
 
 
 def _best(work: Callable[[], object], device: torch.device, seconds: float = 0.25) -> float:

@@ -52,17 +52,21 @@ def run(config: DictConfig) -> None:
     device = torch.device("cuda" if config.trainer.accelerator == "gpu" and torch.cuda.is_available() else "cpu")
     memory = {"libraries": planned.libraries(device)}  # before the others are used
     machine = _speed(config, planned, model, needs, device)
+    host = needs.host()
     memory |= needs.memory()
+    if config.trainer.accelerator == "cpu":  # the device's memory is the CPU's
+        memory, host = memory | host, {}
     disk, seconds, once = needs.disk(), needs.seconds(machine), machine.seconds(needs.cost.once)
     available = planned.memory(device) if config.plan.memory_gb is None else config.plan.memory_gb * 1e9
     problems = misfits(sum(memory.values()), available, sum(disk.values()), folder)
     if needs.cost.unknown:
         problems.append(f"method={choice('method')} has no cost estimate; its own computations are not included")
     rows = f"Rows of {needs.cost.length} tokens ({needs.counted}). Evaluations come on top."
-    print_plan(memory, disk, seconds, once, needs.stream, rows, problems)
+    print_plan(memory, host, disk, seconds, once, needs.stream, rows, problems)
     print_machine(planned.name, machine, planned.range_of_error)
     plan = {
         "memory_bytes": memory,
+        "cpu_memory_bytes": host,
         "disk_bytes": disk,
         "seconds_per_edit": seconds,
         "seconds_before_the_first_edit": once,
@@ -120,6 +124,10 @@ class Needs:
         """Return bytes on the device, by purpose."""
         weights = float(self.model.weight_bytes)
         return costs.memory(weights, self.cost, self.restraint, self.kept, self.model.weight_size)
+
+    def host(self) -> dict[str, float]:
+        """Return bytes in the CPU's memory, by purpose; they are also needed if the device is a GPU."""
+        return costs.host(self.cost, self.kept)
 
     def disk(self) -> dict[str, float]:
         """Return bytes on disk."""

@@ -23,6 +23,7 @@ def _span(seconds: float) -> str:
 
 def print_plan(
     memory: Mapping[str, float],
+    host: Mapping[str, float],
     disk: Mapping[str, float],
     seconds: Mapping[str, float],
     once: float,
@@ -34,6 +35,7 @@ def print_plan(
 
     Args:
         memory: Bytes on the device, by purpose.
+        host: Bytes in the CPU's memory beside a GPU, by purpose.
         disk: Bytes on disk, by purpose.
         seconds: Seconds per edit, by purpose.
         once: Seconds before the first edit.
@@ -47,6 +49,7 @@ def print_plan(
     table.add_column("predicted", justify="right")
     for title, parts, text in (
         ("memory, peak", memory, size),
+        *([("memory of the CPU", host, size)] if host else []),
         ("disk", disk, size),
         ("time per edit", seconds, _span),
     ):
