@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prune_lightning.callbacks.spectral_restraint import SpectralRestraint
+from prune_lightning.callbacks import SpectralRestraint
 from prune_lightning.editor.session import EditSession
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import rebuild
