@@ -11,7 +11,7 @@ from conftest import BUNDLED
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
 from prune_lightning.evaluation.scoring import score_encoded, score_pairs
-from prune_lightning.methods.ike import IKE
+from prune_lightning.methods.ike import IKE, shown_as
 from prune_lightning.methods.retrieval import HiddenStates, SharedWords, SubjectWords, general_sentences
 from prune_lightning.models.hooks import capture
 from prune_lightning.types import EditRequest
@@ -83,14 +83,15 @@ def test_in_a_chat_the_facts_begin_the_users_turn(bundled_shared):
 
 
 def test_what_does_not_fit_the_context_is_asked_as_it_is(bundled_shared):
-    size = len(bundled_shared.tokens.encode(JAPAN.prompt))
-    long = " ".join([JAPAN.prompt] * (bundled_shared.tokens.max_length // size - 1))
+    long, room = JAPAN.prompt, bundled_shared.tokens.max_length
+    while len(bundled_shared.tokens.encode(longer := f"{long} {JAPAN.prompt}")) <= room:
+        long = longer
     module = editor(bundled_shared, JAPAN, demonstrations=DEMONSTRATIONS * 20, count=40, threshold=0.1)
     assert asked(bundled_shared, long) == long
     short = asked(bundled_shared, JAPAN.prompt)  # as many demonstrations as fit
-    room = bundled_shared.tokens.max_length
     assert short.endswith("New Fact: The capital of Japan is Rome\nPrompt: The capital of Japan is")
-    assert room - 25 < len(bundled_shared.tokens.encode(short)) <= room
+    longest = max(len(bundled_shared.tokens.encode(f"{shown_as(*each)}\n\n")) for each in DEMONSTRATIONS)
+    assert room - longest < len(bundled_shared.tokens.encode(short)) <= room
     module.run.restore()
 
 
