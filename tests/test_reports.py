@@ -194,7 +194,10 @@ def test_plots_follow_the_scores():
     abilities = plot_abilities(
         {"run": curve}, {"run": [{"num_requests": t, "ability/new/task": [0.1, 0.6]} for t in (0, 1)]}, LABELS
     )
-    assert {axes.get_title() for axes in abilities.axes} == {"perplexity of sentences (ME-PPL): mean", "ability/new"}
+    assert {axes.get_title() for axes in abilities.axes} == {
+        "perplexity of sentences (ME-PPL): mean perplexity",
+        "ability/new",
+    }
     assert plot_abilities({"run": [{"num_requests": 0, "edit/zsre/efficacy": 0.5}]}) is None
     assert plot_immediate({"run": curve}, {}) is None
     heat = plot_retention([(0, 1, 0, 0.0), (1, 1, 0, 1.0), (2, 2, 1, 1.0), (2, 1, 0, 0.0)], "exact match")

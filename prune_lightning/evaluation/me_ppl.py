@@ -41,9 +41,9 @@ class SentencePerplexities(Measurement):
     name = "ability/me_ppl"
     title = "perplexity of sentences (ME-PPL)"
     labels: ClassVar[Mapping[str, str]] = {
-        "mean": "perplexity of sentences, mean",
-        "median": "perplexity of sentences, median",
-        "max": "perplexity of sentences, largest",
+        "mean": "mean perplexity",
+        "median": "median perplexity",
+        "max": "largest perplexity",
         "corpus": "perplexity of all sentences together",
         "collapse_absolute": "collapsed: mean above the limit",
         "collapse_relative": "collapsed: against the unedited model",
