@@ -435,8 +435,7 @@ def test_moments_and_inverses_may_be_kept_on_the_cpu(here, place, method, option
         module = instantiate(config, language_model=model, second_moments=moments, _convert_="all")
         stream = BundledWorld(num_edits=4, protocol="sequential_batched", batch_size=2)
         place.trainer(PRUNE(1.2)).fit(module, datamodule=stream)
-        with place.active():
-            module.to(place.device)  # from where the Trainer leaves it
+        module.to(place.device)  # from where the Trainer leaves it
         expected = "cpu" if further else place.device.type
         for held in (*module.moments.values(), *module.protected._inverses.values()):
             assert {t.device.type for t in vars(held).values() if isinstance(t, torch.Tensor)} == {expected}
