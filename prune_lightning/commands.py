@@ -100,7 +100,7 @@ def report(
     every: Annotated[bool, typer.Option("--all", help="Every score, not only the main ones.")] = False,
     device: Device = None,
 ) -> None:
-    """Print the scores of the edits; those of a finished run of train.py are not computed again."""
+    """Score the edits; the scores of a finished run are read."""
     from prune_lightning.report.printed import finished_summary, print_result
 
     if summary := finished_summary(Path(run).expanduser()):
