@@ -37,7 +37,7 @@ def test_edits_by_two_processes_give_the_weights_of_one(strategy, third, tmp_pat
     assert sorted(both) == sorted(alone)
     for name, weight in alone.items():
         change = weight - original.model.get_parameter(name.split()[1]).detach().T
-        assert float(change.norm()) > 0.1
+        assert float(change.norm()) > 0.1 or name.startswith("kn"), "KN may leave a layer as it is"
         assert float((both[name] - weight).norm()) < 1e-5 * float(change.norm()) + 1e-6 * float(weight.norm())
 
 
