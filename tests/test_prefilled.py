@@ -15,13 +15,16 @@ BEGINNING = [5, 9, 2, 7, 11, 3]
 PROMPTS = [[*BEGINNING, 4, 8], [*BEGINNING, 13], [1, 2, 3], [*BEGINNING, 4, 1, 1, 6, 12], [2]]
 
 
-def both(model, **options):
-    """Return the continuations by both paths."""
-    found = []
-    for shared in (True, False):
-        model.fast_path._held[PREFILLED] = shared
-        found.append(decode(model, PROMPTS, **options))
-    return found
+def both(model, limits, sampling=None, **options):
+    """Return the continuations with shared beginnings, and those of each prompt alone, which needs no padding."""
+    model.fast_path._held[PREFILLED] = True
+    ours = decode(model, PROMPTS, limits, sampling=sampling, **options)
+    model.fast_path._held[PREFILLED] = False
+    theirs = []
+    for i, prompt in enumerate(PROMPTS):
+        draws = TopK(sampling.k, [sampling.seeds[i]]) if sampling else None
+        theirs += decode(model, [prompt], [limits[i]], sampling=draws, **options)
+    return ours, theirs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
