@@ -12,8 +12,9 @@ import yaml
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 
-from prune_lightning import distributed
+from prune_lightning import distributed, sharding
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
+from prune_lightning.methods.side_memory import MemoryEditor, SideMemory
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.tokenization import Tokens
 from prune_lightning.types import EditRequest, LowRankUpdate
@@ -27,7 +28,7 @@ BLOCKS = [
 ]
 NEEDS_A_RUN = {"docs/ledger.md"}  # only its imports are executed
 # Where a name of the guide may be defined.
-OWNERS = (LocateThenEdit, LanguageModel, Tokens, EditRequest, LowRankUpdate, distributed)
+OWNERS = (LocateThenEdit, LanguageModel, Tokens, EditRequest, LowRankUpdate, distributed, sharding, SideMemory, MemoryEditor)
 
 
 def given(page):
