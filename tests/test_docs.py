@@ -28,7 +28,17 @@ BLOCKS = [
 ]
 NEEDS_A_RUN = {"docs/ledger.md"}  # only its imports are executed
 # Where a name of the guide may be defined.
-OWNERS = (LocateThenEdit, LanguageModel, Tokens, EditRequest, LowRankUpdate, distributed, sharding, SideMemory, MemoryEditor)
+OWNERS = (
+    LocateThenEdit,
+    LanguageModel,
+    Tokens,
+    EditRequest,
+    LowRankUpdate,
+    distributed,
+    sharding,
+    SideMemory,
+    MemoryEditor,
+)
 
 
 def given(page):
