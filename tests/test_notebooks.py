@@ -11,6 +11,7 @@ from conftest import ROOT
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 nbformat = pytest.importorskip("nbformat")
+Config = pytest.importorskip("traitlets.config").Config
 
 NAMES = ("edit_a_model", "prune_in_fine_tuning")
 
@@ -34,13 +35,16 @@ def without_figures(text):
     return re.sub(r"-?\d[\d.]*(e-?\d+)?|[-━─┏┓┗┛┡┩┃│└┘┴┳╇╈]| +", "", text)
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """Both in one kernel, since most of their time is that of imports."""
+def execute(folder):
+    """Execute both notebooks in one kernel, since most of their time is that of imports.
+
+    The kernel is reached through files. Kernels that start at the same time can be given the same TCP ports.
+    """
     notebooks = {name: read(name) for name in NAMES}
-    folder = tmp_path_factory.mktemp("notebooks")
+    config = Config({"KernelManager": {"transport": "ipc"}})
+    resources = {"metadata": {"path": str(folder)}}
     client = nbclient.NotebookClient(
-        notebooks[NAMES[0]], timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebooks[NAMES[0]], timeout=300, kernel_name="python3", resources=resources, config=config
     )
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     for name, notebook in notebooks.items():
@@ -50,22 +54,24 @@ def executed(tmp_path_factory):
     return notebooks
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_outputs_are_those_that_were_committed(executed, name):
-    for now, before in zip(texts(executed[name]), texts(read(name)), strict=True):
-        assert without_figures(now) == without_figures(before)
+def test_notebooks_say_what_they_said_when_they_were_committed(tmp_path):
+    """One test, so that they are executed once, however the tests are distributed."""
+    executed = execute(tmp_path)
+    for name in NAMES:
+        for now, before in zip(texts(executed[name]), texts(read(name)), strict=True):
+            assert without_figures(now) == without_figures(before), name
+    edits_hold_and_one_is_taken_back(texts(executed["edit_a_model"]))
+    prune_keeps_what_fine_tuning_alone_loses("\n".join(texts(executed["prune_in_fine_tuning"])))
 
 
-def test_the_edits_hold_and_one_is_taken_back(executed):
-    said = texts(executed["edit_a_model"])
+def edits_hold_and_one_is_taken_back(said):
     assert said[3:5] == ["'Rome.'", "'Paris.'"]
     after_undo = next(text for text in said if text.startswith("["))
     assert after_undo == "['Paris.', 'London.']"
     assert said[-2] == "'The capital of Italy is London.'"
 
 
-def test_prune_keeps_what_fine_tuning_alone_loses(executed):
-    said = "\n".join(texts(executed["prune_in_fine_tuning"]))
+def prune_keeps_what_fine_tuning_alone_loses(said):
     alone, pruned, trainer = (
         tuple(map(float, pair)) for pair in re.findall(r"loss (\d+\.\d+), retention (-?\d+\.\d+)", said)
     )
