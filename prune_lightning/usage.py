@@ -17,13 +17,11 @@ Usage: prune-lightning [GROUP=OPTION | KEY=VALUE]...      (or: python train.py)
   prune-lightning                               the bundled model, ROME, PRUNE
   prune-lightning method=memit restraint=none data.num_edits=200 seed=1
   prune-lightning model=gpt2-xl data=counterfact data.path=FILE trainer=gpu
-  prune-lightning -m seed=0,1,2                 several runs, one after another
   prune-lightning resume=runs/DATE              continue an interrupted run
 Groups and their options:
 """
 _TAIL = """\
---cfg job: every key of the chosen configuration. --hydra-help: Hydra's flags.
-TAB completion: eval "$(prune-lightning -sc install=bash)"
+--cfg job: all keys. -m: sweeps. TAB: eval "$(prune-lightning -sc install=bash)"
 """
 
 

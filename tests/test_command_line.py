@@ -59,7 +59,7 @@ def test_help_fits_a_screen_and_names_every_option(flag):
 def test_examples_of_the_help_compose():
     shown = [line.split("  ")[1] for line in command("--help").stdout.splitlines() if line.startswith("  prune-l")]
     examples = [line.split()[1:] for line in shown]
-    assert len(examples) == 5
+    assert len(examples) == 4
     for words in examples:
         if words and words[0].startswith("resume="):  # there is no such run
             continue
@@ -82,14 +82,14 @@ def test_hydras_own_help_remains():
 
 def test_tab_completes():
     done = command("-sc", "query=bash", COMP_LINE="train.py method=mem", COMP_POINT="19")
-    assert (done.returncode, answered(done), done.stdout.split()) == (0, [], ["method=memit"])
+    assert (done.returncode, answered(done), done.stdout.split()) == (0, [], ["method=memit", "method=memoir"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["metod=memit"], "unknown key 'metod': did you mean 'method' or 'model'?"),
-        (["method=memmit"], "unknown option method=memmit: did you mean 'memit' or 'emmet'?"),
+        (["method=memmit"], "unknown option method=memmit: did you mean 'memit' or 'emmet' or 'memoir'?"),
         (["data=jsonl"], "these settings need a value: data.path=..."),
         (["seed=a"], "seed is expected to be a whole number from 0 to 4294967295, but got 'a'"),
         (["seed=-1"], "seed is expected to be a whole number from 0 to 4294967295, but got -1"),

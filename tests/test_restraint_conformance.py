@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.types import EditBatch, EditRequest, LowRankUpdate
 
-NAMES = sorted(path.stem for path in (ROOT / "configs" / "restraint").glob("*.yaml"))
+# Feedback needs a method that computes its updates from what the weights lack: see test_feedback.
+NAMES = sorted(path.stem for path in (ROOT / "configs" / "restraint").glob("*.yaml") if "feedback" not in path.stem)
 STEPS, LAYERS = 8, (0, 1)
 
 LAWS = {

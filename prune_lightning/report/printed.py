@@ -61,6 +61,8 @@ def print_result(summary: Mapping[str, Any], out: Console, every: bool = False) 
     columns, labels = columns_of(summary), Labels(summary.get("labels"))
     counts = summary.get("num_cases", {})
     out.print(Text(sentence(summary), "bold"))
+    if about := [f"{name}: {summary[name]}" for name in ("data", "model") if name in summary]:
+        out.print(Text(", ".join(about), "dim"))
     out.print(result_table(columns, labels, compared_of(summary), counts, every))
     if not every:
         out.print(Text("The main scores; all of them are in report.html.", "dim"))

@@ -28,10 +28,10 @@ def figure(value: Any) -> str:
 
 
 def percent(value: Any) -> str:
-    """Return a share in per cent; only what is none or all is written as such.
+    r"""Return a share in per cent; only what is none or all is written as such.
 
     >>> percent(0.836), percent(0.001), percent(0.999), percent(1.0), percent(float("nan"))
-    ('84 %', '<1 %', '>99 %', '100 %', '–')
+    ('84\xa0%', '<1\xa0%', '>99\xa0%', '100\xa0%', '–')
     """
     if value is None or value != value:
         return "–"
