@@ -171,7 +171,7 @@ def test_a_captured_step_gives_the_values_of_an_ordinary_one(method, dtype):
 
 @pytest.mark.parametrize("method", ["rome", "memit"])
 def test_a_value_step_waits_for_the_device_once(method):
-    """Beside it, `transformers` looks whether any token is padding, outside a captured graph."""
+    """Beside it, `transformers` looks up to twice whether any token is padding, outside a captured graph."""
 
     def waits(steps):
         with Place("apart").active() as device:
@@ -185,7 +185,7 @@ def test_a_value_step_waits_for_the_device_once(method):
     more = waits(9) - waits(4)
     ours = {line: count for line, count in more.items() if line.startswith("value")}
     assert sum(ours.values()) == 5
-    assert sum(more.values()) <= 10, more
+    assert sum(more.values()) <= 15, more
 
 
 @pytest.mark.parametrize(("place", "dtype"), cases(apart="bf16"))

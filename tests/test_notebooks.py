@@ -54,8 +54,9 @@ def execute(folder):
     return notebooks
 
 
-def test_notebooks_say_what_they_said_when_they_were_committed(tmp_path):
+def test_notebooks_say_what_they_said_when_they_were_committed(tmp_path, monkeypatch):
     """One test, so that they are executed once, however the tests are distributed."""
+    monkeypatch.chdir(tmp_path)  # the kernel's files are named relative to the folder of both processes
     executed = execute(tmp_path)
     for name in NAMES:
         for now, before in zip(texts(executed[name]), texts(read(name)), strict=True):
