@@ -125,6 +125,7 @@ def test_a_prompt_uses_the_mask_it_shares_most_with(tiny):
     queries = torch.tensor([[0, 1, 2, 3, 4, 5, 20, 21], [5, 6, 7, 8, 9, 10, 11, 31], [0, 1, 8, 9, 10, 29, 30, 31]])
     entry, share = memory.closest(queries)
     assert (entry.tolist(), share.tolist()) == ([0, 1, 1], [6 / 8, 7 / 8, 3 / 8])
+    assert torch.equal(memory.used(queries), torch.stack([*memory.masks, torch.zeros(32, dtype=torch.bool)]))
 
 
 @pytest.mark.parametrize("wrong", [{"layers": [0, 1]}, {"threshold": 1.5}, {"clip": 0.0}])

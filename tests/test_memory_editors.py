@@ -22,6 +22,7 @@ from prune_lightning.evaluation.stream import UnrelatedAnswers
 from prune_lightning.export.sources import load_run
 from prune_lightning.ledger import Ledger, check_base, rebuild, without
 from prune_lightning.ledger.store import Ledger as Store
+from prune_lightning.models.packing import trees
 from prune_lightning.models.prompt_memory import PromptMemory
 from prune_lightning.requests import Probe
 from prune_lightning.types import EditRequest
@@ -108,6 +109,14 @@ def test_scores_do_not_depend_on_what_else_is_in_a_batch(method, family, tiny):
     nll, count = token_nll(model, OTHERS)
     for i, text in enumerate(OTHERS):
         assert torch.allclose(nll[i] / count[i], (lambda found: found[0] / found[1])(token_nll(model, [text]))[0])
+
+
+def test_sequences_share_no_beginnings_under_a_memory(tiny):
+    model = tiny("llama")
+    sequences = [[1, 2, 3, 4, 5, number] for number in range(8)]
+    assert trees(model, sequences, 64, 48) is not None
+    edited("grace", model, REQUESTS[:1])
+    assert trees(model, sequences, 64, 48) is None
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])  # NaN in rows padded on the left

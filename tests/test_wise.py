@@ -112,6 +112,7 @@ def test_shards_begin_anew_and_are_merged(tiny):
     parts = []
     for number in range(5):
         parts.append(side.trained())
+        assert bool(side.current().any()) == (number % 2 == 1), "an edit goes on from the one before in its shard alone"
         values = torch.full((int(parts[-1].sum()),), float(number + 1), dtype=torch.float64)
         kept, least = torch.ones(1, dtype=torch.float64), torch.tensor([10.0 - number], dtype=torch.float64)
         side.include({"values.0": values, "kept": kept, "least": least})

@@ -114,6 +114,11 @@ class ResidualMemory(SideMemory):
         found = shared.max(1)
         return found.indices, found.values / self.count
 
+    def used(self, columns: Tensor) -> Tensor:
+        """Return the columns that each prompt uses: those of the closest edit, or none if that shares too little."""
+        entry, share = self.closest(columns)
+        return self.masks[entry] & (share >= self.threshold)[:, None]
+
     def hooks(self) -> Iterator[Any]:
         """Add to the down-projection's output."""
         yield self.host.register_forward_hook(self._add)
@@ -123,8 +128,7 @@ class ResidualMemory(SideMemory):
         assert isinstance(reading, Reading)
         inputs = apart(args[0], reading.rows)
         if reading.ends is not None:
-            entry, share = self.closest(self.columns(inputs, reading.prompt()))
-            self.held = self.masks[entry] & (share >= self.threshold)[:, None]
+            self.held = self.used(self.columns(inputs, reading.prompt()))
         assert self.held is not None
         added = (inputs.to(self._dtype) * self.held[:, None]) @ self.matrix.T
         return output + added.to(output).view(output.shape)
