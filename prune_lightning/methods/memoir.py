@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.errors import UserError
 from prune_lightning.methods.costs import training_cost
-from prune_lightning.methods.residual_training import Trained, train_columns
+from prune_lightning.methods.residual_training import Trained, marked, train_columns
 from prune_lightning.methods.retrieval import general_sentences
 from prune_lightning.methods.side_memory import MemoryEditor, SideMemory
 from prune_lightning.methods.target_batch import TargetBatch
@@ -132,12 +132,6 @@ class ResidualMemory(SideMemory):
         assert self.held is not None
         added = (inputs.to(self._dtype) * self.held[:, None]) @ self.matrix.T
         return output + added.to(output).view(output.shape)
-
-
-def marked(columns: Tensor, width: int) -> Tensor:
-    """Return masks of columns, shape ``(rows, width)``."""
-    mask = torch.zeros(len(columns), width, dtype=torch.bool, device=columns.device)
-    return mask.scatter(1, columns.long(), True)
 
 
 def with_columns(matrix: Tensor, columns: Tensor, part: Mapping[str, Tensor], kept: float) -> Tensor:

@@ -44,6 +44,12 @@ class Trained:
         return float(gram.sum().clamp_min(0).sqrt())
 
 
+def marked(columns: Tensor, width: int) -> Tensor:
+    """Return masks of columns, shape ``(rows, width)``."""
+    mask = torch.zeros(len(columns), width, dtype=torch.bool, device=columns.device)
+    return mask.scatter(1, columns.long(), True)
+
+
 def train_columns(
     model: LanguageModel,
     host: nn.Module,
