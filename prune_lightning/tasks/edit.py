@@ -65,11 +65,12 @@ def run(config: DictConfig) -> None:
 def _run(config: DictConfig, given: DictConfig) -> None:
     clock = run_clock()
     quieten()
-    settle_trainer(config)
-    config = settled(config)
-    check_components(config)
-    _callbacks(config)
-    check_arguments(EditEvaluation, _evaluation_options(config), "evaluation")
+    with clock.phase("check"):
+        settle_trainer(config)
+        config = settled(config)
+        check_components(config)
+        _callbacks(config)
+        check_arguments(EditEvaluation, _evaluation_options(config), "evaluation")
     folder = run_folder(resumed=bool(config.resume))
     L.seed_everything(config.seed, verbose=False)
     out = Console()
