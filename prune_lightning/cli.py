@@ -26,6 +26,8 @@ from prune_lightning.errors import UserError, near
 from prune_lightning.tasks.arguments import check_settings, full_arguments, record_settings, recorded_settings
 from prune_lightning.tasks.choices import config_folder
 
+_LAUNCHERS = "hydra_plugins."  # of jobs in processes of their own, of which an error says little
+
 
 def _run(config: DictConfig) -> None:
     """Run the configured task; the reason of a user error is also written to the run folder."""
@@ -92,7 +94,7 @@ def _composing(error: Exception) -> str | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if any(frame.f_code is _run.__code__ for frame in frames):
         return None
-    if any(frame.f_code.co_name == "launch" for frame in frames):  # a run in another process failed
+    if any(frame.f_globals.get("__name__", "").startswith(_LAUNCHERS) for frame in frames):
         return "a run of the sweep failed: error.txt or train.log in its folder says why, the same command goes on"
     return f"the configuration cannot be composed: {next(iter(str(error).splitlines()), type(error).__name__)}"
 

@@ -65,11 +65,12 @@ def check_recipe(ledger: Ledger, recipe: Recipe) -> None:
         UserError: A setting differs.
     """
     recorded, asked = _settings(ledger.base), _settings(recipe.as_base())
-    for name in [name for name in asked if name in recorded and asked[name] != recorded[name]]:
-        raise UserError(
-            f"the run in {ledger.folder.parent} was made with {name}={recorded[name]}, not {asked[name]}: resume it "
-            "with its own settings, or choose another folder by hydra.run.dir=..."
-        )
+    for name, value in asked.items():
+        if name in recorded and recorded[name] != value:
+            raise UserError(
+                f"the run in {ledger.folder.parent} was made with {name}={recorded[name]}, not {value}: resume it with "
+                "its own settings, or choose another folder by hydra.run.dir=..."
+            )
 
 
 def _settings(base: Mapping[str, Any]) -> dict[str, Any]:
