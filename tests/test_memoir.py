@@ -28,8 +28,8 @@ class Published(MEMOIR):
 
     lengths: list[int]
 
-    def _batch(self, request):
-        batch = super()._batch(request)
+    def target_batch(self, request):
+        batch = super().target_batch(request)
         batch._share = 1 / (self.lengths[self.run.num_requests] - batch.positions)
         return batch
 

@@ -28,7 +28,7 @@ class Published(WISE):
     def _part(self, number, name):
         return self.rows[f"edit{number}.{name}"]
 
-    def _batch(self, request):
+    def target_batch(self, request):
         number = self.run.num_requests
         ids, mask, labels = (self._part(number, name)[:-1] for name in ("input_ids", "attention_mask", "labels"))
         count = len(ids)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from prune_lightning.costs import Cost, Shapes, StreamShape
-from prune_lightning.errors import UserError, one_of
+from prune_lightning.errors import one_of
 from prune_lightning.methods.codebook import FILL, NONE, Codebook, Placement
 from prune_lightning.methods.costs import training_cost
-from prune_lightning.methods.side_memory import MemoryEditor, SideMemory
+from prune_lightning.methods.module_memory import ModuleMemoryEditor
+from prune_lightning.methods.side_memory import SideMemory
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import logits_above
 from prune_lightning.models.family import stores_transposed
@@ -108,7 +109,7 @@ def put(output: Tensor, replaced: Tensor, values: Tensor) -> Tensor:
     return torch.where(replaced[..., None], values[:, None], whole).view(output.shape)
 
 
-class GRACE(MemoryEditor):
+class GRACE(ModuleMemoryEditor):
     r"""Give prompts that are close to an edited one a trained output of one linear module.
 
     An edit adds an entry: the module's input :math:`k` at the prompt's last token, and a value :math:`v` in place of
@@ -154,18 +155,13 @@ class GRACE(MemoryEditor):
         fast: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(language_model, layers, **kwargs)
-        if len(self.layers) != 1:
-            raise UserError(f"GRACE has its codebook at one layer, but `layers` is {list(layers)}")
+        super().__init__(language_model, layers, module, **kwargs)
         check_values("method", Positive, radius=radius, learning_rate=learning_rate)
         check_values("method", Count, steps=steps)
         one_of("method.start", start, STARTS)
         one_of("method.place", place, PLACES)
         self.radius, self.steps, self.learning_rate = radius, steps, learning_rate
         self.start, self.place, self.seed, self.fast = start, place, seed, fast
-        (layer,) = self.layers
-        found = language_model.modules_named(layer, [module]) if module else {}
-        self.path = next(iter(found), language_model.rewrite_name(layer).removesuffix(".weight"))
 
     @classmethod
     def cost(
@@ -179,8 +175,7 @@ class GRACE(MemoryEditor):
         **options: Any,
     ) -> Cost:
         """Return the costs: an entry per edit, and passes through the upper blocks."""
-        (layer,) = layers
-        ((outputs, inputs),) = model.named_shapes(layer, [module]) if module else [model.edited_shape(layer)]
+        outputs, inputs = cls.shape(model, layers, module)
         entry = float((inputs + outputs) * max(model.weight_size, 4))
         found = training_cost(
             model,

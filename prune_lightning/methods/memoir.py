@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from prune_lightning.costs import Cost, Shapes, StreamShape
-from prune_lightning.errors import UserError
 from prune_lightning.methods.costs import training_cost
+from prune_lightning.methods.module_memory import PrefixedMemoryEditor
 from prune_lightning.methods.residual_training import Trained, marked, train_columns
 from prune_lightning.methods.retrieval import general_sentences
-from prune_lightning.methods.side_memory import MemoryEditor, SideMemory
-from prune_lightning.methods.target_batch import TargetBatch
-from prune_lightning.models.contexts import ContextOptions, sample_prefixes
+from prune_lightning.methods.side_memory import SideMemory
+from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.hooks import apart, capture
 from prune_lightning.models.language_model import LanguageModel
@@ -149,7 +148,7 @@ def with_columns(matrix: Tensor, columns: Tensor, part: Mapping[str, Tensor], ke
     return changed
 
 
-class MEMOIR(MemoryEditor):
+class MEMOIR(PrefixedMemoryEditor):
     r"""Train the columns of a residual memory that an edit's prompt selects, and nothing else.
 
     :math:`M` is trained by gradient descent on the cross-entropy of the target, after every prefix, with the input
@@ -193,17 +192,13 @@ class MEMOIR(MemoryEditor):
         fast: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(language_model, layers, **kwargs)
-        if len(self.layers) != 1:
-            raise UserError(f"MEMOIR has its memory at one layer, but `layers` is {list(layers)}")
+        super().__init__(language_model, layers, contexts=contexts, **kwargs)
         check_values("method", Count, count=count, steps=steps)
         check_values("method", Positive, learning_rate=learning_rate, clip=clip)
         check_values("method", Share, threshold=threshold)
         self.count = min(count, language_model.key_size(self.layers[0]))
         self.threshold, self.steps, self.learning_rate, self.clip = threshold, steps, learning_rate, clip
         self.weight_decay, self.stop_loss, self.seed, self.fast = weight_decay, stop_loss, seed, fast
-        self.contexts = contexts or ContextOptions()
-        self.prefixes: Sequence[str] = ("",)
 
     @classmethod
     def cost(
@@ -218,9 +213,7 @@ class MEMOIR(MemoryEditor):
         **options: Any,
     ) -> Cost:
         """Return the costs: the matrix, a mask per edit, and passes through the upper blocks for every prefix."""
-        outputs, inputs = model.edited_shape(layers[0])
-        options_ = contexts or ContextOptions()
-        prefixes = 1 + sum(number for _, number in options_.lengths)
+        (outputs, inputs), prefixes = cls.shape(model, layers, None), cls.num_prefixes(contexts)
         entry = max(model.weight_size, 4)
         found = training_cost(
             model,
@@ -237,15 +230,9 @@ class MEMOIR(MemoryEditor):
         disk = {"entries": float(outputs * min(count, inputs) * entry * stream.edits)}
         return replace(found, memory=held, per_edit=work, disk=disk)
 
-    def prepare(self) -> None:
-        """Sample the prefixes."""
-        if len(self.prefixes) == 1:
-            self.prefixes = ("", *sample_prefixes(self.language_model, self.contexts))
-
     def new_memory(self) -> ResidualMemory:
         """Return an empty memory."""
-        path = self.language_model.rewrite_name(self.layers[0]).removesuffix(".weight")
-        return ResidualMemory(path, self.language_model, self.count, self.threshold, self.seed)
+        return ResidualMemory(self.path, self.language_model, self.count, self.threshold, self.seed)
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, MemoryUpdate], list[dict[str, Any]]]:
         """Return the trained columns of the requests, one after another."""
@@ -267,12 +254,9 @@ class MEMOIR(MemoryEditor):
         details = [{"steps": len(trained.losses), "losses": trained.losses} for _, trained in found]
         return {memory.name: MemoryUpdate(tensors, strength)}, details
 
-    def _batch(self, request: EditRequest) -> TargetBatch:
-        return TargetBatch(self.language_model, [request], "target", prefixes=self.prefixes)
-
     def _trained(self, memory: ResidualMemory, matrix: Tensor, request: EditRequest) -> tuple[Tensor, Trained]:
         """Return the columns in the mask of a request, and what training on top of ``matrix`` adds to them."""
-        model, batch = self.language_model, self._batch(request)
+        model, batch = self.language_model, self.target_batch(request)
         (pair,) = model.tokens.encode_pairs([request.pair()])
         end = torch.tensor([pair.target_start - 1], device=model.device)
         with torch.no_grad(), capture([memory.host], rows=len(batch.ids)) as seen:

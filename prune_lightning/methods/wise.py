@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from prune_lightning.costs import Cost, Shapes, StreamShape
-from prune_lightning.errors import UserError
 from prune_lightning.methods.costs import training_cost
+from prune_lightning.methods.module_memory import PrefixedMemoryEditor
 from prune_lightning.methods.retrieval import general_sentences
-from prune_lightning.methods.side_memory import MemoryEditor
 from prune_lightning.methods.side_weights import Sharding, SideWeights, distances, mean_where
-from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import logits_above
-from prune_lightning.models.contexts import ContextOptions, sample_prefixes
+from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.hooks import capture, edit_output
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Count, NonNegative, Positive, Share, Whole
@@ -56,7 +54,7 @@ class Margins:
         return torch.stack([part.clamp_min(0).sum() / (part > 0).sum().clamp_min(1) for part in parts]).sum()
 
 
-class WISE(MemoryEditor):
+class WISE(PrefixedMemoryEditor):
     r"""Train a copy of one weight matrix, and answer with it the prompts on which both matrices differ enough.
 
     An edit trains a random part of the copy by gradient descent on the cross-entropy of the target after every prefix,
@@ -110,20 +108,14 @@ class WISE(MemoryEditor):
         fast: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(language_model, layers, **kwargs)
-        if len(self.layers) != 1:
-            raise UserError(f"WISE has its side memory at one layer, but `layers` is {list(layers)}")
+        super().__init__(language_model, layers, module, contexts, **kwargs)
         check_values("method", Count, shard=shard, merged=merged, steps=steps)
         check_values("method", Share, share=share, density=density)
         check_values("method", Positive, learning_rate=learning_rate, bound=bound)
-        (layer,) = self.layers
-        found = language_model.modules_named(layer, [module]) if module else {}
-        self.path = next(iter(found), language_model.rewrite_name(layer).removesuffix(".weight"))
-        self.margins, self.contexts = margins or Margins(), contexts or ContextOptions()
+        self.margins = margins or Margins()
         self.sharding = Sharding(ratio, share, shard, merged, density, seed)
         self.steps, self.learning_rate, self.weight_decay = steps, learning_rate, weight_decay
         self.bound, self.stop_loss, self.fast = bound, stop_loss, fast
-        self.prefixes: Sequence[str] = ("",)
 
     @classmethod
     def cost(
@@ -140,8 +132,7 @@ class WISE(MemoryEditor):
         **options: Any,
     ) -> Cost:
         """Return the costs: a matrix per shard, dense gradients, and passes through the upper blocks."""
-        ((outputs, inputs),) = model.named_shapes(layers[0], [module]) if module else [model.edited_shape(layers[0])]
-        prefixes = 1 + sum(number for _, number in (contexts or ContextOptions()).lengths)
+        (outputs, inputs), prefixes = cls.shape(model, layers, module), cls.num_prefixes(contexts)
         size = float(outputs * inputs * max(model.weight_size, 4))
         found = training_cost(
             model,
@@ -156,11 +147,6 @@ class WISE(MemoryEditor):
         held = {"side memories": size * -(-stream.edits // shard)}
         work = {name: each * prefixes for name, each in found.per_edit.items()}
         return replace(found, memory=held, per_edit=work, disk={"entries": size * share * stream.edits})
-
-    def prepare(self) -> None:
-        """Sample the prefixes."""
-        if len(self.prefixes) == 1:
-            self.prefixes = ("", *sample_prefixes(self.language_model, self.contexts))
 
     def new_memory(self) -> SideWeights:
         """Return an empty memory."""
@@ -187,9 +173,6 @@ class WISE(MemoryEditor):
         return {memory.name: MemoryUpdate(tensors, float(torch.stack(norms).norm()))}, details
 
     # -- one edit -------------------------------------------------------------------------------------------------
-    def _batch(self, request: EditRequest) -> TargetBatch:
-        return TargetBatch(self.language_model, [request], "target", prefixes=self.prefixes)
-
     def _unrelated(self, number: int) -> tuple[Tensor, Tensor]:
         """Return ids and mask of a sentence that no edit concerns."""
         sentences, tokens = general_sentences(), self.language_model.tokens
@@ -209,7 +192,7 @@ class WISE(MemoryEditor):
         self, memory: SideWeights, request: EditRequest, number: int
     ) -> tuple[Tensor, Tensor, Tensor, list[float]]:
         """Return the change of the copy, what weight decay has left of it, the edit's distance, and the losses."""
-        batch, (ids, mask) = self._batch(request), self._unrelated(number)
+        batch, (ids, mask) = self.target_batch(request), self._unrelated(number)
         edit, other = self._seen(memory, batch.ids, batch.mask), self._seen(memory, ids, mask)
         change, trained, weight = memory.current().clone().requires_grad_(), memory.trained(), memory.weight
         forward = logits_above(self.language_model, self.layers[0], batch, "WISE's side memory", self.fast)
