@@ -135,8 +135,7 @@ class SpectrumMonitor(LightningCallback):
             self._reported = min(self._reported, len(self.curve))
         if changed or trainer.global_step != self._steps:
             self._read(trainer, pl_module)
-        if self.matrices and self.draw:
-            figure = plot_spectra(spectra(self.matrices.values()))
+        if self.draw and (figure := plot_spectra(spectra(self.matrices.values()))):
             for logger in trainer.loggers:
                 show_figure(logger, "spectra", figure, step=axis(trainer, pl_module))
 

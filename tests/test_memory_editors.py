@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, quiet_trainer
 from test_conformance import MEMORIES, build
+from test_fuzz import command_line
 from torch.utils.data import DataLoader
 
 from prune_lightning.callbacks import PRUNE, RECT, EditLedger, Guards
@@ -338,3 +340,18 @@ def test_an_editor_is_saved_and_opened_exactly(method, tmp_path):
 def test_every_editor_without_weights_is_tested_here():
     assert "grace" in MEMORIES
     assert (ROOT / "configs" / "method" / "grace.yaml").exists()
+
+
+@pytest.mark.parametrize("method", MEMORIES)
+def test_the_main_job_ends_and_is_resumed(method, tmp_path, capsys):
+    """There are no spectra, and nothing to restrain; all that a run leaves is there."""
+    steps = [] if method == "ike" else ["method.steps=2"]
+    common = ["evaluation=editing", "evaluation.counts=[2,3]", "progress=false", *steps]
+    assert command_line(tmp_path, f"method={method}", "data.num_edits=2", *common) == 0
+    capsys.readouterr()
+    assert command_line(tmp_path, f"method={method}", "data.num_edits=3", f"resume={tmp_path}", *common) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [entry["num_requests"] for entry in summary["curve"]][-1] == 3
+    assert summary["control"] is None, "without the restraint the run would be the same"
+    assert not any(key.startswith("spectrum/") for key in summary["final"])
+    assert len((tmp_path / "report.html").read_text()) > 10_000

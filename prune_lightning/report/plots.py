@@ -35,9 +35,11 @@ class Spectra:
     restrained_change: np.ndarray[Any, Any]
 
 
-def plot_spectra(spectra: Sequence[Spectra]) -> Figure:
-    """Draw the singular values of the original, edited and restrained matrices, and of the changes."""
-    columns = max(1, min(len(spectra), 3))
+def plot_spectra(spectra: Sequence[Spectra]) -> Figure | None:
+    """Draw the singular values of original, edited and restrained matrices, and of changes; ``None`` without any."""
+    if not spectra:
+        return None
+    columns = min(len(spectra), 3)
     rows = -(-len(spectra) // columns)
     figure = Figure(figsize=(6 * columns, 4.2 * rows), layout="constrained")
     all_axes = np.atleast_1d(figure.subplots(rows, columns)).flatten()

@@ -59,8 +59,9 @@ def report(
         "abilities": plot_abilities(curves, intervals, labels),
         "editing": plot_editing(curves, intervals, labels),
         **_stream_figures(evaluation, summary, about, labels),
+        "spectra": plot_spectra(looked_at),
     }
-    figures = {name: figure for name, figure in drawn.items() if figure} | {"spectra": plot_spectra(looked_at)}
+    figures = {name: figure for name, figure in drawn.items() if figure}
     plots = {path.stem: path for path in save_plots(folder / "plots", figures)}
     pictures = {title: plots[name] for name, title in _PICTURES.items() if name in plots}
     write_page(folder, entries, OmegaConf.to_yaml(config, resolve=True), pictures, evaluation.remarks())
