@@ -54,6 +54,27 @@ FAILING = [
     (("evaluation.legacy.tasks.gsm8k.path=./nowhere",), "no file 'nowhere'"),
     (("method=mend", "method.hypernetwork=./nowhere"), "method.hypernetwork: no "),
     (("method=lora", "method.target_modules=[foo]"), "no module 'foo' in transformer.h.0"),
+    (
+        (
+            *LIKE_A_USERS_MODEL,
+            "+model.edit.sources.rome={paper: 3}",
+        ),
+        "model.edit.sources.rome is expected to be one of published, tuned,",
+    ),
+    (
+        (
+            *LIKE_A_USERS_MODEL,
+            "+model.edit.sources.rome=paper",
+        ),
+        "model.edit.sources.rome is expected to be one of published, tuned,",
+    ),
+    (
+        (
+            *LIKE_A_USERS_MODEL,
+            "+model.edit.sources.rome={tuned: a, default: b}",
+        ),
+        "model.edit.sources.rome is expected to be one of",
+    ),
     (("method.layers=[99]",), "layer 99 is outside the model's layers 0 to 3"),
     (("model.second_moments.shipped=./nowhere",), "model.second_moments.shipped: there is no folder"),
     (

@@ -15,6 +15,7 @@ from prune_lightning.evaluation.measurement import Measurement
 from prune_lightning.export.formats import FORMATS, check_base, format_named
 from prune_lightning.export.sources import check_in_weights
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.tasks.presets import model_facts
 from prune_lightning.tasks.setup import choice
 
 
@@ -50,6 +51,7 @@ def check_run(
     Raises:
         UserError: One line about the first thing that is missing, or that does not go together.
     """
+    model_facts(config)  # the report needs them
     _check_exports(formats_wanted(config), module, stream, restraint)
     for measurement in measurements:
         if measurement.enabled:

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import PretrainedConfig
 
-from prune_lightning.errors import UserError, near, one_of, shown
+from prune_lightning.errors import UserError, near, shown
 from prune_lightning.models.depth import FROM_DEPTH
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_config, load_language_model
@@ -205,8 +205,12 @@ def _hparams(config: DictConfig) -> dict[str, Any]:
         or (edit.get("sources") or {}).get(choice("method"))
         or {"default": "nothing is published for this model"}
     )
-    ((kind, where),) = source.items() if len(source) == 1 else [(str(list(source)), "")]
-    one_of(f"source of {choice('method')} in model.edit.sources", str(kind), SOURCES)
+    if not isinstance(source, dict) or len(source) != 1 or not set(source) <= set(SOURCES):
+        raise UserError(
+            f"model.edit.sources.{choice('method')} is expected to be one of {', '.join(SOURCES)} with a text, such as "
+            f'{{published: "Table 5"}}, but got {shown(source)}'
+        )
+    ((kind, where),) = source.items()
     from_depth = set(edit.get("from_depth") or ()) & set(_LAYERS.findall(_unresolved(config.method)))
     if from_depth and not config.get("hparams"):
         kind, where = "default", "the layers follow from the model's depth, the other values are the method's own"
