@@ -17,8 +17,8 @@ from prune_lightning.tasks.counting import Counter
 
 # See the table in docs/export.md.
 RANGE_OF_ERROR = (
-    "On the CPU that was measured, runs needed the memory of their plans to within 20 %, and 1.05 to 1.35 times the time "
-    "per edit (docs/export.md)."
+    "On the CPU that was measured, runs needed the memory of their plans to within 20 %, and 1.05 to 1.35 times the "
+    "time per edit (docs/export.md)."
 )
 _CUDA_CONTEXT = 0.6e9
 _OF_A_RUN = 0.2e9  # Trainer, evaluation and plots, on a CPU
