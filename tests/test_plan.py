@@ -194,7 +194,7 @@ def test_plan_of_a_large_model_says_what_does_not_fit(tmp_path, capsys):
     assert "4 characters a token" in shown
 
 
-# The peak of a process includes what the process that started it held then, and the test's own may hold more than a run.
+# The peak of a process includes what the one that started it held then, and the tests may hold more than a run.
 STARTER = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
