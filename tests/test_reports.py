@@ -54,6 +54,26 @@ def test_comparison_chooses_scores_that_all_runs_have(tmp_path, capsys):
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in compare.FIGURES)
 
 
+def test_comparison_has_drift_where_all_runs_have_it(tmp_path):
+    """In a figure of its own scale: a row of axes for retention, one for efficacy, one for drift."""
+    scores = {compare.KEPT: [1.0, 0.9, 0.8], compare.WRITTEN: [0.0, 1.0, 0.9]}
+    drifting = {**scores, "drift/kl": [0.0, 0.5, 4.0], "spectrum/condition_number": [20.0, 30.0, 65.0]}
+    groups = compare.read_groups(
+        [run(tmp_path, "rome", "none", 0, drifting), run(tmp_path, "rome", "prune", 0, drifting)]
+    )
+    drawing = compare.plot_compare(groups, compare.Keys(compare.KEPT, compare.WRITTEN))
+    drift = drawing.axes[2]
+    assert [list(line.get_ydata()) for line in drift.lines] == 2 * [[0.0, 0.5, 4.0]]
+    assert drift.get_ylim()[0] == 0
+    assert drift.get_ylim()[1] > 4
+    assert drawing.axes[0].get_ylim() == (-0.03, 1.05)
+    table = compare.markdown_table(groups, compare.Keys(compare.KEPT, compare.WRITTEN))
+    assert "| method | restraint | retention, 20 edits |" in table, "no method lost half of its abilities"
+    assert "| rome | prune | 0.800 | 0.900 | – | – | – | 4.000 | 65.000 |" in table
+    without = compare.read_groups([run(tmp_path, "memit", "none", 0, scores), tmp_path / "rome-none-0"])
+    assert len(compare.plot_compare(without, compare.Keys(compare.KEPT, compare.WRITTEN)).axes) == 2 * 2
+
+
 def configured(folder, number, choices, seed=0, kept=0.5, **changes):
     """A run folder with a configuration; `changes` are settings by dotted name."""
     path = run(folder, choices["method"], choices["restraint"], number, {compare.KEPT: [1.0, 0.9, kept]})
@@ -133,8 +153,8 @@ def test_two_models_share_no_band(tmp_path):
     ]
     assert compare.main([*map(str, folders), "--out", str(tmp_path), "--figures", "compare", "collapse"]) == 0
     table = (tmp_path / "compare.md").read_text()
-    assert "| rome (model=small) | prune | – | – | – | 0.200 |" in table
-    assert "| rome (model=large) | prune | – | – | – | 0.800 |" in table
+    assert "| rome (model=small) | prune | 0.200 |" in table
+    assert "| rome (model=large) | prune | 0.800 |" in table
 
 
 def test_runs_without_a_configuration_are_grouped_by_their_summaries(tmp_path, capsys):

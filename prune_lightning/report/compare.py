@@ -102,24 +102,33 @@ _COLUMNS = {
     "generalization, success": "edit/counterfact/generalization_score",
     "locality, exact match": "edit/counterfact/locality_accuracy",
 }
-_DRIFT = {"drift, nats per token": "drift/kl", "change seen by the text": "drift/change"}
+_KL = "drift/kl"
+_FURTHER = {
+    "drift, nats per token": _KL,
+    "change seen by the text": "drift/change",
+    "largest condition number": "spectrum/condition_number",
+}
 
 
 def markdown_table(groups: Sequence[Group], keys: Keys) -> str:
     """Return a row per group: scores at N and at the end.
 
-    N is the first evaluated edit count at which the method without a restraint has lost half of its abilities.
+    N is the first evaluated edit count at which the method without a restraint has lost half of its abilities. There
+    are no columns of N where none has.
     """
     halves = {group.method: half_lost(group, keys.kept) for group in groups if group.restraint == "none"}
     last = min(group.counts[-1] for group in groups)
-    drift = {head: key for head, key in _DRIFT.items() if any(not math.isnan(g.at(key, last)) for g in groups)}
-    columns = {f"retention, {last} edits": keys.kept, **_COLUMNS, **drift}
-    heads = ["method", "restraint", "N", "retention at N", "efficacy at N", *columns, "s per edit"]
+    further = {head: key for head, key in _FURTHER.items() if any(not math.isnan(g.at(key, last)) for g in groups)}
+    columns = {f"retention, {last} edits": keys.kept, **_COLUMNS, **further}
+    lost = ["N", "retention at N", "efficacy at N"] if any(halves.values()) else []
+    heads = ["method", "restraint", *lost, *columns, "s per edit"]
     lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
     for group in groups:
-        half = halves.get(group.method)
-        at_half = [group.at(key, half) if half else None for key in (keys.kept, keys.written)]
-        cells = [group.method, group.restraint, str(half or "–"), *map(figure, at_half)]
+        cells = [group.method, group.restraint]
+        if lost:
+            half = halves.get(group.method)
+            at_half = [group.at(key, half) if half else None for key in (keys.kept, keys.written)]
+            cells += [str(half or "–"), *map(figure, at_half)]
         cells += [figure(group.at(key, last)) for key in columns.values()]
         cells.append(f"{group.seconds_per_edit():.2f}".replace("nan", "–"))
         lines.append("| " + " | ".join(cells) + " |")
@@ -138,7 +147,7 @@ def _left_out(groups: Sequence[Group], keys: Keys) -> str:
 
 
 def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
-    """Draw retention and efficacy against the number of edits; bands over seeds.
+    """Draw retention, efficacy and, where all runs have it, drift against the number of edits; bands over seeds.
 
     One column per method, five at most side by side.
     """
@@ -146,11 +155,13 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
     restraints = list(dict.fromkeys(group.restraint for group in groups))
     labels = labels_of(groups)
     rows = {"retention": keys.kept, labels.label(keys.written): keys.written}
+    if all(not math.isnan(group.at(_KL, group.counts[-1])) for group in groups):
+        rows["drift (nats per token)"] = _KL
     columns = min(len(methods), _SIDE_BY_SIDE)
     bands = -(-len(methods) // columns)
     width, height = (4.2, 3.2) if bands == 1 else (2.8, 2.2)
     drawing = Figure(figsize=(width * columns, height * len(rows) * bands), layout="constrained")
-    grid = np.atleast_2d(drawing.subplots(len(rows) * bands, columns, sharex=True, sharey=True, squeeze=False))
+    grid = np.atleast_2d(drawing.subplots(len(rows) * bands, columns, sharex=True, sharey="row", squeeze=False))
     for axes in grid.flat:
         axes.set_axis_off()
     for group in groups:
@@ -158,7 +169,7 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
             band, column = divmod(methods.index(group.method), columns)
             axes = grid[band * len(rows) + row, column]
             axes.set_axis_on()
-            counts = group.counts[0 if key == keys.kept else 1 :]
+            counts = group.counts[1 if key == keys.written else 0 :]
             style = "--" if group.restraint == "none" else "-"
             color = "black" if group.restraint == "none" else f"C{restraints.index(group.restraint)}"
             counts = [count for count in counts if not math.isnan(group.at(key, count))]
@@ -173,9 +184,13 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
         band, column = divmod(number, columns)
         grid[band * len(rows), column].set_title(method)
         grid[(band + 1) * len(rows) - 1, column].set_xlabel("edits")
-    for axes in grid.flat:
-        axes.set_ylim(-0.03, 1.05)
-        axes.grid(alpha=0.3)
+    for place, key in enumerate(list(rows.values()) * bands):
+        for axes in grid[place]:
+            axes.grid(alpha=0.3)
+        if key == _KL:
+            grid[place, 0].set_ylim(bottom=0)
+        else:
+            grid[place, 0].set_ylim(-0.03, 1.05)
     handles = {name: handle for axes in grid[0] for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     drawing.legend(handles.values(), handles, loc="outside lower center", ncols=len(restraints), frameon=False)
     return drawing
