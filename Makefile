@@ -92,14 +92,18 @@ restraints: env
 	touch $@
 
 # First ROME alone and with PRUNE, 20 edits; then the study, which may be interrupted: `make smollm2` resumes it. The table
-# and the figure of what is complete are written to docs/smollm2 after each part.
+# and the figure of what is complete are written to docs/smollm2 after each part. The edits are facts of the bundled world
+# that the model knows, or those of COUNTERFACT=FILE.
 EDITS ?= 100
-STUDY := $(BIN)/python train.py -m experiment=smollm2 restraint=none,prune
+FACTS := $(if $(COUNTERFACT),counterfact,known)
+STUDY := $(BIN)/python train.py -m experiment=smollm2 hydra.sweep.dir=runs/smollm2/$(FACTS) \
+	$(if $(COUNTERFACT),data=counterfact data.path=$(COUNTERFACT) data.keep=all)
+DRAWN := runs/smollm2/$(FACTS)/*-*-0 --out docs/smollm2/$(FACTS)
 smollm2: .venv/.smollm2
-	$(STUDY) method=rome data.num_edits=20
-	$(BIN)/python -m prune_lightning.report.compare runs/smollm2/rome-*-0 --out docs/smollm2
-	$(STUDY) method=rome,memit,alphaedit data.num_edits=$(EDITS)
-	$(BIN)/python -m prune_lightning.report.compare runs/smollm2/*-*-0 --out docs/smollm2
+	$(STUDY) method=rome restraint=none,prune data.num_edits=20
+	$(BIN)/python -m prune_lightning.report.compare $(DRAWN)
+	$(STUDY) method=rome,memit,alphaedit restraint=none,prune,rect data.num_edits=$(EDITS)
+	$(BIN)/python -m prune_lightning.report.compare $(DRAWN)
 
 # The studies of docs/studies: `make study NAME=prune`, rect, batch, butterfly or mirage. They are resumable.
 # MODEL=smollm2 takes another model; QAEDIT=FILE the paper's questions for mirage; SENTENCES=FILE its sentences for
