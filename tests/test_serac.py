@@ -23,7 +23,7 @@ from prune_lightning.evaluation.scoring import score_encoded, token_nll
 from prune_lightning.methods.retrieval import SharedWords
 from prune_lightning.methods.serac import SERAC
 from prune_lightning.methods.serac_networks import NetworkShapes, ScopeClassifier
-from prune_lightning.methods.serac_training import SERACTraining, TrainingOptions
+from prune_lightning.methods.serac_training import SERACTraining, TrainingOptions, read_prompts
 from prune_lightning.metrics import CounterFactScore
 from prune_lightning.types import EditRequest, MetaExample
 
@@ -50,8 +50,8 @@ def editor(model, *requests, layers=(1,), size=1, **options) -> SERAC:
     options = {"path": None, "networks": SHAPES} | options
     module = SERAC(language_model=model, layers=layers, **options)
     if options["path"] is None:  # moments as training leaves them, and a counterfactual model that says something
-        width = 2 * model.config.hidden_size
-        module.networks.classifier.moments.update(torch.randn(50, width) * torch.linspace(0.5, 2.0, width) + 0.3)
+        rows = model.tokens.encode_all([*PROMPTS, "The old king saw the river", "No news.", "It is a tall cat"])
+        module.networks.classifier.moments.update(read_prompts(model, layers[0], rows))
         with torch.no_grad():
             for parameter in module.networks.counterfactual.parameters():
                 if parameter.ndim == 2:
@@ -79,14 +79,15 @@ def plain_embedding(module: SERAC, ids: list[int]) -> torch.Tensor:
     hidden, moments = states(module.language_model, module.layers[0], ids), classifier.moments
     features = torch.cat([sum(hidden) / len(hidden), hidden[-1]])
     sigma = (moments.squares / (moments.count - 1)).sqrt() + 1e-7
-    return classifier.projection.weight.double() @ ((features - moments.mean) / sigma)
+    return classifier.projection.weight.detach().double() @ ((features - moments.mean) / sigma)
 
 
 def plain_answer(module: SERAC, prompt: list[int], answer: list[int], stored: list[int]) -> torch.Tensor:
     """Return the log-probabilities of each token of an answer, asked behind a stored edit, one row by itself."""
     h = module.networks.counterfactual.answering.model
     row = [*stored, *prompt[1:], *answer]  # the shipped tokenizer begins every text with its only special token
-    log_p = h(torch.tensor([row])).logits[0].double().log_softmax(-1)
+    with torch.no_grad():
+        log_p = h(torch.tensor([row])).logits[0].double().log_softmax(-1)
     begin = len(stored) + len(prompt) - 2
     return log_p[begin : begin + len(answer)]
 
@@ -115,7 +116,7 @@ def test_loss_equals_the_plain_one(family, tiny):
         answer = [*pair.target, 0]
         log_p = plain_answer(module, pair.ids[: pair.target_start], answer, stored(model, prompt, target))
         answers.append(-sum(log_p[i, token] for i, token in enumerate(answer)) / len(answer))
-    exact = {"gptj": 1e-6}.get(family, 1e-9)  # its attention runs in fp32 whatever the model's dtype
+    exact = {"gptj": 1e-5}.get(family, 1e-7)  # its attention, and llama's norms, are fp32 whatever the model's dtype
     assert float(losses.answer) == pytest.approx(float(sum(answers)) / 3, rel=1e-6)  # llama's norms and turns are fp32
     assert float(losses.inside) == pytest.approx(float(sum(inside)) / 3, rel=exact)
     assert float(losses.outside) == pytest.approx(sum(outside) / 6, rel=100 * exact)
@@ -157,7 +158,7 @@ def test_routing_and_answers_are_those_of_dense_distances(family, tiny):
     for i, pair in enumerate(pairs):
         prompt, answer = pair.ids[: pair.target_start], pair.target
         if not inside[i // 2]:
-            assert torch.allclose(found.nll[i], unedited.nll[i], rtol=1e-6)
+            assert torch.allclose(found.nll[i], unedited.nll[i], rtol=1e-5)
             continue
         fact = FACTS[int(nearest[i // 2])]
         log_p = plain_answer(module, prompt, answer, stored(model, fact.prompt, fact.target_new))
@@ -241,7 +242,12 @@ def test_training_trains_both_networks_resumes_and_leaves_the_model(bundled, tmp
     before = {name: parameter.detach().clone() for name, parameter in whole.network.named_parameters()}
     fit(whole, 2)
     assert all(not torch.equal(before[name], parameter) for name, parameter in whole.network.named_parameters())
-    fit(training_of(bundled), 1, ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
+    fit(
+        training_of(bundled),
+        1,
+        ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True),
+        enable_checkpointing=True,
+    )
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert all(name.startswith("network.") for name in kept)
     resumed = training_of(bundled)
@@ -264,7 +270,13 @@ def test_unrelated_prompts_are_the_probes_as_they_are_asked():
 
 
 def test_hard_negatives_are_the_ranked_neighbours_of_other_facts():
-    requests = [EditRequest(i, f"Town{i}", f"Town{i} lies in the country of", "Peru", f"Land{i}") for i in range(8)]
+    words = [
+        "lies in the country of",
+        "lies near a country of",
+        "can be seen in",
+        "is a town of the old country of",
+    ] * 2
+    requests = [EditRequest(i, f"Town{i}", f"Town{i} {words[i]}", "Peru", f"Land{i}") for i in range(8)]
     requests += [EditRequest(9, "Town0", "The country of Town0 is", "Peru", "Land0")]
     similarity = SharedWords()
     hard = HardNegatives(similarity, first=2, last=4, temperature=0.5, share=1.0)
@@ -346,7 +358,7 @@ def test_untrained_networks_give_a_warning(tiny):
         editor(tiny("llama")).prepare()
 
 
-# -- the networks that are shipped  ------------------------------------------------------------------------------------
+# -- the networks that are shipped ------------------------------------------------------------------------------------
 def test_shipped_networks_edit_facts_they_were_not_trained_on(bundled):
     module = instantiate(compose("method=serac").method, language_model=bundled, _convert_="all")
     stream = BundledWorld(num_edits=30, protocol="sequential", seed=7)

@@ -30,10 +30,16 @@ class ScopedMemory(SideMemory):
     def __init__(self, language_model: LanguageModel, layer: int, networks: SERACNetworks, threshold: float) -> None:
         self.layer, self.networks, self.threshold = layer, networks, threshold
         self._texts: list[list[int]] = []  # the tokens of each row, those of earlier passes first
-        self._moved = torch.empty(0)
+        self._moved: Tensor | None = None  # where the first place of the present pass is in them
         super().__init__("edits", language_model)
 
     # -- the state ------------------------------------------------------------------------------------------------
+    def to(self, device: torch.device) -> ScopedMemory:
+        """Move the state to a device, in place."""
+        super().to(device)
+        self._moved = None
+        return self
+
     def clear(self) -> None:
         """Forget all edits."""
         weight = self.networks.classifier.projection.weight
@@ -103,6 +109,7 @@ class ScopedMemory(SideMemory):
     def _answer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Put the counterfactual model's logits in the place of those of the rows in scope."""
         assert self.held is not None
+        assert self._moved is not None
         inside = (self.held != NONE).nonzero().flatten().tolist()
         if not inside:
             return None

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prune_lightning.errors import UserError
@@ -68,7 +69,7 @@ def prompt_features(hidden: Tensor, reading: Reading) -> Tensor:
 class ScopeClassifier(nn.Module):
     r"""Whether a prompt :math:`x` is in the scope of an edit with the prompt :math:`x_j`.
 
-    .. math:: \log s(x, x_j) = -\lVert e(x) - e(x_j) \rVert_2^2, \qquad e(x) = P \,\frac{\phi(x) - \mu}{\sigma}
+    .. math:: \log s(x, x_j) = -\lVert e(x) - e(x_j) \rVert_2^2, \qquad e(x) = P \,\frac{\phi(x) - \mu}{\sigma + \epsilon}
 
     with :math:`\phi` the language model's own hidden states, see :func:`prompt_features`, and their running moments.
     Without further layers, unrelated prompts begin at a distance of about one.
@@ -88,8 +89,8 @@ class ScopeClassifier(nn.Module):
         """Return embeddings, shape ``(rows, size)``. In training mode the moments take the rows in."""
         if self.training:
             self.moments.update(features.detach())
-        deviation = self.moments.deviation() if float(self.moments.count) > 1 else torch.ones_like(self.moments.mean)
-        return self.projection(((features - self.moments.mean) / deviation).to(self.projection.weight))
+        weight = self.projection.weight  # in double precision, so that an embedding does not depend on the other rows
+        return functional.linear(self.moments(features.double()), weight.double()).to(weight)
 
 
 def log_scope(one: Tensor, other: Tensor) -> Tensor:

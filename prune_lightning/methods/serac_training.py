@@ -11,6 +11,7 @@ from torch import Tensor
 from prune_lightning.methods.editor_training import EditorTraining
 from prune_lightning.methods.mend_gradients import LabelledRows
 from prune_lightning.methods.serac_networks import Entry, SERACNetworks, log_scope, prompt_features
+from prune_lightning.models.batching import by_length
 from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.prompt_memory import Reading
@@ -19,6 +20,8 @@ from prune_lightning.ranges import NonNegative
 from prune_lightning.types import MetaExample
 
 LEAST = 1e-6  # of the squared distance of a negative
+READ_TOGETHER = 512  # tokens of a pass, so that short prompts are not padded to the length of plain texts
+KEPT = 2**15  # prompts whose hidden states are kept, since the language model does not change
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,17 @@ class ScopeLosses:
 
 
 def read_prompts(model: LanguageModel, layer: int, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Return what the classifier reads of prompts, see :func:`.prompt_features`; one pass up to the block."""
-    ids, mask = model.tokens.pad([list(row)[-model.tokens.max_length :] for row in rows], model.device)
-    with torch.no_grad(), capture(outputs=[model.block(layer)], rows=len(ids)) as seen:
-        model(ids, mask)
-    return prompt_features(seen.outputs[0], Reading(mask.bool(), mask.sum(1) - 1))
+    """Return what the classifier reads of prompts, see :func:`.prompt_features`; passes up to the block."""
+    cut = [list(row)[-model.tokens.max_length :] for row in rows]
+    features: list[Tensor] = [torch.empty(0)] * len(cut)
+    for group in by_length([len(row) for row in cut], READ_TOGETHER):
+        ids, mask = model.tokens.pad([cut[i] for i in group], model.device)
+        with torch.no_grad(), capture(outputs=[model.block(layer)], rows=len(ids)) as seen:
+            model(ids, mask)
+        found = prompt_features(seen.outputs[0], Reading(mask.bool(), mask.sum(1) - 1))
+        for i, row in zip(group, found, strict=True):
+            features[i] = row
+    return torch.stack(features)
 
 
 class SERACTraining(EditorTraining):
@@ -78,6 +87,7 @@ class SERACTraining(EditorTraining):
     ) -> None:
         super().__init__(language_model, networks)
         self.layer, self.options = layer, options
+        self._kept: dict[tuple[int, ...], Tensor] = {}
 
     def embeddings(self, batch: Sequence[MetaExample]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the embeddings of the edits' prompts, of the other prompts, and of the unrelated ones, in order."""
@@ -87,9 +97,17 @@ class SERACTraining(EditorTraining):
             [pair.ids[: pair.target_start] for pair in self._encoded(batch, "rephrased")],
             tokens.encode_all([text for example in batch for text in example.unrelated]),
         ]
-        features = read_prompts(self.language_model, self.layer, [row for group in groups for row in group])
+        features = self._features([row for group in groups for row in group])
         edits, others, unrelated = self.network.classifier(features).split([len(group) for group in groups])
         return edits, others, unrelated
+
+    def _features(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Return what the classifier reads of prompts, each computed once."""
+        found = {key: self._kept[key] for row in rows if (key := tuple(row)) in self._kept}
+        if new := [key for key in dict.fromkeys(map(tuple, rows)) if key not in found]:
+            found |= zip(new, read_prompts(self.language_model, self.layer, new), strict=True)
+        self._kept |= dict(list(found.items())[: max(0, KEPT - len(self._kept))])
+        return torch.stack([found[tuple(row)] for row in rows])
 
     def losses(self, batch: Sequence[MetaExample]) -> ScopeLosses:
         """Return the three losses."""

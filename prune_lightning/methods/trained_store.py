@@ -62,7 +62,7 @@ class TrainedStore:
         """
         folder.mkdir(parents=True, exist_ok=True)
         parameters = {name for name, _ in networks.named_parameters()}
-        state = networks.state_dict().items()
+        state = _stored(networks).items()
         tensors = {name: tensor.to(dtype if name in parameters else tensor.dtype) for name, tensor in state}
         write_tensors(folder / f"{self.name}.safetensors", tensors)
         write_json(folder / f"{self.name}.json", {**description, "samples": _samples(modules)})
@@ -110,10 +110,18 @@ class TrainedStore:
         Raises:
             UserError: They do not fit.
         """
+        if wrong := tensors.keys() ^ _stored(networks).keys():
+            self.damaged(folder, f"{min(wrong)} is missing or of nothing")
         try:
-            networks.load_state_dict(dict(tensors))
+            networks.load_state_dict(dict(tensors), strict=False)  # tied parameters have several names
         except RuntimeError as error:
             self.damaged(folder, error)
+
+
+def _stored(networks: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers, those with several names once."""
+    once = {name for name, _ in (*networks.named_parameters(), *networks.named_buffers())}
+    return {name: tensor for name, tensor in networks.state_dict().items() if name in once}
 
 
 def _samples(modules: Mapping[str, nn.Module]) -> dict[str, list[float]]:
