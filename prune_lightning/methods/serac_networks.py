@@ -69,7 +69,8 @@ def prompt_features(hidden: Tensor, reading: Reading) -> Tensor:
 class ScopeClassifier(nn.Module):
     r"""Whether a prompt :math:`x` is in the scope of an edit with the prompt :math:`x_j`.
 
-    .. math:: \log s(x, x_j) = -\lVert e(x) - e(x_j) \rVert_2^2, \qquad e(x) = P \,\frac{\phi(x) - \mu}{\sigma + \epsilon}
+    .. math:: \log s(x, x_j) = -\lVert e(x) - e(x_j) \rVert_2^2, \qquad
+              e(x) = P \,\frac{\phi(x) - \mu}{\sigma + \epsilon}
 
     with :math:`\phi` the language model's own hidden states, see :func:`prompt_features`, and their running moments.
     Without further layers, unrelated prompts begin at a distance of about one.
