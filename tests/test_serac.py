@@ -227,7 +227,9 @@ def training_data(**options) -> EditorTrainingData:
 
 def training_of(model) -> SERACTraining:
     torch.manual_seed(3)
-    module = SERAC(language_model=model, layers=[3], path=None, networks=SHAPES, training=TrainingOptions(0.1, 1e-3))
+    module = SERAC(
+        language_model=model, layers=[3], path=None, networks=SHAPES, training=TrainingOptions(0.1, 1e-3, 1e-3, True)
+    )
     return module.training_module()
 
 

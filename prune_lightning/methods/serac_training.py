@@ -21,6 +21,7 @@ from prune_lightning.types import MetaExample
 
 LEAST = 1e-6  # of the squared distance of a negative
 READ_TOGETHER = 512  # tokens of a pass, so that short prompts are not padded to the length of plain texts
+LONGEST = 4  # tokens of a random target
 KEPT = 2**15  # prompts whose hidden states are kept, since the language model does not change
 
 
@@ -30,11 +31,16 @@ class TrainingOptions:
 
     Args:
         edit_weight: :math:`c_e`.
-        learning_rate: Adam's learning rate.
+        learning_rate: Adam's learning rate of the counterfactual model.
+        scope_learning_rate: Adam's learning rate of the classifier.
+        copied: Train the counterfactual model also on edits with random tokens as target, so that it learns to copy
+            targets that are in no example. A new model needs it; a pretrained one can copy.
     """
 
     edit_weight: NonNegative = 0.1
     learning_rate: NonNegative = 1e-5
+    scope_learning_rate: NonNegative = 1e-5
+    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,10 @@ class SERACTraining(EditorTraining):
         """Return the three losses."""
         edits, others, unrelated = self.embeddings(batch)
         log_s = log_scope(unrelated, edits[self._owners(batch, edits.device)]).clamp_max(-LEAST)
-        rows = LabelledRows(self.network.counterfactual.answering, self._asked(batch))
+        asked = self._asked(batch)
+        if self.training and self.options.copied:
+            asked += self._copying(batch)
+        rows = LabelledRows(self.network.counterfactual.answering, asked)
         nll = rows.nll(self._answers(rows), len(rows.ids))
         return ScopeLosses(nll.mean(), -log_scope(others, edits).mean(), -torch.log(-torch.expm1(log_s)).mean())
 
@@ -126,6 +135,18 @@ class SERACTraining(EditorTraining):
         entries = [Entry(pair.ids[: pair.target_start], pair.target) for pair in self._encoded(batch, "edits")]
         pairs = self._encoded(batch, "rephrased")
         return [counterfactual.pair(entry, pair) for entry, pair in zip(entries, pairs, strict=True)]
+
+    def _copying(self, batch: Sequence[MetaExample]) -> list[EncodedPair]:
+        """Return the other prompts once more, with random tokens as the target, others in every step."""
+        generator = torch.Generator().manual_seed(self.global_step)
+        size, asked = int(self.language_model.config.vocab_size), []
+        for edit, other in zip(self._encoded(batch, "edits"), self._encoded(batch, "rephrased"), strict=True):
+            length = int(torch.randint(1, LONGEST + 1, (), generator=generator))
+            target = torch.randint(size, (length,), generator=generator).tolist()
+            entry = Entry(edit.ids[: edit.target_start], target)
+            pair = EncodedPair([*other.ids[: other.target_start], *target], other.target_start)
+            asked.append(self.network.counterfactual.pair(entry, pair))
+        return asked
 
     @staticmethod
     def _owners(batch: Sequence[MetaExample], device: torch.device) -> Tensor:
@@ -160,5 +181,11 @@ class SERACTraining(EditorTraining):
         return {**self.measured(batch), **{name: share.float().mean() for name, share in shares.items()}}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return Adam."""
-        return torch.optim.Adam(self.network.parameters(), lr=self.options.learning_rate)
+        """Return Adam with a separate parameter group for the classifier."""
+        options, network = self.options, self.network
+        return torch.optim.Adam(
+            [
+                {"params": list(network.counterfactual.parameters()), "lr": options.learning_rate},
+                {"params": list(network.classifier.parameters()), "lr": options.scope_learning_rate},
+            ]
+        )
