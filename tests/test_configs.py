@@ -90,7 +90,12 @@ def test_published_settings_reach_the_method():
 def test_keys_that_the_docs_name_are_keys_of_the_configuration():
     overrides = [(f"method={name}",) for name in options("method")]
     overrides += [(f"{g}={name}",) for g in ("model", "data", "restraint", "callbacks") for name in options(g)]
-    overrides += [("experiment=train_mend",), ("experiment=plan",), ("evaluation=editing",)]
+    overrides += [
+        ("experiment=train_mend",),
+        ("experiment=train_serac", "editor_data=zsre"),
+        ("experiment=plan",),
+        ("evaluation=editing",),
+    ]
     composed = [OmegaConf.to_container(compose(*each), resolve=False) for each in overrides]
     known = {".".join(key.split(".")[:n]) for one in composed for key in _keys(one) for n in range(1, 6)}
     groups = "model|method|data|restraint|callbacks|evaluation|plan|editor_data|editor_training"

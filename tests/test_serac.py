@@ -116,15 +116,31 @@ def test_loss_equals_the_plain_one(family, tiny):
         answer = [*pair.target, 0]
         log_p = plain_answer(module, pair.ids[: pair.target_start], answer, stored(model, prompt, target))
         answers.append(-sum(log_p[i, token] for i, token in enumerate(answer)) / len(answer))
+    found = {name: float(getattr(losses, name).detach()) for name in ("answer", "inside", "outside")}
     exact = {"gptj": 1e-5}.get(family, 1e-7)  # its attention, and llama's norms, are fp32 whatever the model's dtype
-    assert float(losses.answer) == pytest.approx(float(sum(answers)) / 3, rel=1e-6)  # llama's norms and turns are fp32
-    assert float(losses.inside) == pytest.approx(float(sum(inside)) / 3, rel=exact)
-    assert float(losses.outside) == pytest.approx(sum(outside) / 6, rel=100 * exact)
+    assert found["answer"] == pytest.approx(float(sum(answers)) / 3, rel=1e-6)  # llama's norms and turns are fp32
+    assert found["inside"] == pytest.approx(float(sum(inside)) / 3, rel=exact)
+    assert found["outside"] == pytest.approx(sum(outside) / 6, rel=100 * exact)
     total = training.measured(EXAMPLES)["loss"]
-    assert float(total) == pytest.approx(0.3 * float(losses.answer) + float(losses.inside) + float(losses.outside))
+    assert float(total.detach()) == pytest.approx(0.3 * found["answer"] + found["inside"] + found["outside"])
     total.backward()
     assert all(float(p.grad.norm()) > 0 for p in module.networks.parameters())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_random_targets_stand_in_the_edit_and_behind_the_prompt(tiny):
+    model = tiny("gpt2")
+    options = TrainingOptions(copied=True)
+    training = SERACTraining(model, 1, editor(model).networks, options)
+    lengths = set()
+    for example, pair in zip(EXAMPLES, training._copying(EXAMPLES), strict=True):
+        *target, end = pair.target
+        ids = model.tokens.encode(example.rephrased[0][0])[1:]
+        assert pair.ids == [*model.tokens.encode(example.edits[0][0]), 0, *target, 0, *ids, *target, 0]
+        assert end == 0
+        lengths.add(len(target))
+    assert lengths <= set(range(1, 5))
+    assert training.losses(EXAMPLES).answer != training.eval().losses(EXAMPLES).answer, "in training only"
 
 
 def test_unrelated_prompts_begin_at_a_distance_of_one():

@@ -66,6 +66,8 @@ class MENDTraining(EditorTraining):
         options: Options of the training.
     """
 
+    network: MENDNetwork
+
     def __init__(
         self,
         language_model: LanguageModel,

@@ -34,12 +34,6 @@ class ScopedMemory(SideMemory):
         super().__init__("edits", language_model)
 
     # -- the state ------------------------------------------------------------------------------------------------
-    def to(self, device: torch.device) -> ScopedMemory:
-        """Move the state to a device, in place."""
-        super().to(device)
-        self._moved = None
-        return self
-
     def clear(self) -> None:
         """Forget all edits."""
         weight = self.networks.classifier.projection.weight
@@ -59,6 +53,10 @@ class ScopedMemory(SideMemory):
     def load(self, contents: Mapping[str, Tensor]) -> None:
         """Replace the edits."""
         self.keys, self.entries = contents["keys"], unpacked(contents)
+
+    def move(self, device: torch.device) -> None:
+        """Move the embeddings to a device; token ids are no tensors here."""
+        self.keys, self._moved = self.keys.to(device), None
 
     def __len__(self) -> int:
         return len(self.entries)
