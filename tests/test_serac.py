@@ -128,21 +128,6 @@ def test_loss_equals_the_plain_one(family, tiny):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_random_targets_stand_in_the_edit_and_behind_the_prompt(tiny):
-    model = tiny("gpt2")
-    options = TrainingOptions(copied=True)
-    training = SERACTraining(model, 1, editor(model).networks, options)
-    lengths = set()
-    for example, pair in zip(EXAMPLES, training._copying(EXAMPLES), strict=True):
-        *target, end = pair.target
-        ids = model.tokens.encode(example.rephrased[0][0])[1:]
-        assert pair.ids == [*model.tokens.encode(example.edits[0][0]), 0, *target, 0, *ids, *target, 0]
-        assert end == 0
-        lengths.add(len(target))
-    assert lengths <= set(range(1, 5))
-    assert training.losses(EXAMPLES).answer != training.eval().losses(EXAMPLES).answer, "in training only"
-
-
 def test_unrelated_prompts_begin_at_a_distance_of_one():
     torch.manual_seed(0)
     classifier = ScopeClassifier(400, 64)
@@ -244,7 +229,7 @@ def training_data(**options) -> EditorTrainingData:
 def training_of(model) -> SERACTraining:
     torch.manual_seed(3)
     module = SERAC(
-        language_model=model, layers=[3], path=None, networks=SHAPES, training=TrainingOptions(0.1, 1e-3, 1e-3, True)
+        language_model=model, layers=[3], path=None, networks=SHAPES, training=TrainingOptions(0.1, 1e-3, 1e-3)
     )
     return module.training_module()
 

@@ -21,7 +21,6 @@ from prune_lightning.types import MetaExample
 
 LEAST = 1e-6  # of the squared distance of a negative
 READ_TOGETHER = 512  # tokens of a pass, so that short prompts are not padded to the length of plain texts
-LONGEST = 4  # tokens of a random target
 KEPT = 2**15  # prompts whose hidden states are kept, since the language model does not change
 
 
@@ -33,14 +32,11 @@ class TrainingOptions:
         edit_weight: :math:`c_e`.
         learning_rate: Adam's learning rate of the counterfactual model.
         scope_learning_rate: Adam's learning rate of the classifier.
-        copied: Train the counterfactual model also on edits with random tokens as target, so that it learns to copy
-            targets that are in no example. A new model needs it; a pretrained one can copy.
     """
 
     edit_weight: NonNegative = 0.1
     learning_rate: NonNegative = 1e-5
     scope_learning_rate: NonNegative = 1e-5
-    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,10 +115,7 @@ class SERACTraining(EditorTraining):
         """Return the three losses."""
         edits, others, unrelated = self.embeddings(batch)
         log_s = log_scope(unrelated, edits[self._owners(batch, edits.device)]).clamp_max(-LEAST)
-        asked = self._asked(batch)
-        if self.training and self.options.copied:
-            asked += self._copying(batch)
-        rows = LabelledRows(self.network.counterfactual.answering, asked)
+        rows = LabelledRows(self.network.counterfactual.answering, self._asked(batch))
         nll = rows.nll(self._answers(rows), len(rows.ids))
         return ScopeLosses(nll.mean(), -log_scope(others, edits).mean(), -torch.log(-torch.expm1(log_s)).mean())
 
@@ -135,18 +128,6 @@ class SERACTraining(EditorTraining):
         entries = [Entry(pair.ids[: pair.target_start], pair.target) for pair in self._encoded(batch, "edits")]
         pairs = self._encoded(batch, "rephrased")
         return [counterfactual.pair(entry, pair) for entry, pair in zip(entries, pairs, strict=True)]
-
-    def _copying(self, batch: Sequence[MetaExample]) -> list[EncodedPair]:
-        """Return the other prompts once more, with random tokens as the target, others in every step."""
-        generator = torch.Generator().manual_seed(self.global_step)
-        size, asked = int(self.language_model.config.vocab_size), []
-        for edit, other in zip(self._encoded(batch, "edits"), self._encoded(batch, "rephrased"), strict=True):
-            length = int(torch.randint(1, LONGEST + 1, (), generator=generator))
-            target = torch.randint(size, (length,), generator=generator).tolist()
-            entry = Entry(edit.ids[: edit.target_start], target)
-            pair = EncodedPair([*other.ids[: other.target_start], *target], other.target_start)
-            asked.append(self.network.counterfactual.pair(entry, pair))
-        return asked
 
     @staticmethod
     def _owners(batch: Sequence[MetaExample], device: torch.device) -> Tensor:
