@@ -32,6 +32,7 @@ METHODS = {
     "grace": {"steps": 1, "radius": 1e-3},
     "ike": {},
     "memoir": {"steps": 1, "contexts": {"lengths": []}},
+    "serac": {},
     "wise": {"steps": 1, "contexts": {"lengths": []}},
 }
 

@@ -51,11 +51,13 @@ class MetaExample:
         edits: The prompt of each edit with its new target.
         rephrased: An equal number of other prompts with the new target.
         locality: Texts whose predictions should not change.
+        unrelated: The same texts as they are asked: without the answers of probes.
     """
 
     edits: tuple[Pair, ...]
     rephrased: tuple[Pair, ...]
     locality: tuple[str, ...]
+    unrelated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ def test_no_tracked_file_is_large_but_what_belongs_to_the_model():
     assert {path.removeprefix("prune_lightning/bundled/").split("/")[0] for path in large} == {
         "mend",
         "model",
+        "serac",
         "statistics",
     }
 

@@ -59,14 +59,17 @@ def test_option_composes_and_its_targets_exist(choice):
 
 
 @pytest.mark.parametrize("option", options("editor_data"))
-def test_editor_training_composes_for_a_model(option):
-    composed = compose("experiment=train_mend", "model=gpt2-xl", f"editor_data={option}")
+@pytest.mark.parametrize(("editor", "layers"), [("mend", [45, 46, 47]), ("serac", [33])])
+def test_editor_training_composes_for_a_model(option, editor, layers):
+    composed = compose(f"experiment=train_{editor}", "model=gpt2-xl", f"editor_data={option}")
     config = OmegaConf.to_container(composed, resolve=False)
     config.pop("hydra", None)
     for target in targets(config):
         assert callable(hydra.utils.get_object(target)), target
-    assert composed.method.layers == [45, 46, 47]  # the experiment's method and the model's settings for it
-    assert composed.method.training.learning_rate == 1e-6
+    assert composed.method.layers == layers  # the experiment's method and the model's settings for it
+    assert composed.method.training.learning_rate == {"mend": 1e-6, "serac": 2e-3}[editor]
+    assert composed.trainer.gradient_clip_val == 100
+    assert ("hard_negatives" in composed.editor_data) == (editor == "serac")
 
 
 def test_published_settings_reach_the_method():
@@ -87,10 +90,15 @@ def test_published_settings_reach_the_method():
 def test_keys_that_the_docs_name_are_keys_of_the_configuration():
     overrides = [(f"method={name}",) for name in options("method")]
     overrides += [(f"{g}={name}",) for g in ("model", "data", "restraint", "callbacks") for name in options(g)]
-    overrides += [("experiment=train_mend",), ("experiment=plan",), ("evaluation=editing",)]
+    overrides += [
+        ("experiment=train_mend",),
+        ("experiment=train_serac", "editor_data=zsre"),
+        ("experiment=plan",),
+        ("evaluation=editing",),
+    ]
     composed = [OmegaConf.to_container(compose(*each), resolve=False) for each in overrides]
     known = {".".join(key.split(".")[:n]) for one in composed for key in _keys(one) for n in range(1, 6)}
-    groups = "model|method|data|restraint|callbacks|evaluation|plan|editor_data|mend_training"
+    groups = "model|method|data|restraint|callbacks|evaluation|plan|editor_data|editor_training"
     pages = [ROOT / "README.md", *(page for page in (ROOT / "docs").glob("*.md") if page.stem != "adding_a_method")]
     text = re.sub(r"```python.*?```", "", "".join(page.read_text() for page in pages), flags=re.DOTALL)
     named = set(re.findall(rf"(?<![/\w.+])((?:{groups})\.[a-z_.]*[a-z_])\b", text))

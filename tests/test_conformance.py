@@ -80,8 +80,8 @@ def small(settings: dict[str, Any]) -> dict[str, Any]:
         settings["steps"] = 5
     if "margins" in settings:  # in five steps the loss of the target has to fall
         settings |= {"margins": settings["margins"] | {"alpha": 1e3, "beta": 0.0, "gamma": 0.0}, "learning_rate": 0.1}
-    if "hypernetwork" in settings:  # there is no trained one for a random model
-        settings["hypernetwork"] = None
+    for trained in {"hypernetwork", "path"} & settings.keys():  # there is none for a random model
+        settings[trained] = None
     if settings.get("second_moments"):
         settings["second_moments"] = SecondMoments(SentenceCorpus(), ridge=1.0)
     if "editor" in settings:

@@ -21,6 +21,7 @@ from prune_lightning.methods.memit import MEMIT
 from prune_lightning.methods.memoir import MEMOIR
 from prune_lightning.methods.mend import MEND
 from prune_lightning.methods.rome import ROME
+from prune_lightning.methods.serac import SERAC
 from prune_lightning.methods.ultraedit import UltraEdit
 from prune_lightning.methods.value import ValueOptions
 from prune_lightning.models.contexts import ContextOptions
@@ -69,6 +70,7 @@ METHODS = {
     "lora": lambda model: LoRA(language_model=model, layers=[0], target_modules=["c_attn"], steps=1, keep=True),
     "mend": lambda model: MEND(language_model=model, layers=[0], hypernetwork=None),
     "grace": lambda model: GRACE(language_model=model, layers=[0], steps=1),
+    "serac": lambda model: SERAC(language_model=model, layers=[0], path=None),
     "memoir": lambda model: MEMOIR(language_model=model, layers=[0], steps=1, contexts=ContextOptions(fixed=[])),
     "ultraedit": lambda model: UltraEdit(model, layers=[0], rate=3e-4),
 }

@@ -31,6 +31,7 @@ from prune_lightning.types import EditRequest
 
 CAPITALS = [("Japan", "Rome"), ("Italy", "a tall river"), ("France", "Oslo"), ("Spain", "Tokyo"), ("Peru", "Berlin")]
 REQUESTS = [EditRequest(i, name, f"The capital of {name} is", new) for i, (name, new) in enumerate(CAPITALS)]
+UNTRAINED = ("ike", "serac")  # their edits train nothing
 OTHERS = ["A dog", "By profession, Claude Monet was a", "The old king saw the river and", "In the morning they"]
 
 
@@ -78,7 +79,7 @@ def test_only_the_answers_change_and_restore_is_exact(method, family, tiny):
     with module.unedited():
         assert torch.equal(next_logits(model, prompts), unedited)
         was = score_pairs(model, [request.pair() for request in REQUESTS[:2]])
-    assert (after.nll < was.nll).all() or asks_otherwise(module)
+    assert (after.nll < was.nll).all() or method in UNTRAINED
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters()), "the weights stay as they are"
 
     module.run.restore()
@@ -315,7 +316,7 @@ def test_a_restraint_says_once_that_it_has_nothing_to_do(method, restraint, tiny
 @pytest.mark.parametrize("method", MEMORIES)
 def test_an_editor_is_saved_and_opened_exactly(method, tmp_path):
     facts = [{"subject": name, "prompt": f"The capital of {name} is", "target_new": new} for name, new in CAPITALS[:2]]
-    options = {} if method == "ike" else {"method": {"steps": 5}}
+    options = {} if method in UNTRAINED else {"method": {"steps": 5}}
     with Editor("bundled", method, "none", progress=False, options=options) as editor:
         editor.edit(facts)
         model, held = editor._session.language_model, editor._session.module.side.state_dict()
@@ -345,7 +346,7 @@ def test_every_editor_without_weights_is_tested_here():
 @pytest.mark.parametrize("method", MEMORIES)
 def test_the_main_job_ends_and_is_resumed(method, tmp_path, capsys):
     """There are no spectra, and nothing to restrain; all that a run leaves is there."""
-    steps = [] if method == "ike" else ["method.steps=2"]
+    steps = [] if method in UNTRAINED else ["method.steps=2"]
     common = ["evaluation=editing", "evaluation.counts=[2,3]", "progress=false", *steps]
     assert command_line(tmp_path, f"method={method}", "data.num_edits=2", *common) == 0
     capsys.readouterr()

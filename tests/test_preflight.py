@@ -53,6 +53,7 @@ FAILING = [
     (("evaluation.me_ppl.path=./nowhere",), "no file 'nowhere'"),
     (("evaluation.legacy.tasks.gsm8k.path=./nowhere",), "no file 'nowhere'"),
     (("method=mend", "method.hypernetwork=./nowhere"), "method.hypernetwork: no "),
+    (("method=serac", "restraint=none", "method.path=./nowhere"), "method.path: no serac.safetensors in"),
     (("method=lora", "method.target_modules=[foo]"), "no module 'foo' in transformer.h.0"),
     (
         (

@@ -9,6 +9,7 @@ from typing import Protocol
 import lightning as L
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from prune_lightning.data.hard_negatives import HardNegatives
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError
 from prune_lightning.models.tokenization import Tokens
@@ -56,6 +57,7 @@ class MetaExamples(Dataset[MetaExample]):
         num_texts: Plain texts per example.
         seed: Seed of the draws.
         in_order: Whether to use the requests in order instead of at random.
+        hard: Draws prompts that take the place of a probe among :attr:`.MetaExample.unrelated`; ``None`` for none.
     """
 
     def __init__(
@@ -67,8 +69,9 @@ class MetaExamples(Dataset[MetaExample]):
         num_texts: int,
         seed: int,
         in_order: bool = False,
+        hard: HardNegatives | None = None,
     ) -> None:
-        self.requests, self.texts, self.edits, self.in_order = requests, texts, edits, in_order
+        self.requests, self.texts, self.edits, self.in_order, self.hard = requests, texts, edits, in_order, hard
         self.probes, self.num_texts, self.seed = probes, num_texts, seed
 
     def __len__(self) -> int:
@@ -82,13 +85,15 @@ class MetaExamples(Dataset[MetaExample]):
         else:
             chosen = rng.sample(self.requests, self.edits)
         probes = rng.sample([probe for request in chosen for probe in request.locality], self.probes)
+        rephrased = tuple(rng.choice(request.paraphrase_pairs()) for request in chosen)
+        texts, asked = rng.sample(self.texts, self.num_texts), [probe.pair().context for probe in probes]
+        if self.hard is not None and asked:
+            asked[0] = self.hard.draw(chosen[0], rng) or asked[0]
         return MetaExample(
             edits=tuple(request.pair() for request in chosen),
-            rephrased=tuple(rng.choice(request.paraphrase_pairs()) for request in chosen),
-            locality=(
-                *(probe.pair().text for probe in probes),
-                *rng.sample(self.texts, self.num_texts),
-            ),
+            rephrased=rephrased,
+            locality=(*(probe.pair().text for probe in probes), *texts),
+            unrelated=(*asked, *texts),
         )
 
 
@@ -106,6 +111,7 @@ class EditorTrainingData(L.LightningDataModule):
         texts: Plain texts per example.
         text_words: Plain texts are cut to this many words.
         seed: Seed of the draws.
+        hard_negatives: Draws prompts of other train edits in place of some probes; see :class:`MetaExamples`.
     """
 
     def __init__(
@@ -120,6 +126,7 @@ class EditorTrainingData(L.LightningDataModule):
         texts: Whole = 0,
         text_words: Count = 50,
         seed: int = 0,
+        hard_negatives: HardNegatives | None = None,
     ) -> None:
         super().__init__()
         if texts and corpus is None:
@@ -127,6 +134,7 @@ class EditorTrainingData(L.LightningDataModule):
         self.streams = {"train": train, "validation": validation}
         self.steps, self.batch_size, self.edits_per_update = steps, batch_size, edits_per_update
         self.corpus, self.probes, self.num_texts, self.text_words, self.seed = corpus, probes, texts, text_words, seed
+        self.hard_negatives = hard_negatives
         self._texts: list[str] | None = None
 
     def fit(self, tokens: Tokens) -> None:
@@ -156,6 +164,8 @@ class EditorTrainingData(L.LightningDataModule):
         if shared := sides[0] & sides[1]:
             raise UserError(f"{len(shared)} subjects are in both the train and the validation edits: {min(shared)!r}")
         texts = self.corpus.texts() if self.corpus and self.num_texts else ()
+        if self.hard_negatives is not None:
+            self.hard_negatives.gather(self.streams["train"].requests)
         self._texts = [" ".join(text.split()[: self.text_words]) for text in texts]
 
     def _examples(self, name: str) -> MetaExamples:
@@ -168,6 +178,7 @@ class EditorTrainingData(L.LightningDataModule):
             self.num_texts,
             self.seed,
             in_order=name == "validation",
+            hard=self.hard_negatives if name == "train" else None,
         )
 
     def train_dataloader(self) -> DataLoader[MetaExample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +13,17 @@ from torch import Tensor, nn
 from prune_lightning.costs import Cost, Shapes, StreamShape, Work
 from prune_lightning.errors import UserError, near
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.methods.editor_training import TrainedEditor
 from prune_lightning.methods.mend_gradients import LabelledRows, edit_gradients
 from prune_lightning.methods.mend_network import MENDNetwork, NetworkShape
-from prune_lightning.methods.mend_store import HOW_TO_TRAIN, load_network, matrix_shapes
-from prune_lightning.methods.mend_training import TrainingOptions
+from prune_lightning.methods.mend_store import STORE, load_network, matrix_shapes, save_network
+from prune_lightning.methods.mend_training import MENDTraining, TrainingOptions
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Whole
 from prune_lightning.types import EditRequest, LowRankUpdate
 
 
-class MEND(EditingModule):
+class MEND(TrainedEditor, EditingModule):
     r"""One gradient step per edit, its gradient transformed by a network that was trained for the model.
 
     .. math:: \Delta W_\ell = \alpha_\ell \sum_t \tilde\delta_t \tilde u_t^\top, \qquad
@@ -50,6 +52,8 @@ class MEND(EditingModule):
         UserError: The network is missing, damaged or of another model, or a name is not in the family's
             ``mlp_weights``.
     """
+
+    store = STORE
 
     def __init__(
         self,
@@ -122,10 +126,18 @@ class MEND(EditingModule):
         found = {name: module for layer in self.layers for name, module in model.mlp_linears(layer).items()}
         return {name: module for name, module in found.items() if name.endswith(tuple(wanted))}
 
+    def training_module(self) -> MENDTraining:
+        """Return the meta-training of the network."""
+        return MENDTraining(self.language_model, self.edited_modules(), self.layers[0], self.network, self.options)
+
+    def save_trained(self, folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> None:
+        """Write the network."""
+        save_network(folder, self.network, self.edited_modules(), facts, dtype)
+
     def prepare(self) -> None:
         """Warn if the network is not trained."""
         if not self._trained:
-            rank_zero_warn(f"MEND without a trained network is a plain gradient step; {HOW_TO_TRAIN}")
+            rank_zero_warn(f"MEND without a trained network is a plain gradient step; {STORE.how_to_train}")
 
     def forget(self) -> None:
         """Reset the running moments if they are estimated from the edits."""

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
+from prune_lightning.methods.editor_training import EditorTraining
 from prune_lightning.methods.mend_gradients import LabelledRows, TokenGradients, edit_gradients
 from prune_lightning.methods.mend_network import MENDNetwork
 from prune_lightning.models.cached_forward import CachedForward
@@ -48,7 +47,7 @@ class MetaLosses:
     locality: Tensor
 
 
-class MENDTraining(L.LightningModule):
+class MENDTraining(EditorTraining):
     r"""Trains the network so that an update changes the edited fact and nothing else.
 
     .. math:: L = c_e \bigl(-\log p_{W+\Delta W}(y_e \mid x_e')\bigr)
@@ -67,6 +66,8 @@ class MENDTraining(L.LightningModule):
         options: Options of the training.
     """
 
+    network: MENDNetwork
+
     def __init__(
         self,
         language_model: LanguageModel,
@@ -75,12 +76,9 @@ class MENDTraining(L.LightningModule):
         network: MENDNetwork,
         options: TrainingOptions,
     ) -> None:
-        super().__init__()
-        self.language_model, self.modules_to_edit, self.lowest = language_model, dict(modules), lowest
+        super().__init__(language_model, network)
+        self.modules_to_edit, self.lowest, self.options = dict(modules), lowest, options
         self._checked = False  # whether the fast path was compared with the whole model
-        self.network = network.requires_grad_(True).train()
-        self.options = options
-        self.strict_loading = False  # a checkpoint holds the network, not the language model
 
     # -- one meta-step ----------------------------------------------------------------------------------------------
     def factors(self, examples: Sequence[MetaExample]) -> Factors:
@@ -136,33 +134,18 @@ class MENDTraining(L.LightningModule):
             return before, run()
 
     # -- Lightning ------------------------------------------------------------------------------------------------
-    def transfer_batch_to_device(
-        self, batch: list[MetaExample], device: torch.device, dataloader_idx: int
-    ) -> list[MetaExample]:
-        """Examples are text: nothing to move."""
-        return batch
+    def measured(self, batch: list[MetaExample]) -> dict[str, Tensor]:
+        """Return the losses of a batch of independent updates."""
+        return self._named(self.losses(batch, self.factors(batch)))
 
-    def training_step(self, batch: list[MetaExample], batch_idx: int) -> Tensor | None:
-        """Return the loss of a batch of independent updates, or ``None`` to skip a non-finite one."""
-        with self.language_model.frozen_mode():
-            losses = self.losses(batch, self.factors(batch))
-        loss = self._total(losses)
-        self._log("train", losses, len(batch))
-        return loss if torch.isfinite(loss) else None
-
-    def validation_step(self, batch: list[MetaExample], batch_idx: int) -> None:
-        """Log the losses and the accuracy of the edited model on the targets. The running moments do not change."""
-        with self.language_model.frozen_mode():
-            factors = self.factors(batch)
-            losses = self.losses(batch, factors)
-            scores = {
-                "efficacy": self._share_correct([pair for example in batch for pair in example.edits], factors),
-                "generalization": self._share_correct(
-                    [pair for example in batch for pair in example.rephrased], factors
-                ),
-            }
-        self._log("val", losses, len(batch))
-        self.log_dict({f"val/{name}": value for name, value in scores.items()}, batch_size=len(batch))
+    def scores(self, batch: list[MetaExample]) -> dict[str, Tensor]:
+        """Return the losses, and the accuracy of the edited model on the targets."""
+        factors = self.factors(batch)
+        return {
+            **self._named(self.losses(batch, factors)),
+            "efficacy": self._share_correct([pair for example in batch for pair in example.edits], factors),
+            "generalization": self._share_correct([pair for example in batch for pair in example.rephrased], factors),
+        }
 
     def _share_correct(self, pairs: Sequence[Pair], factors: Factors) -> Tensor:
         """Return the share of pairs whose target's tokens are all the edited model's first choice."""
@@ -172,12 +155,9 @@ class MENDTraining(L.LightningModule):
         missed.index_add_(0, rows.row, (logits.argmax(-1) != rows.label).float())
         return (missed == 0).float().mean()
 
-    def _total(self, losses: MetaLosses) -> Tensor:
-        return (self.options.edit_weight * losses.edit + losses.locality).mean()
-
-    def _log(self, part: str, losses: MetaLosses, count: int) -> None:
-        values = {"loss": self._total(losses), "edit": losses.edit.mean(), "locality": losses.locality.mean()}
-        self.log_dict({f"{part}/{name}": value.detach() for name, value in values.items()}, batch_size=count)
+    def _named(self, losses: MetaLosses) -> dict[str, Tensor]:
+        total = (self.options.edit_weight * losses.edit + losses.locality).mean()
+        return {"loss": total, "edit": losses.edit.mean(), "locality": losses.locality.mean()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam with a separate parameter group for the rates."""
@@ -188,24 +168,6 @@ class MENDTraining(L.LightningModule):
                 {"params": [network.rates], "lr": options.rate_learning_rate},
             ]
         )
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the gradient. A non-finite gradient is dropped, so that the optimizer's step changes nothing."""
-        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
-        if not all(torch.isfinite(gradient).all() for gradient in gradients):
-            optimizer.zero_grad()
-            return
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remove the language model, which is not trained, from the checkpoint."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if name.startswith("network.")}
 
 
 def _branch(inputs: Tensor, deltas: Tensor) -> Callable[[Tensor], Tensor]:

@@ -83,10 +83,14 @@ class SideMemory(EditedPart, PromptMemory):
 
     def to(self, device: torch.device) -> SideMemory:
         """Move the state to a device, in place."""
-        self.load(to_device(self.contents(), device))
+        self.move(device)
         self.held = self.language_model.reader.reading = None
         self.journal = [Event(event.kind, to_device(event.change, device)) for event in self.journal]
         return self
+
+    def move(self, device: torch.device) -> None:
+        """Move the tensors of the state to a device."""
+        self.load(to_device(self.contents(), device))
 
     def check(self, update: Update) -> None:
         """Raise a ``ValueError`` for an update of a matrix."""

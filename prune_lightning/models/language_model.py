@@ -264,7 +264,8 @@ class LanguageModel(nn.Module):
         head = self.model.get_output_embeddings()
         # The quick head returns a view, which FSDP warns of.
         quick = nullcontext() if self.is_sharded else few_rows(head)
-        with edit_input(head, lambda hidden: hidden[rows, positions].unsqueeze(1)), quick:
+        at_places = edit_input(head, lambda hidden: hidden[rows, positions].unsqueeze(1))
+        with self.reader.only_at(rows, positions), at_places, quick:
             return self(input_ids, attention_mask, **kwargs).squeeze(1)
 
     def asked(self, rows: Sequence[Row]) -> list[Row]:

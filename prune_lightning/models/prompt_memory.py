@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +72,23 @@ class PromptReader:
 
     Attributes:
         lengths: Tokens of each row's prompt, shape ``(rows,)``; ``None`` if the rows are prompts as a whole.
+        places: Rows and positions of the logits, if the LM head runs at some places only.
         reading: The rows of the present pass.
     """
 
     def __init__(self) -> None:
         self.lengths: Tensor | None = None
+        self.places: tuple[Tensor, Tensor] | None = None
         self.reading: Reading | None = None
+
+    @contextmanager
+    def only_at(self, rows: Tensor, positions: Tensor) -> Iterator[None]:
+        """Say that the LM head runs at some places only in the passes inside the block; see :attr:`places`."""
+        self.places = rows, positions
+        try:
+            yield
+        finally:
+            self.places = None
 
     def attach(self, model: nn.Module) -> Any:
         """Read every forward pass of a ``transformers`` model; return the handle of the hook."""
