@@ -63,7 +63,7 @@ class Experts:
 
     def changed(self, tensors: Mapping[str, Tensor]) -> Experts:
         """Return experts with other tensors."""
-        return Experts(**{name: tensors[name] for name in self.tensors()}, scale=self.scale)
+        return Experts(tensors["down"], tensors["up"], tensors["routers"], self.scale)
 
     @property
     def rank(self) -> int:
@@ -146,7 +146,8 @@ class ExpertMemory(SideMemory):
     ) -> None:
         self.hosts = [language_model.model.get_submodule(path) for path in paths]
         self.below, self.routing = language_model.model.get_submodule(below), routing
-        self._initial, self._table = experts, None
+        self._initial = experts
+        self._table: Tensor | None = None
         super().__init__("experts", language_model)
         self.mean = unrelated_queries(language_model, self.below).to(self.queries).mean(0) if routing.center else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -85,6 +85,9 @@ class WISE(ModuleMemoryEditor, PrefixedMemoryEditor):
     Raises:
         UserError: Not one layer, no such module, or an option out of range.
     """
+
+    mergeable: ClassVar[bool] = True
+    low_rank: ClassVar[bool] = False  # a merged copy
 
     def __init__(
         self,
