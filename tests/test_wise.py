@@ -196,8 +196,8 @@ def test_a_merged_export_is_the_original_weight_and_the_change(shard, tmp_path):
     answered = (before != unedited).any(1)
     if shard == 500:  # the copy that answers is the exported one
         assert torch.allclose(found[answered], before[answered], rtol=1e-4, atol=1e-4)
-    assert (found != unedited).all(1).any(), "without routing every prompt is answered by the copy"
-    assert report.max_logit_error == 0
+    assert (found != unedited).any(1).all(), "without routing every prompt is answered by the copy"
+    assert report.max_logit_error <= report.tolerance
     assert report.details["left_alone"] + int(answered[:2].sum()) <= report.prompts
     assert "without routing" in report.line()
 
