@@ -29,6 +29,7 @@ from prune_lightning.requests import EditRequest
 from prune_lightning.tasks.recipe import Recipe, composed
 
 METHODS = {
+    "elder": {"steps": 1, "contexts": {"lengths": []}},
     "grace": {"steps": 1, "radius": 1e-3},
     "ike": {},
     "memoir": {"steps": 1, "contexts": {"lengths": []}},

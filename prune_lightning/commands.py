@@ -133,11 +133,12 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder to write.")],
     format: Annotated[str, typer.Option(help="full, lora, delta, ...; see docs/export.md.")] = "full",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="Merge WISE's memory into the weights.")] = False,
     device: Device = None,
 ) -> None:
     """Write the edited model for other programs."""
     with existing(run, device) as editor:
-        typer.echo(editor.export(format, to, overwrite).line())
+        typer.echo(editor.export(format, to, overwrite, merged).line())
 
 
 app.command(epilog="prune-lightning check facts.jsonl --model bundled")(jobs.check)

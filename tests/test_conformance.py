@@ -80,6 +80,8 @@ def small(settings: dict[str, Any]) -> dict[str, Any]:
         settings["steps"] = 5
     if "margins" in settings:  # in five steps the loss of the target has to fall
         settings |= {"margins": settings["margins"] | {"alpha": 1e3, "beta": 0.0, "gamma": 0.0}, "learning_rate": 0.1}
+    if "guidance" in settings:  # of ELDER; the facts of a step are then trained one by one
+        settings |= {"experts": 8, "batch_size": 1, "learning_rate": 0.01}
     for trained in {"hypernetwork", "path"} & settings.keys():  # there is none for a random model
         settings[trained] = None
     if settings.get("second_moments"):

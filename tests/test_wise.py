@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import SHARED
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from prune_lightning.editor import Editor
 from prune_lightning.errors import UserError
 from prune_lightning.methods.side_weights import Sharding, SideWeights, ties
 from prune_lightning.methods.wise import WISE, Margins
@@ -154,3 +156,57 @@ def test_a_wrong_option_is_named(wrong, tiny):
     contexts = ContextOptions(fixed=[])
     with pytest.raises(UserError, match=r"layers|share|c_fc"):
         WISE(language_model=tiny("gpt2"), contexts=contexts, **{"layers": [1], **wrong})
+
+
+# -- the merged export ------------------------------------------------------------------------------------------------
+CAPITALS = (("Japan", "Rome"), ("Peru", "Oslo"))
+FACTS = [{"subject": name, "prompt": f"The capital of {name} is", "target_new": new} for name, new in CAPITALS]
+
+
+def logits(model, tokens, prompts):
+    with torch.no_grad():
+        return torch.stack([model(torch.tensor([tokens.encode(prompt)])).logits[0, -1] for prompt in prompts])
+
+
+@pytest.mark.parametrize("shard", [500, 1])
+def test_a_merged_export_is_the_original_weight_and_the_change(shard, tmp_path):
+    """One copy as it is; of two, here one per edit, the merged one. The model that was exported stays as it was."""
+    options = {"method": {"steps": 4, "shard": shard, "merged": 3, "contexts": {"lengths": []}}}
+    prompts = [*(fact["prompt"] for fact in FACTS), "A dog"]
+    with Editor("bundled", "wise", "none", progress=False, options=options) as editor:
+        editor.edit(FACTS)
+        model, side = editor._session.language_model, editor._session.module.side
+        assert len(side.changes) == (2 if shard == 1 else 1)
+        before, name = logits(model.model, model.tokens, prompts), f"{side.name}.weight"
+        with pytest.raises(UserError, match=r"export=full: wise .*Editor\.open.*export_merged=true"):
+            editor.export("full", tmp_path / "no")
+        report = editor.export("full", tmp_path / "full", merged=True)
+        editor.export("delta", tmp_path / "delta", merged=True)
+        with pytest.raises(UserError, match="not of low rank"):
+            editor.export("lora", tmp_path / "lora", merged=True)
+        assert torch.equal(logits(model.model, model.tokens, prompts), before)
+        change = side.changes[0] if shard == 500 else ties(side.changes, 0.53)
+        original = model.model.get_parameter(name).detach().clone()
+    exported = load_file(tmp_path / "full" / "model.safetensors")
+    assert torch.equal(exported[name], original + change.T)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    base = load_language_model("pkg://prune_lightning.bundled/model")
+    assert all(torch.equal(loaded.get_parameter(n), p) for n, p in base.model.named_parameters() if n != name)
+    found, unedited = (logits(each, base.tokens, prompts) for each in (loaded, base.model))
+    answered = (before != unedited).any(1)
+    if shard == 500:  # the copy that answers is the exported one
+        assert torch.allclose(found[answered], before[answered], rtol=1e-4, atol=1e-4)
+    assert (found != unedited).any(1).all(), "without routing every prompt is answered by the copy"
+    assert report.max_logit_error <= report.tolerance
+    assert report.details["left_alone"] + int(answered[:2].sum()) <= report.prompts
+    assert "without routing" in report.line()
+
+
+def test_only_what_can_be_merged_is(tmp_path):
+    with Editor("bundled", "grace", "none", progress=False, options={"method": {"steps": 2}}) as editor:
+        editor.edit(FACTS[:1])
+        with pytest.raises(UserError, match="grace has nothing that can be merged"):
+            editor.export("full", tmp_path / "full", merged=True)
+        with pytest.raises(UserError) as said:
+            editor.export("full", tmp_path / "full")
+        assert "merged" not in str(said.value)

@@ -207,13 +207,14 @@ class Editor(Asking):
         self._saved = True
         return report
 
-    def export(self, format: str, folder: str | Path, overwrite: bool = False) -> ExportReport:
+    def export(self, format: str, folder: str | Path, overwrite: bool = False, merged: bool = False) -> ExportReport:
         """Write the edited model in a format for other programs, load it again, and compare.
 
         Args:
             format: ``full``, ``lora``, ``delta`` or another format; see docs/export.md.
             folder: The folder.
             overwrite: Whether to replace an earlier export.
+            merged: Merge a memory beside the weights (WISE) into them; it then answers every prompt.
 
         Raises:
             UserError: An unknown format, the folder exists, or the written model differs from the live one.
@@ -223,7 +224,7 @@ class Editor(Asking):
             raise UserError("there are no edits to write: call edit() first")
         names = recipe.model["path"], recipe.model["revision"], recipe.method, recipe.restraint
         source = ExportSource.from_module(session.module, Provenance(*names, tuple(session.written())))
-        return export(source, folder, format, overwrite=overwrite)
+        return export(source, folder, format, overwrite=overwrite, merged=merged)
 
     # -- the end --------------------------------------------------------------------------------------------------
     def close(self) -> None:

@@ -35,11 +35,12 @@ def main() -> None:
     parser.add_argument("--without", type=_numbers, default=(), metavar="3,17", help="undo these edits, by number")
     parser.add_argument("--rank", type=int, help="approximate each change by one of this rank (lora, delta)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--merged", action="store_true", help="merge WISE's memory into the weights, for every prompt")
     options = parser.parse_args()
     transformers.logging.disable_progress_bar()
     try:
         source = load_run(options.run, options.after, options.without)
-        report = export(source, options.to, options.format, options.rank, options.overwrite)
+        report = export(source, options.to, options.format, options.rank, options.overwrite, options.merged)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

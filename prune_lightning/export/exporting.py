@@ -62,7 +62,12 @@ class ExportReport:
 
 
 def export(
-    source: ExportSource, target: str | Path, format_name: str, rank: int | None = None, overwrite: bool = False
+    source: ExportSource,
+    target: str | Path,
+    format_name: str,
+    rank: int | None = None,
+    overwrite: bool = False,
+    merged: bool = False,
 ) -> ExportReport:
     """Export an edited model.
 
@@ -75,6 +80,8 @@ def export(
         format_name: Name of the format.
         rank: For ``lora`` and ``delta``: approximate each change by one of this rank at most.
         overwrite: Whether to replace an earlier export.
+        merged: Merge a memory beside the weights into them. It then answers every prompt; the report says how far this
+            moves the prompts that were left to the original weights.
 
     Raises:
         UserError: The edits are not in the weights, the target exists, the format or rank is invalid, or the reloaded
@@ -83,19 +90,48 @@ def export(
     chosen = format_named(format_name)
     if rank is not None and (rank < 1 or format_name not in RANKED):
         raise UserError(f"a rank of at least 1 belongs to the formats lora and delta, but got {rank} for {format_name}")
-    check_in_weights(source.in_weights, source.provenance.method, format_name)
+    check_in_weights(source.in_weights, source.memory is not None, merged, source.provenance.method, format_name)
+    if merged:
+        routed = next_token_logits(source.language_model, prompts_for(source.provenance.requests))
+        with source.merged() as whole:
+            return _exported(whole, Path(target).expanduser(), chosen, format_name, rank, overwrite, routed)
+    return _exported(source, Path(target).expanduser(), chosen, format_name, rank, overwrite)
+
+
+def _exported(
+    source: ExportSource,
+    target: Path,
+    chosen: Format,
+    format_name: str,
+    rank: int | None,
+    overwrite: bool,
+    routed: Tensor | None = None,
+) -> ExportReport:
+    """Export a model whose edits are in its weights.
+
+    Args:
+        source: The edited model.
+        target: The folder to write.
+        chosen: The format.
+        format_name: Its name.
+        rank: See :func:`export`.
+        overwrite: See :func:`export`.
+        routed: Logits with the memory that was merged into the weights.
+    """
     prompts = prompts_for(source.provenance.requests)
     live = next_token_logits(source.language_model, prompts)
     with source.in_place(changed=False):
-        moved = _difference(next_token_logits(source.language_model, prompts), live)
+        base = next_token_logits(source.language_model, prompts)
+    moved = _difference(base, live)
     expected = live
     if rank is not None:
         source = source.truncated(rank)
         with source.in_place(changed=True):
             expected = next_token_logits(source.language_model, prompts)
-    target = Path(target).expanduser()
     with beside(target, overwrite) as folder:
         details = chosen.write(source, folder)
+        if routed is not None:
+            details = _with_notes(details, _without_routing(base, live, routed))
         error, allowed = _compare(source, chosen, folder, prompts, expected)
         figures = {"max_logit_error": error, "moved": moved, "truncation_error": _difference(expected, live)}
         write_card(folder, format_name, source, {**details, **figures})
@@ -105,6 +141,20 @@ def export(
     return ExportReport(
         format_name, str(target), megabytes, len(prompts), tolerance=allowed, details=details, **figures
     )
+
+
+def _without_routing(base: Tensor, merged: Tensor, routed: Tensor) -> dict[str, Any]:
+    """Return what a model loses whose memory answers every prompt."""
+    passed = (base == routed).all(1)  # by the memory, bit for bit
+    moved = _difference(merged[passed], base[passed]) if passed.any() else 0.0
+    count = int(passed.sum())
+    note = f"merged, without routing: the {count} prompts that the memory leaves alone move by up to {moved:.2g}"
+    return {"left_alone": count, "left_alone_moved": moved, "note": note}
+
+
+def _with_notes(details: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
+    notes = [each["note"] for each in (details, further) if "note" in each]
+    return {**details, **further, "note": "; ".join(notes)}
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

@@ -18,6 +18,8 @@ from prune_lightning.fingerprint import fingerprint, sampled_fingerprint
 from prune_lightning.ledger import edited_run
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.edited_matrix import EditedMatrix
+from prune_lightning.methods.side_memory import MemoryEditor, SideMemory
+from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import DenseUpdate, EditRequest, LowRankUpdate
 
@@ -96,18 +98,21 @@ class ExportSource:
         matrices: The edited weights.
         provenance: Their origin.
         in_weights: Whether these weights are all that the edits changed.
+        memory: The memory beside the weights if it can be merged into them; see :meth:`merged`.
     """
 
     language_model: LanguageModel
     matrices: Sequence[ExportedMatrix]
     provenance: Provenance
     in_weights: bool = True
+    memory: SideMemory | None = None
 
     @classmethod
     def from_module(cls, module: EditingModule, provenance: Provenance) -> ExportSource:
         """Return a source from the matrices of an editing module."""
         matrices = [ExportedMatrix.of(matrix) for matrix in module.edited_matrices().values()]
-        return cls(module.language_model, matrices, provenance, module.in_weights)
+        memory = module.side if isinstance(module, MemoryEditor) and module.mergeable else None
+        return cls(module.language_model, matrices, provenance, module.in_weights, memory)
 
     def base_fingerprint(self) -> str:
         """Return the fingerprint of the unedited model, which also identifies its cached statistics."""
@@ -140,6 +145,22 @@ class ExportSource:
                 for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
 
+    @contextmanager
+    def merged(self) -> Iterator[ExportSource]:
+        """Inside the block the memory is merged into the weights, and the model answers every prompt with them.
+
+        Afterwards the model is as before, bit for bit.
+        """
+        assert self.memory is not None
+        matrices = []
+        for name, change in self.memory.merged().items():
+            module = self.language_model.model.get_submodule(name.removesuffix(".weight"))
+            transposed, weight = stores_transposed(module), module.weight.detach().clone()
+            matrices.append(ExportedMatrix(name, weight.T if transposed else weight, change, transposed))
+        whole = replace(self, matrices=matrices, in_weights=True, memory=None)
+        with self.memory.unedited(), whole.in_place(changed=True):
+            yield whole
+
     def base_copy(self) -> Any:
         """Return a copy of the ``transformers`` model with its original weights."""
         with self.in_place(changed=False):
@@ -158,16 +179,30 @@ class ExportSource:
         }
 
 
-def check_in_weights(in_weights: bool, method: str, format_name: str) -> None:
-    """Refuse to export edits that are not in the weights.
+def check_in_weights(in_weights: bool, mergeable: bool, merged: bool, method: str, format_name: str) -> None:
+    """Refuse to export edits that are not in the weights, unless they are to be merged into them.
+
+    Args:
+        in_weights: Whether the edits are in the weights.
+        mergeable: Whether the method's memory can be merged into them.
+        merged: Whether this is asked for.
+        method: Name of the method.
+        format_name: Name of the format.
 
     Raises:
-        UserError: They are in a memory, which no format of other programs holds.
+        UserError: They are in a memory, which no format of other programs holds; or there is no memory to merge.
     """
-    if not in_weights:
+    if merged and not mergeable:
+        raise UserError(f"{method} has nothing that can be merged into the weights: leave `merged` out")
+    if not in_weights and not merged:
+        way = (
+            ", or export one merged copy, which answers every prompt, also unrelated ones: export_merged=true, "
+            "--merged, or merged=True in Python"
+        )
         raise UserError(
             f"export={format_name}: {method} keeps its edits in a memory beside the weights, which this format cannot "
             "hold. Load the edited model with prune_lightning.Editor.open(FOLDER); a run's folder will do"
+            + (way if mergeable else "")
         )
 
 

@@ -16,6 +16,7 @@ class EditingMethod:
 
     Attributes:
         in_weights: Whether edits change weights. Otherwise the edited model is more than a folder of weights can hold.
+        mergeable: Whether a memory beside the weights can be merged into them, so that it answers every prompt.
         low_rank: Whether updates are factors of low rank, and not whole matrices.
         filters_steps: Whether the method has an optimizer of its own and gives its steps to ``run.step_filters``.
         takes_feedback: Whether updates are computed from what the outputs lack, with :meth:`.EditedMatrix.withheld_on`
@@ -26,6 +27,7 @@ class EditingMethod:
     """
 
     in_weights: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = False
     filters_steps: ClassVar[bool] = False
     low_rank: ClassVar[bool] = True
     takes_feedback: ClassVar[bool] = False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.methods.costs import training_cost
-from prune_lightning.methods.module_memory import PrefixedMemoryEditor
+from prune_lightning.methods.module_memory import ModuleMemoryEditor, PrefixedMemoryEditor
 from prune_lightning.methods.residual_training import Trained, marked, train_columns
 from prune_lightning.methods.retrieval import general_sentences
 from prune_lightning.methods.side_memory import SideMemory
@@ -148,7 +148,7 @@ def with_columns(matrix: Tensor, columns: Tensor, part: Mapping[str, Tensor], ke
     return changed
 
 
-class MEMOIR(PrefixedMemoryEditor):
+class MEMOIR(ModuleMemoryEditor, PrefixedMemoryEditor):
     r"""Train the columns of a residual memory that an edit's prompt selects, and nothing else.
 
     :math:`M` is trained by gradient descent on the cross-entropy of the target, after every prefix, with the input

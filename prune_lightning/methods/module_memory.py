@@ -1,4 +1,4 @@
-"""What editors share whose memory is at one module of one block, and those that train it after sampled prefixes."""
+"""What memory editors share: a memory at one module of one block, and training after sampled prefixes."""
 
 from __future__ import annotations
 
@@ -36,38 +36,45 @@ class ModuleMemoryEditor(MemoryEditor):
         super().__init__(language_model, layers, **kwargs)
         if len(self.layers) != 1:
             raise UserError(f"{type(self).__name__} has its memory at one layer, but `layers` is {list(layers)}")
-        (layer,) = self.layers
-        found = language_model.modules_named(layer, [module]) if module else {}
-        self.path = next(iter(found), language_model.rewrite_name(layer).removesuffix(".weight"))
+        self.path = module_path(language_model, self.layers[0], module)
 
     @staticmethod
     def shape(model: Shapes, layers: Sequence[int], module: str | None) -> tuple[int, int]:
         """Return the outputs and inputs of the module, for the costs."""
         (layer,) = layers
-        ((outputs, inputs),) = model.named_shapes(layer, [module]) if module else [model.edited_shape(layer)]
-        return outputs, inputs
+        return module_shape(model, layer, module)
 
 
-class PrefixedMemoryEditor(ModuleMemoryEditor):
-    """Base of those that train the memory on the target after the bare prompt and after sampled prefixes.
+def module_path(language_model: LanguageModel, layer: int, module: str | None) -> str:
+    """Return the path of a block's linear module; ``None`` for the MLP's down-projection."""
+    found = language_model.modules_named(layer, [module]) if module else {}
+    return next(iter(found), language_model.rewrite_name(layer).removesuffix(".weight"))
+
+
+def module_shape(model: Shapes, layer: int, module: str | None) -> tuple[int, int]:
+    """Return the outputs and inputs of that module."""
+    ((outputs, inputs),) = model.named_shapes(layer, [module]) if module else [model.edited_shape(layer)]
+    return outputs, inputs
+
+
+class PrefixedMemoryEditor(MemoryEditor):
+    """Base of the editors that train the memory on the target after the bare prompt and after sampled prefixes.
 
     Args:
-        language_model: See :class:`ModuleMemoryEditor`.
-        layers: See :class:`ModuleMemoryEditor`.
-        module: See :class:`ModuleMemoryEditor`.
+        language_model: The model to edit.
+        layers: The blocks with the memory.
         contexts: What prefixes are sampled.
-        kwargs: See :class:`~.base.EditingModule`.
+        kwargs: See :class:`~.base.EditingModule`, and the next base if there are several.
     """
 
     def __init__(
         self,
         language_model: LanguageModel,
         layers: Sequence[int],
-        module: str | None = None,
         contexts: ContextOptions | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(language_model, layers, module, **kwargs)
+        super().__init__(language_model, layers, **kwargs)
         self.contexts = contexts or ContextOptions()
         self.prefixes: Sequence[str] = ("",)
 
@@ -81,6 +88,6 @@ class PrefixedMemoryEditor(ModuleMemoryEditor):
         if len(self.prefixes) == 1:
             self.prefixes = ("", *sample_prefixes(self.language_model, self.contexts))
 
-    def target_batch(self, request: EditRequest) -> TargetBatch:
-        """Return the rows of a request: its prompt and target after every prefix."""
-        return TargetBatch(self.language_model, [request], "target", prefixes=self.prefixes)
+    def target_batch(self, *requests: EditRequest) -> TargetBatch:
+        """Return the rows of requests: the prompt and target of each after every prefix."""
+        return TargetBatch(self.language_model, requests, "target", prefixes=self.prefixes)

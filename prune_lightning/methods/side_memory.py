@@ -65,6 +65,16 @@ class SideMemory(EditedPart, PromptMemory):
         """Put what changes the answers into the model, and yield the handles."""
         yield from ()
 
+    def merged(self) -> dict[str, Tensor]:
+        """Return changes of weights, by name, with which every prompt is answered as those that the memory answers.
+
+        For methods that are ``mergeable``.
+
+        Returns:
+            Each of shape ``(out_features, in_features)``.
+        """
+        raise NotImplementedError
+
     # -- a part of the model --------------------------------------------------------------------------------------
     @property
     def device(self) -> torch.device:

@@ -165,6 +165,13 @@ class SideWeights(SideMemory):
     def __len__(self) -> int:
         return int(self.counts.sum())
 
+    def merged(self) -> dict[str, Tensor]:
+        r"""Return the change :math:`W' - W` of the one copy, or of several merged by :func:`ties`."""
+        if not len(self):
+            return {}
+        change = self.changes[0] if len(self.changes) == 1 else ties(self.changes, self.sharding.density)
+        return {f"{self.name}.weight": change}
+
     # -- a prompt -------------------------------------------------------------------------------------------------
     def hooks(self) -> Iterator[Any]:
         """Replace the module's output."""

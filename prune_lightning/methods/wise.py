@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.methods.costs import training_cost
-from prune_lightning.methods.module_memory import PrefixedMemoryEditor
+from prune_lightning.methods.module_memory import ModuleMemoryEditor, PrefixedMemoryEditor
 from prune_lightning.methods.retrieval import general_sentences
 from prune_lightning.methods.side_weights import Sharding, SideWeights, distances, mean_where
 from prune_lightning.methods.tuning_problem import logits_above
@@ -54,7 +54,7 @@ class Margins:
         return torch.stack([part.clamp_min(0).sum() / (part > 0).sum().clamp_min(1) for part in parts]).sum()
 
 
-class WISE(PrefixedMemoryEditor):
+class WISE(ModuleMemoryEditor, PrefixedMemoryEditor):
     r"""Train a copy of one weight matrix, and answer with it the prompts on which both matrices differ enough.
 
     An edit trains a random part of the copy by gradient descent on the cross-entropy of the target after every prefix,
@@ -86,6 +86,9 @@ class WISE(PrefixedMemoryEditor):
         UserError: Not one layer, no such module, or an option out of range.
     """
 
+    mergeable: ClassVar[bool] = True
+    low_rank: ClassVar[bool] = False  # a merged copy
+
     def __init__(
         self,
         *,
@@ -108,7 +111,7 @@ class WISE(PrefixedMemoryEditor):
         fast: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(language_model, layers, module, contexts, **kwargs)
+        super().__init__(language_model, layers, module, contexts=contexts, **kwargs)
         check_values("method", Count, shard=shard, merged=merged, steps=steps)
         check_values("method", Share, share=share, density=density)
         check_values("method", Positive, learning_rate=learning_rate, bound=bound)

@@ -31,11 +31,22 @@ def late(num_layers: int) -> list[int]:
     return [min(round(22 * num_layers / 32), num_layers - 1)]
 
 
+def experts(num_layers: int) -> list[int]:
+    """Return the layers for ELDER: six from 66 % of the depth, as for Llama (21 to 26 of 32), fewer of a shallow model.
+
+    The first is 1 or later, since ELDER reads the block below it.
+    """
+    count = max(1, min(6, max(3, num_layers // 2), num_layers - 1))
+    first = min(round(21 * num_layers / 32), num_layers - count)
+    return list(range(first, first + count))
+
+
 FROM_DEPTH: Mapping[str, Callable[[int], list[int]]] = {
     "single": single,
     "window": window,
     "top": top,
     "fine_tuning": fine_tuning,
     "late": late,
+    "experts": experts,
 }
 """Functions from the number of layers to the layers to edit, by purpose."""

@@ -27,6 +27,7 @@ _SETTINGS = {
     "progress": bool,
     "all_scores": bool,
     "export": str | list[str] | None,
+    "export_merged": bool,
 }
 _RESUME = "resume="
 _RECORD = ".hydra"  # where Hydra would write it

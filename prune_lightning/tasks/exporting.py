@@ -51,7 +51,7 @@ def export_all(
     reports: list[dict[str, Any]] = []
     for name in wanted:
         try:
-            report = export(source, folder / "export" / name, name, overwrite=True)
+            report = export(source, folder / "export" / name, name, overwrite=True, merged=config.export_merged)
         except UserError as error:
             reports.append({"format": name, "failed": str(error)})
             continue

@@ -52,7 +52,7 @@ def check_run(
         UserError: One line about the first thing that is missing, or that does not go together.
     """
     model_facts(config)  # the report needs them
-    _check_exports(formats_wanted(config), module, stream, restraint)
+    _check_exports(formats_wanted(config), config.export_merged, module, stream, restraint)
     for measurement in measurements:
         if measurement.enabled:
             measurement.check(module.language_model, stream.requests)
@@ -60,14 +60,14 @@ def check_run(
 
 
 def _check_exports(
-    wanted: Sequence[str], module: EditingModule, stream: EditStream, restraint: Restraint | None
+    wanted: Sequence[str], merged: bool, module: EditingModule, stream: EditStream, restraint: Restraint | None
 ) -> None:
     if wanted and stream.protocol.from_base:
         raise UserError(
             f"data.protocol={stream.protocol.value} leaves no edited model; export belongs to sequential protocols"
         )
     for name in wanted:
-        check_in_weights(module.in_weights, f"method={choice('method')}", name)
+        check_in_weights(module.in_weights, module.mergeable, merged, f"method={choice('method')}", name)
     causes = [f"method={choice('method')}"] if not module.low_rank else []
     causes += [f"restraint={choice('restraint')}"] if restraint and not restraint.low_rank else []
     for name in wanted:
