@@ -70,7 +70,7 @@ class TargetBatch:
         self._owner = long([i for i, row in enumerate(encoded) for _ in row.target])
         self._label = long([token for row in encoded for token in row.target])
         self._place = self._owner if loss == "prompt_last" else torch.arange(len(self._owner), device=model.device)
-        self._share = 1 / long([len(row.target) for row in encoded])[self._owner]
+        self._length = long([len(row.target) for row in encoded])[self._owner]
         self._count = len(encoded)
 
     def losses(self, logits: Tensor) -> Tensor:
@@ -81,4 +81,4 @@ class TargetBatch:
         """
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         labelled = -log_p[self._place, self._label]
-        return labelled.new_zeros(self._count).index_add(0, self._owner, labelled * self._share.to(labelled))
+        return labelled.new_zeros(self._count).index_add(0, self._owner, labelled / self._length)
