@@ -54,6 +54,9 @@ def test_a_visitor_asks_edits_looks_back_and_undoes(ground):
         *fact(FRANCE), ["People say that the capital of France is", " "], ["The capital of Japan is"]
     )
     assert written.refused is None
+    shown = Parts(ground, False).written(written)
+    rows = re.findall(r"<td>(.+)</td>\s*<td>(.+)</td><td><b>(.+)</b></td>", shown)
+    assert ("efficacy, exact match ↑", "0.000", "1.000") in rows
     before, after = written.probability
     assert before < 0.05
     assert after > 0.9

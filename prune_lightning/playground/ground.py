@@ -76,7 +76,7 @@ class Listed:
         number: Its number, from 1.
         request: The edit.
         now: The answer; empty if the edit is not in place where the visitor looks.
-        holds: Whether the answer begins with the new one; ``None`` if the edit is not in place.
+        holds: Whether the model gives the new answer; ``None`` if the edit is not in place.
         replaced: Whether a later edit in place gives its prompt another answer.
     """
 
@@ -169,13 +169,14 @@ class Playground:
             held = [index for index in shown if index < count]
             said = self.editor.ask([edits[index].prompt for index in held], _ANSWER) if held else []
             answers = dict(zip(held, said, strict=True))
+            holds = dict(zip(held, self.editor.holds([index + 1 for index in held]) if held else [], strict=True))
             replaced = superseded(edits[:count], range(1, count + 1))
             return [
                 Listed(
                     index + 1,
                     edits[index],
                     answers.get(index, ""),
-                    answers[index].startswith(edits[index].target_new) if index in answers else None,
+                    holds.get(index),
                     index in replaced,
                 )
                 for index in reversed(shown)

@@ -51,8 +51,7 @@ class Parts:
 
     def written(self, result: Written) -> str:
         """Return the outcome of an edit with its scores."""
-        rows = [(name.partition(": ")[2], *values) for name, *values in result.scores.cells()]
-        return self._render("written", result, rows)
+        return self._render("written", result, list(result.scores.cells()))
 
     def edits(self, listed: list[Listed]) -> str:
         """Return the list of edits."""
