@@ -56,7 +56,10 @@ def edit(
     device: Device = None,
 ) -> None:
     """Write facts into a model and keep them in a folder."""
+    from prune_lightning.editor.facts import requests_of
+
     given = _facts(facts, {"subject": subject, "prompt": prompt, "target_new": target})
+    requests_of(given)  # what is wrong with them is said before the model is loaded
     with opened(model, device, to, method, restraint, batch_size, chat_template, nested(settings)) as editor:
         earlier = len(editor)
         typer.echo(repr(editor.edit(given)))

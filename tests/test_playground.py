@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,19 @@ def test_what_a_visitor_forgets_is_said_and_nothing_is_written(ground, given, me
     assert len(ground.editor) == 0
     with pytest.raises(UserError, match="write a prompt first"):
         ground.ask(" ", Place())
+
+
+def test_the_end_waits_for_what_a_visitor_has_begun(editor):
+    ground, done = Playground(editor), []
+    with ground._lock:  # a computation
+        ending = threading.Thread(target=lambda: (ground.end(), done.append("end")))
+        ending.start()
+        ending.join(0.1)
+        assert done == []
+    ending.join()
+    assert done == ["end"]
+    with pytest.raises(UserError, match="has ended"):
+        ground.ask(FRANCE["prompt"], Place())
 
 
 def test_texts_are_escaped(ground):
