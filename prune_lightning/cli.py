@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from prune_lightning import usage
-from prune_lightning.errors import UserError, near
+from prune_lightning.errors import UserError, near, plain_warnings
 from prune_lightning.tasks.arguments import check_settings, full_arguments, record_settings, recorded_settings
 from prune_lightning.tasks.choices import config_folder
 
@@ -78,6 +78,7 @@ def main() -> None:
     if text := usage.answer(sys.argv[1:], config_folder()):
         sys.stdout.write(text)
         return
+    plain_warnings()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, so that they can be told apart here
     try:
         sys.argv[1:] = full_arguments(sys.argv[1:])

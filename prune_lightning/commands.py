@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from prune_lightning import __version__
-from prune_lightning.errors import UserError
+from prune_lightning.errors import UserError, plain_warnings
 from prune_lightning.verbs import jobs, playing
 from prune_lightning.verbs.opening import existing, is_run, opened
 from prune_lightning.verbs.options import Device, Method, Restraint, Run, Settings, Tokens, nested
@@ -21,6 +21,7 @@ _EPILOG = (
     "Experiments: prune-lightning KEY=VALUE ... is train.py with these settings, e.g. prune-lightning method=memit "
     "data.num_edits=200; prune-lightning settings --help lists them."
 )
+_SHOWN = 10  # edits whose answers are printed
 app = typer.Typer(
     name="prune-lightning",
     help="Edit facts in a language model, ask it, and take edits back.",
@@ -55,13 +56,17 @@ def edit(
     device: Device = None,
 ) -> None:
     """Write facts into a model and keep them in a folder."""
+    from prune_lightning.editor.facts import requests_of
+
     given = _facts(facts, {"subject": subject, "prompt": prompt, "target_new": target})
+    requests_of(given)  # what is wrong with them is said before the model is loaded
     with opened(model, device, to, method, restraint, batch_size, chat_template, nested(settings)) as editor:
-        outcome = editor.edit(given)
-        typer.echo(repr(outcome))
-        shown = [request.prompt for request in outcome.written[:10]]
-        if shown:
-            typer.echo(str(editor.compare(shown)))
+        earlier = len(editor)
+        typer.echo(repr(editor.edit(given)))
+        numbers = range(earlier + 1, len(editor) + 1)
+        typer.echo(str(editor.compare(edits=numbers[:_SHOWN])))
+        if lost := editor.holds(numbers).count(False):
+            typer.echo(f"Edits that do not hold: {lost} of {len(numbers)}. Try another --method, or the verb `tune`.")
         if to is None and not is_run(model):
             typer.echo("Nothing was kept: --to FOLDER keeps the edits.")
         else:
@@ -166,6 +171,7 @@ def main() -> None:
     if "=" in first or first in ("-m", "--multirun", "--cfg", "--hydra-help", "-sc", "--shell-completion"):
         jobs.run_train(sys.argv[1:])
         return
+    plain_warnings()
     try:
         app(prog_name="prune-lightning")
     except UserError as error:

@@ -1,10 +1,14 @@
-"""User errors: one clear line, without a traceback on the command line."""
+"""What a user is told on the command line: errors and warnings as one clear line, without the place in the code."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -75,3 +79,17 @@ def near_path(path: Path, folders: bool = False) -> str:
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or not folders]
     close = difflib.get_close_matches(path.name, siblings)
     return near(path.name, close) if close else f"nothing in {str(path.parent)!r} has a name like it"
+
+
+def plain_warnings() -> None:
+    """Print this package's warnings as one line from now on; for the entry points of the command line."""
+    package = Path(__file__).parent
+    show, own = warnings.showwarning, tuple(f"{folder}{os.sep}" for folder in (package, package.parent / "callbacks"))
+
+    def shown_plainly(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        if filename.startswith(own):
+            sys.stderr.write(f"warning: {message}\n")
+        else:
+            show(message, category, filename, *rest, **more)
+
+    warnings.showwarning = shown_plainly

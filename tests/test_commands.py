@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from test_command_line import command as settings_command
 from typer.testing import CliRunner
 
 from prune_lightning.commands import app
-from prune_lightning.errors import UserError
+from prune_lightning.errors import UserError, plain_warnings
 
 VERBS = ("edit", "ask", "compare", "report", "undo", "export", "check", "plan", "tune", "play", "runs")
 FACT = ["--subject", "France", "--prompt", "The capital of France is", "--target", "Rome"]
@@ -41,11 +42,37 @@ def test_a_fact_goes_the_whole_way(tmp_path: Path):
     assert "taken back: The capital of Italy is Paris" in run("undo", out)
     assert run("ask", out, "The capital of Italy is").split() == ["Rome."]
     assert "reloaded, largest logit error" in run("export", out, "--to", model)
-    assert "ROME" in run("runs", str(tmp_path))
+    listed = run("runs", str(tmp_path))
+    assert all(word in listed for word in ("ROME", "PRUNE", "bundled"))
+    assert "retention" not in listed  # nothing was scored
     with pytest.raises(UserError, match="holds edits already"):
         run("edit", "bundled", *FACT, "--to", out)
+    with pytest.raises(UserError, match=r"no file '.*factz\.csv'; did you mean 'facts\.csv'"):
+        run("edit", "a model that is not looked for", str(tmp_path / "factz.csv"))
     with pytest.raises(UserError, match="give a file of facts, or one fact"):
         run("edit", "bundled", "--to", str(tmp_path / "other"))
+
+
+def test_an_edit_that_does_not_hold_is_named(tmp_path: Path):
+    facts = tmp_path / "facts.csv"
+    facts.write_text(
+        "subject,prompt,target_new\nItaly,The capital of Italy is,Paris\nItaly,The capital of Italy is,Oslo\n"
+    )
+    text = run("edit", "bundled", str(facts), "--method", "rome")
+    assert "✗ Paris" in text
+    assert "✓ Oslo" in text
+    assert "Edits that do not hold: 1 of 2." in text
+    assert "do not hold" not in run("edit", "bundled", *FACT, "--method", "rome")
+
+
+def test_warnings_of_the_package_are_one_plain_line(capsys):
+    with warnings.catch_warnings(record=True) as others:
+        plain_warnings()
+        warnings.warn_explicit("a remark", UserWarning, str(ROOT / "prune_lightning" / "seed.py"), 1)
+        warnings.warn_explicit("a remark", UserWarning, str(ROOT / "callbacks" / "guards.py"), 1)
+        warnings.warn_explicit("another", UserWarning, "elsewhere.py", 1)
+    assert capsys.readouterr().err == "warning: a remark\n" * 2
+    assert [str(other.message) for other in others] == ["another"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -49,12 +49,25 @@ def test_asks_and_compares_before_and_after(editor):
     assert editor.ask([FRANCE["prompt"]], before=True)[0].startswith("Paris")
     found = editor.compare()
     assert (found.prompts, found.before, found.after) == ([FRANCE["prompt"]], ["Paris."], ["Rome."])
-    assert "Rome." in str(found)
+    assert (found.wanted, found.holds) == (["Rome"], [True])
+    assert "✓ Rome" in str(found)
+    assert editor.compare(FRANCE["prompt"]).header() == ["prompt", "before", "after"]
+    with pytest.raises(UserError, match="either prompts or numbers"):
+        editor.compare("x", edits=[1])
     assert "<td style='text-align:left'>Rome.</td>" in found._repr_html_()
     with editor.base() as model:
         assert model is editor._session.language_model.model
         assert editor.ask(FRANCE["prompt"]).startswith("Paris")
     assert editor.ask(FRANCE["prompt"]).startswith("Rome")
+
+
+def test_an_edit_that_a_later_one_replaces_does_not_hold(editor):
+    editor.edit([FRANCE, {**FRANCE, "target_new": "London"}, {**ITALY, "target_new": " Paris"}])
+    assert editor.holds() == [False, True, True]
+    assert editor.holds([3]) == [True]
+    assert [row[-1] for row in editor.compare(edits=[1, 2]).cells()] == ["✗ Rome", "✓ London"]
+    with editor.base():
+        assert editor.holds() == [False, False, False]
 
 
 @pytest.mark.parametrize(("method", "restraint"), [("rome", "prune"), ("memit", "prune_end"), ("alphaedit", "rect")])
@@ -117,10 +130,11 @@ def test_facts_that_were_written_together_can_be_taken_apart():
         assert editor._session.ledger.sizes == [2]
 
 
-def test_saved_model_loads_anywhere_and_opens_again(editor, tmp_path):
+def test_saved_model_loads_anywhere_and_opens_again(editor, tmp_path, capsys):
     editor.edit([FRANCE, ITALY])
     target = tmp_path / "model"
     editor.save(target)
+    assert "%|" not in capsys.readouterr().err  # no bars of transformers
     plain = AutoModelForCausalLM.from_pretrained(target)
     live = editor._session.language_model.model.state_dict()
     assert all(torch.equal(tensor, live[name]) for name, tensor in plain.state_dict().items())

@@ -212,8 +212,8 @@ def test_answers_of_the_table_are_those_of_the_two_models(tmp_path):
         assert [row[6] for row in edit_rows(module, file, [Remembering()], from_base=True)] == [None, None]
     found = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
     assert [(row["answer before"], row["answer after all edits"]) for row in found] == [
-        ("Paris.", "Rome."),
-        ("Rome.", "London."),
+        ("Paris", "Rome"),
+        ("Rome", "London"),
     ]
     assert [row["old answer"] for row in found] == ["Paris", None]
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,9 @@ def test_a_visitor_asks_edits_looks_back_and_undoes(ground):
         *fact(FRANCE), ["People say that the capital of France is", " "], ["The capital of Japan is"]
     )
     assert written.refused is None
+    shown = Parts(ground, False).written(written)
+    rows = re.findall(r"<td>(.+)</td>\s*<td>(.+)</td><td><b>(.+)</b></td>", shown)
+    assert ("efficacy, exact match ↑", "0.000", "1.000") in rows
     before, after = written.probability
     assert before < 0.05
     assert after > 0.9
@@ -98,6 +102,19 @@ def test_what_a_visitor_forgets_is_said_and_nothing_is_written(ground, given, me
     assert len(ground.editor) == 0
     with pytest.raises(UserError, match="write a prompt first"):
         ground.ask(" ", Place())
+
+
+def test_the_end_waits_for_what_a_visitor_has_begun(editor):
+    ground, done = Playground(editor), []
+    with ground._lock:  # a computation
+        ending = threading.Thread(target=lambda: (ground.end(), done.append("end")))
+        ending.start()
+        ending.join(0.1)
+        assert done == []
+    ending.join()
+    assert done == ["end"]
+    with pytest.raises(UserError, match="has ended"):
+        ground.ask(FRANCE["prompt"], Place())
 
 
 def test_texts_are_escaped(ground):

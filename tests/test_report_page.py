@@ -259,6 +259,14 @@ def test_list_of_runs_speaks_as_the_report_does(tmp_path):
     ]
     cells = [next(iter(column.cells)).replace("\xa0", " ") for column in table.columns]
     assert cells == ["one", "ROME", "PRUNE", "bundled", "1,000", "86 %", "70 %", "80 %", "70 %"]
+    (tmp_path / "one" / "summary.json").unlink()
+    ledger = tmp_path / "one" / "ledger"
+    ledger.mkdir()
+    (ledger / "base.json").write_text(json.dumps({"model": {"path": "pkg://a/model"}}))
+    (ledger / "steps.jsonl").write_text(json.dumps({"requests": [{}, {}]}) + "\n")
+    table = run_table(tmp_path, model_name=lambda path: path.removeprefix("pkg://"))
+    filled = {str(column.header): next(iter(column.cells)) for column in table.columns}
+    assert (filled["model"], filled["edits"], "efficacy ↑" in filled) == ("a/model", "2", False)
 
 
 def test_scores_of_a_run_count_until_its_edits_are_changed(tmp_path):

@@ -14,6 +14,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
 from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.text.separators import join
+from prune_lightning.types import EditRequest
 
 
 class Asking(ABC):
@@ -47,17 +48,46 @@ class Asking(ABC):
         answers = [answer.text.strip() for answer in found]
         return answers[0] if isinstance(prompt, str) else answers
 
-    def compare(self, prompts: str | Sequence[str] | None = None, max_new_tokens: int = 20) -> Answers:
+    def compare(
+        self, prompts: str | Sequence[str] | None = None, max_new_tokens: int = 20, *, edits: Sequence[int] = ()
+    ) -> Answers:
         """Ask the unedited and the edited model the same.
 
         Args:
-            prompts: The prompts; those of the edits by default.
+            prompts: The prompts; those of the edits by default, with the new answers and whether they hold.
             max_new_tokens: Longest answer, in tokens.
+            edits: Numbers of the edits to ask for, from 1; all by default.
+
+        Raises:
+            UserError: There is no such edit, or both prompts and edits are given.
         """
-        asked = [request.prompt for request in self._open().requests] if prompts is None else prompts
-        asked = [asked] if isinstance(asked, str) else list(asked)
+        if prompts is None:
+            requests = self._chosen(edits)
+            asked, wanted, held = [request.prompt for request in requests], _targets(requests), self.holds(edits)
+        elif edits:
+            raise UserError("give either prompts or numbers of edits to compare")
+        else:
+            asked, wanted, held = [prompts] if isinstance(prompts, str) else list(prompts), [], []
         before, after = (self.ask(asked, max_new_tokens, before=unedited) for unedited in (True, False))
-        return Answers(asked, before, after)
+        return Answers(asked, before, after, wanted, held)
+
+    def holds(self, edits: Sequence[int] = ()) -> list[bool]:
+        """Return whether each edit holds: every token of its new answer is the model's first choice.
+
+        Args:
+            edits: Numbers of the edits, from 1; all by default.
+
+        Raises:
+            UserError: There is no such edit.
+        """
+        requests = self._chosen(edits)
+        pairs = [request.pair() for request in requests]
+        return score_pairs(self._open().language_model, pairs).hit.tolist() if pairs else []
+
+    def _chosen(self, edits: Sequence[int]) -> list[EditRequest]:
+        """Return edits by their numbers; all without any."""
+        session = self._open()
+        return session.numbered(edits) if edits else list(session.requests)
 
     def probability(self, prompt: str, answer: str, before: bool = False) -> float:
         """Return the probability that the model continues a prompt with an answer.
@@ -86,5 +116,8 @@ class Asking(ABC):
         session = self._open()
         if not session.requests:
             raise UserError("there are no edits to report on: call edit() first")
-        requests = session.numbered(edits) if edits else list(session.requests)
-        return scores_of(session, requests, self.compare([request.prompt for request in requests]))
+        return scores_of(session, self._chosen(edits), self.compare(edits=edits))
+
+
+def _targets(requests: Sequence[EditRequest]) -> list[str]:
+    return [request.target_new for request in requests]

@@ -19,7 +19,7 @@ from prune_lightning.editor.history import History
 from prune_lightning.editor.models import HeldModel, recipe_for
 from prune_lightning.editor.results import Edited
 from prune_lightning.editor.saving import save_record
-from prune_lightning.editor.session import EditSession
+from prune_lightning.editor.session import EditSession, quiet
 from prune_lightning.errors import UserError
 from prune_lightning.export.exporting import ExportReport, export
 from prune_lightning.export.sources import ExportSource, Provenance
@@ -224,7 +224,8 @@ class Editor(Asking):
             raise UserError("there are no edits to write: call edit() first")
         names = recipe.model["path"], recipe.model["revision"], recipe.method, recipe.restraint
         source = ExportSource.from_module(session.module, Provenance(*names, tuple(session.written())))
-        return export(source, folder, format, overwrite=overwrite, merged=merged)
+        with quiet():
+            return export(source, folder, format, overwrite=overwrite, merged=merged)
 
     # -- the end --------------------------------------------------------------------------------------------------
     def close(self) -> None:

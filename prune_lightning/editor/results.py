@@ -56,19 +56,24 @@ class Answers(Tabular):
         prompts: The prompts.
         before: The unedited model's answers.
         after: The edited model's answers.
+        wanted: The new answers of the edits whose prompts these are; empty for other prompts.
+        holds: Whether the edited model gives each of them.
     """
 
     prompts: Sequence[str]
     before: Sequence[str]
     after: Sequence[str]
+    wanted: Sequence[str] = ()
+    holds: Sequence[bool] = ()
 
     def header(self) -> list[str]:
         """Return the titles of the columns."""
-        return ["prompt", "before", "after"]
+        return ["prompt", "before", "after", *(["edit"] if self.wanted else [])]
 
     def cells(self) -> Iterator[Sequence[str]]:
         """Yield a row per prompt, each text on one line."""
-        for row in zip(self.prompts, self.before, self.after, strict=True):
+        edits = [f"{'✓' if held else '✗'} {text}" for text, held in zip(self.wanted, self.holds, strict=True)]
+        for row in zip(self.prompts, self.before, self.after, *([edits] if edits else []), strict=True):
             yield [" ".join(text.split()) for text in row]
 
     def __repr__(self) -> str:

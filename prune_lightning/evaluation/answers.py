@@ -1,4 +1,4 @@
-"""What the model says after the prompts of the edits: a few generated tokens for the report, without a score."""
+"""What the model says after the prompts of the edits: a few generated tokens for report and trackers, not scored."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ class Question:
     kind: str
     pairs: tuple[TextPair, ...]
     further: int = 0
+
+    @classmethod
+    def own(cls, request: EditRequest) -> Question:
+        """Return the question that the prompt of an edit asks."""
+        expected = (request.target_new, request.target_old)
+        return cls("now", tuple(request.pair(answer) for answer in expected if answer), _FURTHER_TOKENS)
 
     def cut(self, text: str) -> str:
         """Return an answer up to the end of its sentence, unless a full stop is a part of what may be expected."""
@@ -86,7 +92,7 @@ class Answers(EditingMeasurement):
         rows: dict[int, dict[str, Any]] = {
             i: {"case": i, "now": None, "paraphrases": [], "locality": []} for i in cases
         }
-        for (i, question), text in zip(asked, _answers(model, [question for _, question in asked]), strict=True):
+        for (i, question), text in zip(asked, ask(model, [question for _, question in asked]), strict=True):
             if question.kind == "now":
                 rows[i]["now"] = text
             else:
@@ -94,19 +100,23 @@ class Answers(EditingMeasurement):
         return list(rows.values())
 
     def _all(self, request: EditRequest) -> list[Question]:
-        own = tuple(request.pair(answer) for answer in (request.target_new, request.target_old) if answer)
         probes = [probe.pair() for probe in request.locality if probe.answer]
         kinds = {"paraphrases": request.paraphrase_pairs(), "locality": probes}
-        return [Question("now", own, _FURTHER_TOKENS)] + [
+        return [Question.own(request)] + [
             Question(kind, (pair,)) for kind, pairs in kinds.items() for pair in pairs[: self.max_probes]
         ]
 
     def _unknown(self, request: EditRequest) -> list[Question]:
-        return [] if request.target_old else self._all(request)[:1]
+        return [] if request.target_old else [Question.own(request)]
 
 
-def _answers(model: LanguageModel, questions: Sequence[Question]) -> list[str]:
-    """Return the answer to each question; empty where the logits are not finite."""
+def ask(model: LanguageModel, questions: Sequence[Question]) -> list[str]:
+    """Return the greedy answer to each question; empty where the logits are not finite.
+
+    Args:
+        model: The model, as it is.
+        questions: What to ask. Equal ones are asked once.
+    """
     if not questions:
         return []
     encoded = iter(model.tokens.encode_pairs([pair for question in questions for pair in question.pairs]))

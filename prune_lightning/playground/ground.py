@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from prune_lightning.data.protocol import superseded
@@ -76,7 +76,7 @@ class Listed:
         number: Its number, from 1.
         request: The edit.
         now: The answer; empty if the edit is not in place where the visitor looks.
-        holds: Whether the answer begins with the new one; ``None`` if the edit is not in place.
+        holds: Whether the model gives the new answer; ``None`` if the edit is not in place.
         replaced: Whether a later edit in place gives its prompt another answer.
     """
 
@@ -97,6 +97,12 @@ class Playground:
     def __init__(self, editor: Editor) -> None:
         self.editor = editor
         self._lock = threading.RLock()
+        self._ended = False
+
+    def end(self) -> None:
+        """Wait for what a visitor has begun, and refuse everything after it."""
+        with self._lock:
+            self._ended = True
 
     @property
     def counts(self) -> list[int]:
@@ -111,7 +117,7 @@ class Playground:
         """
         if not prompt.strip():
             raise UserError("write a prompt first")
-        with self._lock, self._at(place):
+        with self._alone(), self._at(place):
             (before,), (after,) = (self.editor.ask([prompt], _ANSWER, before=unedited) for unedited in (True, False))
         return Asked(prompt, before, after)
 
@@ -136,7 +142,7 @@ class Playground:
             raise UserError(f"an edit needs a subject, a prompt and a new answer: the {empty[0]} is empty")
         if given["subject"] not in given["prompt"]:
             raise UserError(f"the prompt has to contain the subject {given['subject']!r} as it is written")
-        with self._lock:
+        with self._alone():
             editor = self.editor
             prompts, probes = _lines(paraphrases), _lines(unrelated)
             answers = editor.ask(probes, _SHORT, before=True) if probes else []
@@ -154,7 +160,7 @@ class Playground:
         Raises:
             UserError: There is no such edit.
         """
-        with self._lock:
+        with self._alone():
             if not len(self.editor):
                 raise UserError("there are no edits to take back")
             (taken,) = self.editor.undo(edits=[len(self.editor) if number is None else number])
@@ -162,20 +168,21 @@ class Playground:
 
     def listing(self, place: Place) -> list[Listed]:
         """Return the latest edits, newest first, with what the model says now."""
-        with self._lock, self._at(place):
+        with self._alone(), self._at(place):
             edits = list(self.editor.edits)
             count = len(edits) if place.edits is None else place.edits
             shown = range(max(0, len(edits) - LISTED), len(edits))
             held = [index for index in shown if index < count]
             said = self.editor.ask([edits[index].prompt for index in held], _ANSWER) if held else []
             answers = dict(zip(held, said, strict=True))
+            holds = dict(zip(held, self.editor.holds([index + 1 for index in held]) if held else [], strict=True))
             replaced = superseded(edits[:count], range(1, count + 1))
             return [
                 Listed(
                     index + 1,
                     edits[index],
                     answers.get(index, ""),
-                    answers[index].startswith(edits[index].target_new) if index in answers else None,
+                    holds.get(index),
                     index in replaced,
                 )
                 for index in reversed(shown)
@@ -183,8 +190,15 @@ class Playground:
 
     def spectra(self, place: Place) -> list[Spectrum]:
         """Return the spectrum of each edited matrix at a place."""
-        with self._lock, self.editor.history.at(place.edits):
+        with self._alone(), self.editor.history.at(place.edits):
             return self.editor.history.spectra(place.base)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._lock:
+            if self._ended:
+                raise UserError("the playground has ended")
+            yield
 
     def _at(self, place: Place) -> AbstractContextManager[None]:
         return self.editor.history.at(place.edits, place.base)

@@ -123,7 +123,14 @@ class Page:
         view = [self.answers, self.listing, self.spectrum]
         fact = [self.subject, self.fact, self.target, self.paraphrases, self.unrelated]
         further = [self.prompt, *place[1:]]
-        hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
+        # One queue for all, so that they are answered in the order in which they were asked: else what the page shows
+        # when it is loaded could come after, and in place of, the answer to a quick visitor.
+        hidden: dict[str, Any] = {
+            "api_visibility": "private",
+            "show_progress": "minimal",
+            "concurrency_id": "model",
+            "concurrency_limit": 1,
+        }
         blocks.load(self._refresh, further, whole, **hidden)
         gr.on([self.ask.click, self.prompt.submit], self._ask, [self.prompt, *place], self.answers, **hidden)
         done = self.write.click(self._write, fact, [self.outcome, self.prompt], **hidden)

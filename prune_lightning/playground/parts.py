@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from prune_lightning.playground.drawing import Drawing
 from prune_lightning.playground.ground import Asked, Listed, Place, Playground, Written
-from prune_lightning.tasks.choices import preset_for
+from prune_lightning.tasks.choices import model_name
 
 
 class Parts:
@@ -31,8 +31,7 @@ class Parts:
         """Return the heading."""
         editor = self._ground.editor
         recipe, folder = editor.recipe, str(editor.folder) if self._kept else None
-        preset, located = preset_for(str(recipe.model["path"]))
-        model = located.get("path", preset)
+        model = model_name(str(recipe.model["path"]))
         return self._render("about", model, recipe.method, recipe.restraint, editor.history.base, len(editor), folder)
 
     def error(self, message: str) -> str:
@@ -51,8 +50,7 @@ class Parts:
 
     def written(self, result: Written) -> str:
         """Return the outcome of an edit with its scores."""
-        rows = [(name.partition(": ")[2], *values) for name, *values in result.scores.cells()]
-        return self._render("written", result, rows)
+        return self._render("written", result, list(result.scores.cells()))
 
     def edits(self, listed: list[Listed]) -> str:
         """Return the list of edits."""

@@ -44,7 +44,8 @@ def served(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
     from prune_lightning.playground.page import CSS, Page, theme
 
-    blocks = Page(Playground(editor), kept).build()
+    ground = Playground(editor)
+    blocks = Page(ground, kept).build()
     blocks.queue(default_concurrency_limit=1)
     try:
         _, address, _ = blocks.launch(
@@ -68,4 +69,5 @@ def served(
     try:
         yield address
     finally:
+        ground.end()  # the editor is about to be closed
         blocks.close(verbose=False)

@@ -43,7 +43,9 @@ class EditWandbLogger(Tracker, WandbLogger):
             name, group = name or run.name[:128], group or run.group  # 128: the longest name that W&B takes
             id = id or run.id("wandb") or _id_of_sweep() or uuid.uuid4().hex[:8]
             run.keep_id("wandb", id)
-        own = {"name": name, "group": group, "id": id, "reinit": "create_new"}
+        own: dict[str, Any] = {"name": name, "group": group, "id": id, "reinit": "create_new"}
+        if kwargs.get("offline"):
+            own["settings"] = {"quiet": True}  # its history and summary would hide the run's own table
         super().__init__(run=run, **{**own, **kwargs})
         self._axis = run.axis if run else "num_requests"
         self._defined: set[str] = set()

@@ -18,6 +18,12 @@ def options_of(group: str) -> list[str]:
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
+def model_name(path: str) -> str:
+    """Return the name of the option whose model lies at a path; the path, if there is none."""
+    option, located = preset_for(path)
+    return located.get("path", option)
+
+
 def preset_for(path: str) -> tuple[str, dict[str, str]]:
     """Return the option of the group ``model`` for a model, and the settings that it needs besides.
 

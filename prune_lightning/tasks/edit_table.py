@@ -9,9 +9,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from prune_lightning.evaluation.decoding import decode
+from prune_lightning.evaluation.answers import Question, ask
 from prune_lightning.methods.base import EditingModule
-from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.report.tracker import Tracker
 from prune_lightning.types import EditRequest
 
@@ -26,11 +25,10 @@ COLUMNS = (
     "exact match right after the edit",
     "outcome",
 )
-_TOKENS = 12  # of an answer
 
 
 def edit_rows(module: EditingModule, edits: Path, loggers: Sequence[Logger], from_base: bool) -> list[list[Any]]:
-    """Return rows for :data:`COLUMNS`; the answers are greedy continuations of each prompt.
+    """Return rows for :data:`COLUMNS`; the answers are those of :mod:`prune_lightning.evaluation.answers`.
 
     Args:
         module: The module, after its last edit.
@@ -45,12 +43,13 @@ def edit_rows(module: EditingModule, edits: Path, loggers: Sequence[Logger], fro
     count = min(most, len(lines))
     lines = [lines[place * len(lines) // count] for place in range(count)]
     requests = [EditRequest.from_dict(line["request"]) for line in lines]
+    questions = [Question.own(request) for request in requests]
     with module.unedited():
-        before: list[str | None] = [*_answers(module.language_model, requests)]
+        before: list[str | None] = [*ask(module.language_model, questions)]
     after: list[str | None] = [None] * count
     if not from_base:
         with module.run.evaluation_view():
-            after = [*_answers(module.language_model, requests)]
+            after = [*ask(module.language_model, questions)]
     return [
         [
             line["num_requests"],
@@ -58,14 +57,9 @@ def edit_rows(module: EditingModule, edits: Path, loggers: Sequence[Logger], fro
             request.prompt,
             request.target_old,
             request.target_new,
-            *answers,
+            *said,
             line["after"]["accuracy"],
             "written" if line["applied"] else f"refused: {line['refused']}",
         ]
-        for line, request, *answers in zip(lines, requests, before, after, strict=True)
+        for line, request, *said in zip(lines, requests, before, after, strict=True)
     ]
-
-
-def _answers(model: LanguageModel, requests: Sequence[EditRequest]) -> list[str]:
-    ids = [model.tokens.encode(request.pair().context) for request in requests]
-    return [found.text.strip() for found in decode(model, ids, [_TOKENS] * len(ids), stops=["\n"])]

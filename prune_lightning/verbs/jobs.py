@@ -57,8 +57,9 @@ def runs(
     from rich.console import Console
 
     from prune_lightning.report.listing import run_table
+    from prune_lightning.tasks.choices import model_name
 
-    Console().print(run_table(folder))
+    Console().print(run_table(folder, model_name))
 
 
 def settings(context: typer.Context) -> None:
