@@ -14,7 +14,6 @@ _WIDTH = 79
 _HEAD = """\
 Edit a language model with a stream of facts, and measure what it cost.
 Usage: prune-lightning [GROUP=OPTION | KEY=VALUE]...      (or: python train.py)
-  prune-lightning                               the bundled model, ROME, PRUNE
   prune-lightning method=memit restraint=none data.num_edits=200 seed=1
   prune-lightning model=gpt2-xl data=counterfact data.path=FILE trainer=gpu
   prune-lightning resume=runs/DATE              continue an interrupted run
@@ -46,7 +45,5 @@ def _groups(folder: Path) -> list[str]:
     lines = []
     for group in groups:
         options = " ".join(sorted(file.stem for file in (folder / group).glob("*.yaml")))
-        lines += textwrap.wrap(
-            f"{group:<11}{options}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 13, break_on_hyphens=False
-        )
+        lines += textwrap.wrap(f"{group:<11}{options}", _WIDTH, subsequent_indent=" " * 11, break_on_hyphens=False)
     return lines
