@@ -27,8 +27,8 @@ class Experts:
     Args:
         down: :math:`A`, shape ``(L, N * rank, in_features)``.
         up: :math:`B`, shape ``(L, out_features, N * rank)``.
-        routers: :math:`W_r`, shape ``(L, N, in_features)``. The public code also has a bias, as the paper has not: it
-            sends every prompt to the experts of the latest edit.
+        routers: :math:`W_r`, shape ``(L, N, in_features)``. There is no bias, as in the paper; the public code has
+            one.
         scale: :math:`\alpha / r`.
     """
 
