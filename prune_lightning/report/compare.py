@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from prune_lightning.errors import UserError
@@ -149,51 +148,52 @@ def _left_out(groups: Sequence[Group], keys: Keys) -> str:
 def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
     """Draw retention, efficacy and, where all runs have it, drift against the number of edits; bands over seeds.
 
-    One column per method, five at most side by side.
+    One column per method, five at most side by side. The scores of a single method are drawn side by side.
     """
     methods = list(dict.fromkeys(group.method for group in groups))
     restraints = list(dict.fromkeys(group.restraint for group in groups))
-    labels = labels_of(groups)
-    rows = {"retention": keys.kept, labels.label(keys.written): keys.written}
+    rows = {"retention": keys.kept, labels_of(groups).label(keys.written): keys.written}
     if all(not math.isnan(group.at(_KL, group.counts[-1])) for group in groups):
         rows["drift (nats per token)"] = _KL
     columns = min(len(methods), _SIDE_BY_SIDE)
     bands = -(-len(methods) // columns)
     width, height = (4.2, 3.2) if bands == 1 else (2.8, 2.2)
-    drawing = Figure(figsize=(width * columns, height * len(rows) * bands), layout="constrained")
-    grid = np.atleast_2d(drawing.subplots(len(rows) * bands, columns, sharex=True, sharey="row", squeeze=False))
+    shape = (len(rows) * bands, columns) if len(methods) > 1 else (1, len(rows))
+    size = (width * shape[1], height * shape[0])
+    drawing = Figure(figsize=size, layout="constrained")
+    shared: Any = "row" if len(methods) > 1 else False
+    grid = drawing.subplots(*shape, sharex=True, sharey=shared, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for group in groups:
-        for row, key in enumerate(rows.values()):
-            band, column = divmod(methods.index(group.method), columns)
-            axes = grid[band * len(rows) + row, column]
-            axes.set_axis_on()
-            counts = group.counts[1 if key == keys.written else 0 :]
-            style = "--" if group.restraint == "none" else "-"
-            color = "black" if group.restraint == "none" else f"C{restraints.index(group.restraint)}"
-            counts = [count for count in counts if not math.isnan(group.at(key, count))]
-            curve = [group.at(key, count) for count in counts]
-            axes.plot(counts, curve, style, color=color, label=group.restraint, marker=".")
-            if len(group.runs) > 1 and counts:
-                low, high = zip(*(group.range(key, count) for count in counts), strict=True)
-                axes.fill_between(counts, low, high, color=color, alpha=0.15, lw=0)
-    for place, name in enumerate(list(rows) * bands):
-        grid[place, 0].set_ylabel(name if bands == 1 else name.split(" (")[0])
     for number, method in enumerate(methods):
         band, column = divmod(number, columns)
-        grid[band * len(rows), column].set_title(method)
-        grid[(band + 1) * len(rows) - 1, column].set_xlabel("edits")
-    for place, key in enumerate(list(rows.values()) * bands):
-        for axes in grid[place]:
+        column_of_axes = grid[band * len(rows) : (band + 1) * len(rows), column] if len(methods) > 1 else grid[0]
+        for axes, (name, key) in zip(column_of_axes, rows.items(), strict=True):
+            axes.set_axis_on()
             axes.grid(alpha=0.3)
-        if key == _KL:
-            grid[place, 0].set_ylim(bottom=0)
-        else:
-            grid[place, 0].set_ylim(-0.03, 1.05)
+            for group in groups:
+                if group.method == method:
+                    _draw_group(axes, group, key, keys, f"C{restraints.index(group.restraint)}")
+            axes.set_ylim(*((0, None) if key == _KL else (-0.03, 1.05)))
+            if column == 0:
+                axes.set_ylabel(name if bands == 1 else name.split(" (")[0])
+        column_of_axes[0].set_title(method)
+        for axes in column_of_axes if len(methods) == 1 else column_of_axes[-1:]:
+            axes.set_xlabel("edits")
     handles = {name: handle for axes in grid[0] for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     drawing.legend(handles.values(), handles, loc="outside lower center", ncols=len(restraints), frameon=False)
     return drawing
+
+
+def _draw_group(axes: Any, group: Group, key: str, keys: Keys, color: str) -> None:
+    counts = group.counts[1 if key == keys.written else 0 :]
+    counts = [count for count in counts if not math.isnan(group.at(key, count))]
+    alone = group.restraint == "none"
+    style, color = ("--", "black") if alone else ("-", color)
+    axes.plot(counts, [group.at(key, c) for c in counts], style, color=color, label=group.restraint, marker=".")
+    if len(group.runs) > 1 and counts:
+        low, high = zip(*(group.range(key, count) for count in counts), strict=True)
+        axes.fill_between(counts, low, high, color=color, alpha=0.15, lw=0)
 
 
 def plot_collapse(groups: Sequence[Group], keys: Keys) -> Figure:
