@@ -30,7 +30,7 @@ class Published(MEMOIR):
 
     def target_batch(self, request):
         batch = super().target_batch(request)
-        batch._share = 1 / (self.lengths[self.run.num_requests] - batch.positions)
+        batch._length = self.lengths[self.run.num_requests] - batch.positions
         return batch
 
 
