@@ -98,12 +98,13 @@ EDITS ?= 100
 FACTS := $(if $(COUNTERFACT),counterfact,known)
 STUDY := $(BIN)/python train.py -m experiment=smollm2 hydra.sweep.dir=runs/smollm2/$(FACTS) \
 	$(if $(COUNTERFACT),data=counterfact data.path=$(COUNTERFACT) data.keep=all)
-DRAWN := runs/smollm2/$(FACTS)/*-*-0 --out docs/smollm2/$(FACTS)
+DRAWN = runs/smollm2/$(FACTS)/$(1)-*-0 --out docs/smollm2/$(FACTS)/$(2)
 smollm2: .venv/.smollm2
 	$(STUDY) method=rome restraint=none,prune data.num_edits=20
-	$(BIN)/python -m prune_lightning.report.compare $(DRAWN)
+	$(BIN)/python -m prune_lightning.report.compare $(call DRAWN,rome,rome)
 	$(STUDY) method=rome,memit,alphaedit restraint=none,prune,rect data.num_edits=$(EDITS)
-	$(BIN)/python -m prune_lightning.report.compare $(DRAWN)
+	$(BIN)/python -m prune_lightning.report.compare $(call DRAWN,*)
+	$(BIN)/python -m prune_lightning.report.compare $(call DRAWN,rome,rome)
 
 # The studies of docs/studies: `make study NAME=prune`, rect, batch, butterfly or mirage. They are resumable.
 # MODEL=smollm2 takes another model; QAEDIT=FILE the paper's questions for mirage; SENTENCES=FILE its sentences for

@@ -58,6 +58,7 @@ def test_comparison_has_drift_where_all_runs_have_it(tmp_path):
     """In a figure of its own scale: a row of axes for retention, one for efficacy, one for drift."""
     scores = {compare.KEPT: [1.0, 0.9, 0.8], compare.WRITTEN: [0.0, 1.0, 0.9]}
     drifting = {**scores, "drift/kl": [0.0, 0.5, 4.0], "spectrum/condition_number": [20.0, 30.0, 65.0]}
+    drifting["stream/locality_agreement"] = [None, 0.9, 0.7]
     groups = compare.read_groups(
         [run(tmp_path, "rome", "none", 0, drifting), run(tmp_path, "rome", "prune", 0, drifting)]
     )
@@ -69,7 +70,7 @@ def test_comparison_has_drift_where_all_runs_have_it(tmp_path):
     assert drawing.axes[0].get_ylim() == (-0.03, 1.05)
     table = compare.markdown_table(groups, compare.Keys(compare.KEPT, compare.WRITTEN))
     assert "| method | restraint | retention, 20 edits |" in table, "no method lost half of its abilities"
-    assert "| rome | prune | 0.800 | 0.900 | – | – | – | 4.000 | 65.000 |" in table
+    assert "| rome | prune | 0.800 | 0.900 | – | – | – | 0.700 | 4.000 | 65.000 |" in table
     without = compare.read_groups([run(tmp_path, "memit", "none", 0, scores), tmp_path / "rome-none-0"])
     assert len(compare.plot_compare(without, compare.Keys(compare.KEPT, compare.WRITTEN)).axes) == 2 * 2
 

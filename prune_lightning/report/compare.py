@@ -103,6 +103,7 @@ _COLUMNS = {
 }
 _KL = "drift/kl"
 _FURTHER = {
+    "locality, agreement": "stream/locality_agreement",
     "drift, nats per token": _KL,
     "change seen by the text": "drift/change",
     "largest condition number": "spectrum/condition_number",
