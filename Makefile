@@ -73,7 +73,7 @@ forgetting: env
 # The table and the figure of docs/restraints.md: editors x restraints, on the bundled model or another (MODEL=smollm2).
 # MEMIT both with and without the keys of earlier edits; UltraEdit has nothing that feedback could go to.
 MODEL ?= bundled
-AROUND := $(BIN)/python train.py -m experiment=restraints model=$(MODEL)
+AROUND = $(BIN)/python train.py -m experiment=restraints model=$(MODEL) data.num_edits=$(EDITS)
 PLAIN := none,prune,rect,revive,sphere
 EACH := $(PLAIN),prune_feedback,rect_feedback,revive_feedback,sphere_feedback
 restraints: env
