@@ -71,6 +71,12 @@ def test_comparison_has_drift_where_all_runs_have_it(tmp_path):
     table = compare.markdown_table(groups, compare.Keys(compare.KEPT, compare.WRITTEN))
     assert "| method | restraint | retention, 20 edits |" in table, "no method lost half of its abilities"
     assert "| rome | prune | 0.800 | 0.900 | – | – | – | 0.700 | 4.000 | 65.000 |" in table
+    far = run(tmp_path, "memit", "none", 1, {**drifting, "drift/kl": [0.0, 5.0, 40.0]})
+    two = compare.plot_compare(
+        compare.read_groups([far, *tmp_path.glob("rome-*")]), compare.Keys(compare.KEPT, compare.WRITTEN)
+    )
+    assert two.axes[-1].get_ylim() == two.axes[-2].get_ylim(), "the methods share the scale"
+    assert two.axes[-1].get_ylim()[1] > 40, "which holds the largest drift"
     without = compare.read_groups([run(tmp_path, "memit", "none", 0, scores), tmp_path / "rome-none-0"])
     assert len(compare.plot_compare(without, compare.Keys(compare.KEPT, compare.WRITTEN)).axes) == 2 * 2
 

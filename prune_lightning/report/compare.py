@@ -166,6 +166,7 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
     grid = drawing.subplots(*shape, sharex=True, sharey=shared, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
+    drifts = []
     for number, method in enumerate(methods):
         band, column = divmod(number, columns)
         column_of_axes = grid[band * len(rows) : (band + 1) * len(rows), column] if len(methods) > 1 else grid[0]
@@ -175,12 +176,17 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
             for group in groups:
                 if group.method == method:
                     _draw_group(axes, group, key, keys, f"C{restraints.index(group.restraint)}")
-            axes.set_ylim(*((0, None) if key == _KL else (-0.03, 1.05)))
+            if key == _KL:
+                drifts.append(axes)
+            else:
+                axes.set_ylim(-0.03, 1.05)
             if column == 0:
                 axes.set_ylabel(name if bands == 1 else name.split(" (")[0])
         column_of_axes[0].set_title(method)
         for axes in column_of_axes if len(methods) == 1 else column_of_axes[-1:]:
             axes.set_xlabel("edits")
+    for axes in drifts:  # once all curves are drawn, since the axes of a row share their limits
+        axes.set_ylim(bottom=0)
     handles = {name: handle for axes in grid[0] for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     drawing.legend(handles.values(), handles, loc="outside lower center", ncols=len(restraints), frameon=False)
     return drawing
