@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prune_lightning import Editor
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.editor.facts import requests_of
+from prune_lightning.editor.models import device_of
 from prune_lightning.errors import UserError
 from prune_lightning.models.loading import load_language_model
 
@@ -248,3 +249,12 @@ def test_a_bad_fact_writes_nothing(editor):
 def test_model_needs_its_tokenizer():
     with pytest.raises(UserError, match="needs its tokenizer"):
         Editor(load_language_model(BUNDLED).model)
+
+
+@pytest.mark.parametrize(("there", "expected"), [(False, "cpu"), (True, "cuda")])
+def test_the_accelerator_is_taken_only_where_there_is_one(there, expected, monkeypatch):
+    """A build for CUDA names its accelerator also on a machine without a GPU."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    assert device_of(None) == torch.device(expected)
+    assert device_of("cpu") == torch.device("cpu")

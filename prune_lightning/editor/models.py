@@ -55,7 +55,9 @@ def device_of(wanted: str | torch.device | None) -> torch.device:
     """Return a device; the accelerator by default, if there is one."""
     if wanted is not None:
         return torch.device(wanted)
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    # A build of PyTorch for CUDA names its accelerator where there is none, too.
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def recipe_for(
