@@ -107,5 +107,18 @@ def test_readme_is_short_and_shows_a_command_early():
     assert any(line.startswith("make run") for line in lines[:25])
 
 
-def test_readme_shows_the_table_that_make_compare_wrote():
-    assert (ROOT / "docs" / "compare.md").read_text().strip() in (ROOT / "README.md").read_text()
+def _rows(table: str) -> dict[tuple[str, str], list[str]]:
+    """Cells of a Markdown table by method and restraint."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")
+    ]
+    return {(row[0], row[1]): row[2:] for row in rows if len(row) > 2}
+
+
+def test_readme_shows_figures_that_make_smollm2_wrote():
+    written = _rows((ROOT / "docs" / "smollm2" / "counterfact" / "compare.md").read_text())
+    shown = {key: cells for key, cells in _rows((ROOT / "README.md").read_text()).items() if key in written}
+    assert {("rome", "none"), ("rome", "prune")} <= shown.keys()
+    for key, cells in shown.items():
+        if key[0] != "method":
+            assert set(cells) <= set(written[key]), key
