@@ -27,6 +27,16 @@ from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.types import EditRequest
 
 ORACLES = SHARED / "oracles"
+
+
+class NowAndThen(FineTuning):
+    """Leaves every second edit's matrix as it is, as knowledge neurons does with a layer where it selects no neuron."""
+
+    def compute_update(self, requests):
+        updates, details = super().compute_update(requests)
+        return ({} if int(requests[0].case_id) % 2 else updates), details
+
+
 EDITORS = {
     "r_rome": partial(
         RROME,
@@ -36,6 +46,7 @@ EDITORS = {
         contexts=ContextOptions(fixed=reference.PREFIXES[1:]),
     ),
     "ft_m": partial(FineTuning, layers=[1], loss="target", steps=3, learning_rate=0.05),
+    "now and then": partial(NowAndThen, layers=[1], loss="target", steps=3, learning_rate=0.05),
 }
 
 
@@ -68,10 +79,12 @@ def dense(editor, relative):
     single, bracket, change, unit = simie(editor), 0, 0, None
     single.prepare()
     for batch in batches():
-        ((_, update),) = single.editor.compute_update(batch.requests)[0].items()
-        ((_, keys),) = single._read_keys(batch.requests).items()
+        updates = single.editor.compute_update(batch.requests)[0]
+        ((name, keys),) = single._read_keys(batch.requests).items()
         unit = float((keys * keys).sum() / keys.numel()) if unit is None else unit
-        bracket, change = bracket + keys @ keys.T, change + update.dense().double() @ keys @ keys.T
+        bracket = bracket + keys @ keys.T
+        if name in updates:
+            change = change + updates[name].dense().double() @ keys @ keys.T
     ridge = 0.3 * (unit if relative else 1.0)
     return change @ torch.linalg.inv(bracket + ridge * torch.eye(len(bracket), dtype=torch.float64))
 

@@ -91,12 +91,14 @@ class SimIE(EditingModule):
             self._keys = self._read_keys(requests)
             single, details = self.editor.compute_update(requests)
         updates = {}
-        for name, update in single.items():
+        for name, keys in self._keys.items():  # also of matrices that this edit alone would not have changed
+            matrix, update = self.edited_matrices()[name], single.get(name)
             assert not isinstance(update, MemoryUpdate)
-            keys, matrix = self._keys[name], self.edited_matrices()[name]
-            carried = matrix.delta().to(keys) @ keys + matrix.withheld_on(keys)
+            wanted = -(matrix.delta().to(keys) @ keys + matrix.withheld_on(keys))
+            if update is not None:
+                wanted += update.times(keys)
             solved = self._inverse(name, keys).solve(keys)
-            updates[name] = regression_update(update.times(keys) - carried, keys, solved, damping=1.0)
+            updates[name] = regression_update(wanted, keys, solved, damping=1.0)
         return updates, details
 
     @torch.no_grad()
