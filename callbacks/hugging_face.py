@@ -30,7 +30,7 @@ _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by `accel
 class RestraintCallback(TrainerCallback):
     """Runs a restraint in a ``transformers.Trainer`` after each optimizer step and saves its state in the checkpoints.
 
-    Its figures, ``restraint/*``, are in ``trainer.state.log_history`` and in what every reporter is given.
+    Its metrics, ``restraint/*``, are in ``trainer.state.log_history`` and in what every reporter is given.
 
     Args:
         restraint: The restraint, e.g. ``PRUNE(base=1.2)``.

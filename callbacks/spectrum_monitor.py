@@ -32,7 +32,7 @@ from .restraint import Restraint
 
 
 class SpectrumMonitor(LightningCallback):
-    r"""Log figures of each matrix's singular values, and plot them.
+    r"""Log each matrix's singular values, and plot them.
 
     Under ``spectrum/NAME/``: ``sigma_max``, ``sigma_min`` and ``condition_number`` of the live weight, and
     ``condition_number_clipped``, the same with the smallest one at least 1e-6 of the largest; ``norm_ratio``, its
@@ -51,7 +51,7 @@ class SpectrumMonitor(LightningCallback):
         UserError: ``every_n`` is less than 1.
 
     Attributes:
-        curve: The figures of each reading, with its ``step``: the number of edits or of optimizer steps.
+        curve: The values of each reading, with its ``step``: the number of edits or of optimizer steps.
     """
 
     def __init__(self, every_n: Count = 10, parameters: str | Sequence[str] | None = None, draw: bool = True) -> None:

@@ -42,16 +42,18 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command(epilog="prune-lightning edit bundled facts.jsonl --to out")
 def edit(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, GGUF, preset, or RUN.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub name, folder, GGUF, preset; or a RUN to continue.")
+    ],
     facts: Annotated[Path | None, typer.Argument(metavar="FACTS", help="A JSONL, JSON or CSV file.")] = None,
     to: Annotated[Path | None, typer.Option(help="Folder for the edits. A RUN is continued in place.")] = None,
-    subject: Annotated[str | None, typer.Option(help="One fact: its subject,")] = None,
-    prompt: Annotated[str | None, typer.Option(help="its prompt, which holds the subject,")] = None,
-    target: Annotated[str | None, typer.Option(help="and its new answer.")] = None,
+    subject: Annotated[str | None, typer.Option(help="Subject of a single fact.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt of that fact; contains the subject.")] = None,
+    target: Annotated[str | None, typer.Option(help="New answer of that fact.")] = None,
     method: Method = "memit",
     restraint: Restraint = "prune",
     batch_size: Annotated[int, typer.Option(help="Facts that are written together.")] = 1,
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Prompts are a user's turns.")] = False,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Prompts are user turns.")] = False,
     settings: Settings = None,
     device: Device = None,
 ) -> None:
@@ -166,7 +168,7 @@ def _facts(file: Path | None, one: dict[str, str | None]) -> Any:
 
 
 def main() -> None:
-    """Run a verb, or the settings; exit with 2 and one line on an error that the user can mend."""
+    """Run a verb, or the settings; exit with 2 and one line on an error that the user can fix."""
     first = next(iter(sys.argv[1:]), "")
     if "=" in first or first in ("-m", "--multirun", "--cfg", "--hydra-help", "-sc", "--shell-completion"):
         jobs.run_train(sys.argv[1:])

@@ -8,7 +8,7 @@ from typing import Any
 from prune_lightning.evaluation.measurement import Headline, Measurement
 from prune_lightning.evaluation.stream import StreamScores
 
-_RETENTION = Headline("retention", "The model is as able as before the first edit.")
+_RETENTION = Headline("retention", "Share of the unedited model's abilities that is left.")
 
 
 def shown(part: StreamScores | Measurement) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def locating_cost(
     contexts: ContextOptions,
     one_by_one: bool,
 ) -> Cost:
-    r"""Return the costs of a locate-and-edit method.
+    r"""Return the costs of a locate-then-edit method.
 
     - memory: second moments :math:`n^2` and their Cholesky factors :math:`n^2`, fp64 if nothing else is said, on the
       device or in the CPU's memory

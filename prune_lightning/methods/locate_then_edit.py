@@ -27,7 +27,7 @@ from prune_lightning.types import EditRequest
 
 
 class LocateThenEdit(EditingModule):
-    """Base of the locate-and-edit methods.
+    """Base of the locate-then-edit methods.
 
     Args:
         language_model: The model to edit.

@@ -1,4 +1,4 @@
-r"""The value optimiser of locate-and-edit methods: find the :math:`v^*` that makes the model generate the target."""
+r"""The value optimiser of locate-then-edit methods: find the :math:`v^*` that makes the model generate the target."""
 
 from __future__ import annotations
 

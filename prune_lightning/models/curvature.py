@@ -100,7 +100,7 @@ class BatchCurvature:
 class CorpusCurvature:
     r"""The curvature of a language model's loss over the corpus of its second moments, for editing methods.
 
-    :math:`A` is the second moment that the locate-and-edit methods use, from the same cache. :math:`S` takes one
+    :math:`A` is the second moment that the locate-then-edit methods use, from the same cache. :math:`S` takes one
     backward pass over the first texts, with the true next tokens as labels and the loss summed over tokens; it is
     stored in the same cache.
 

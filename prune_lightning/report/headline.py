@@ -149,7 +149,7 @@ def sentence(summary: Mapping[str, Any]) -> str:
         >>> labels = {"edit/x": {"title": "x", "scores": {"hits": "hits"}, "headlines": headlines}}
         >>> about = {"method": "rome", "restraint": "prune", "num_requests": 100, "labels": labels, "final": final}
         >>> sentence({**about, "control": {"final": {"edit/x/hits": 0.83}}}).replace(chr(160), " ")
-        'ROME with PRUNE, 100 edits: 86 % hold, without 83 %.'
+        'ROME with PRUNE, 100 edits: 86 % hold (83 % without PRUNE).'
     """
     method, restraint = names(summary)
     count = int(summary.get("num_requests", 0))
@@ -159,9 +159,9 @@ def sentence(summary: Mapping[str, Any]) -> str:
     who = f"{method} with {restraint}" if restraint else f"{method} without a restraint"
     by_name = {tile.quantity: tile for tile in tiles(summary)}
     parts = []
-    for quantity, words in (("efficacy", "{} hold"), ("retention", "abilities kept {}")):
+    for quantity, words in (("efficacy", "{} hold"), ("retention", "{} of the abilities kept")):
         tile = by_name[quantity]
         if tile.key:
-            without = f", without {percent(tile.control)}" if tile.control is not None else ""
+            without = f" ({percent(tile.control)} without {restraint})" if tile.control is not None else ""
             parts.append(words.format(percent(tile.value)) + without)
     return f"{who}, {edits}: {'; '.join(parts)}." if parts else f"{who}, {edits}."

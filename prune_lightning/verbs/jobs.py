@@ -13,7 +13,7 @@ from prune_lightning.verbs.options import Method, Restraint, Settings
 
 def check(
     facts: Annotated[Path, typer.Argument(metavar="FACTS", help="The file of facts.")],
-    model: Annotated[str, typer.Option(help="The model, whose tokenizer and context count.")] = "bundled",
+    model: Annotated[str, typer.Option(help="The model whose tokenizer and context length are used.")] = "bundled",
     settings: Settings = None,
 ) -> None:
     """List what is wrong with a file of facts."""
@@ -37,8 +37,8 @@ def tune(
     to: Annotated[Path | None, typer.Option(help="Folder for the result; a new one in runs/ by default.")] = None,
     method: Method = "memit",
     restraint: Restraint = "prune",
-    edits: Annotated[int | None, typer.Option(help="Most pilot edits of all trials; 800 by default.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Longest search; 60 by default.")] = None,
+    edits: Annotated[int | None, typer.Option(help="Maximum of pilot edits over all trials; 800 by default.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time limit in minutes; 60 by default.")] = None,
     settings: Settings = None,
 ) -> None:
     """Find hyper-parameters for a model on pilot edits."""
@@ -63,7 +63,7 @@ def runs(
 
 
 def settings(context: typer.Context) -> None:
-    """Run train.py; see `settings --help`."""
+    """Run train.py with KEY=VALUE settings."""
     run_train(context.args)
 
 

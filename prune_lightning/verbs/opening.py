@@ -45,7 +45,7 @@ def opened(
     """
     if is_run(model):
         if to is not None:
-            raise UserError(f"{model} holds edits and is continued in place: leave --to out")
+            raise UserError(f"{model} holds edits and is continued in place: omit --to")
         with existing(model, device) as editor:
             yield editor
         return

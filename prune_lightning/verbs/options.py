@@ -15,7 +15,7 @@ Restraint = Annotated[str, typer.Option(help="Restraint after each edit: prune, 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, e.g. method.layers=[5]; repeatable.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; an accelerator if there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: an accelerator, if any.")]
 Tokens = Annotated[int, typer.Option("--tokens", help="Longest answer, in tokens.")]
 
 

@@ -25,7 +25,7 @@ def play(
     to: Annotated[Path | None, typer.Option(help="Folder that keeps the edits; by default nothing is kept.")] = None,
     method: Method = "rome",
     restraint: Restraint = "prune",
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Prompts are a user's turns.")] = False,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Prompts are user turns.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port; the first free one from 7860 by default.")] = None,
     browser: Annotated[bool, typer.Option("--open", help="Open the browser.")] = False,
