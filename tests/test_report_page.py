@@ -79,10 +79,8 @@ def page_of(path, found=None, config="config: 1", remarks=()):
 
 def test_one_sentence_says_what_a_run_comes_to():
     plain = sentence(summary(100)).replace("\xa0", " ")
-    assert (
-        plain
-        == "ROME with PRUNE, 100 edits: 86 % hold (83 % without PRUNE); 70 % of the abilities kept (20 % without PRUNE)."
-    )
+    kept = "70 % of the abilities kept (20 % without PRUNE)"
+    assert plain == f"ROME with PRUNE, 100 edits: 86 % hold (83 % without PRUNE); {kept}."
     alone = summary(1, control=False, restraint="none", titles={"method": "AlphaEdit"})
     assert sentence(alone).startswith("AlphaEdit without a restraint, 1 edit: 86")
     assert sentence({**alone, "final": {}, "protocol": "single"}).endswith("1 edit, each from the unedited model.")
