@@ -76,18 +76,18 @@ class RunLog(LightningCallback):
         count = scores["num_requests"]
         if isinstance(module, EditingModule) and count == module.num_requests and count > self._reported:
             self._reported = count
-            line = _steps(self.clock.named("edit"), "edits", self.clock.named("evaluate").time_left or 0.0)
+            line = _steps(self.clock.named("edit"), self.clock.named("evaluate").time_left or 0.0)
             self._say(f"{line}: {_figures(scores)}")
 
 
-def _steps(phase: Phase, unit: str = "steps", more: float = 0.0) -> str:
+def _steps(phase: Phase, more: float = 0.0) -> str:
     """Return the progress of a phase, such as `edit 40/100, 3.1 edits/s, 19 s left`.
 
     Args:
         phase: The phase.
-        unit: Name of its steps, in the plural.
         more: Seconds to add to the time left.
     """
+    unit = "edits" if phase.name == "edit" else "steps"
     words = [f"{phase.name} {phase.done:.0f}/{phase.total:.0f}" if phase.total else f"{phase.name} {phase.done:.0f}"]
     if phase.pace:
         slow = f"{phase.pace:.1f} s per {unit.removesuffix('s')}"

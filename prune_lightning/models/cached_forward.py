@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.hooks import capture, capture_keywords, only_at, pass_through, replace_output
+from prune_lightning.models.key_value_cache import with_cache
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.lean_blocks import LeanBlock, LeanBlocks, Places, is_lean
 from prune_lightning.models.packing import PAYS, pack, plain
@@ -68,7 +69,7 @@ class CachedForward:
         read, at = packed.find(rows, positions)
         with capture(outputs=modules, stop=False, rows=len(packed.inputs["input_ids"])) as seen:
             self.base_logits = model.logits_at(
-                **packed.inputs, rows=read, positions=at, past_key_values=cache, use_cache=True
+                **packed.inputs, rows=read, positions=at, **with_cache(model.model, cache)
             )
         self._read: tuple[Tensor, Tensor, list[tuple[nn.Module, Tensor]]] | None = None
         self._lean: tuple[Tensor, Tensor, LeanBlocks | None] | None = None
@@ -158,14 +159,14 @@ class CachedForward:
             stack.enter_context(replace_output(self.model.block(self.layer), self._output(hidden)))
             for mlp, places in self._places(rows, offsets) if self._compact else ():
                 stack.enter_context(only_at(mlp, places))
-            return self.model.logits_at(*self._inputs, rows, offsets, past_key_values=self._cache(), **self._options)
+            return self.model.logits_at(*self._inputs, rows, offsets, **self._cached(), **self._options)
 
     def _beyond(self, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run what follows the last block."""
         *below, last = (self.model.block(index) for index in range(self.model.num_layers))
         with pass_through(below, self._in_tuple), replace_output(last, self._output(hidden)):
             ids, later = self._inputs[0], self._mask[:, self._before :]
-            return self.model.logits_at(ids, later, rows, offsets, **{**self._options, "use_cache": False})
+            return self.model.logits_at(ids, later, rows, offsets, **self._options)
 
     def _output(self, hidden: Tensor) -> Any:
         return (hidden,) if self._in_tuple else hidden
@@ -176,7 +177,10 @@ class CachedForward:
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"use_cache": True} | ({"position_ids": self._positions} if self.model.takes_positions else {})
+        return {"position_ids": self._positions} if self.model.takes_positions else {}
+
+    def _cached(self) -> dict[str, Any]:
+        return with_cache(self.model.model, self._cache())
 
     def _lean_blocks(self, rows: Tensor, offsets: Tensor) -> LeanBlocks | None:
         """Return the upper blocks in lean form, or ``None`` if they have none; found once while the places are same."""
@@ -193,7 +197,7 @@ class CachedForward:
         # The model computes masks and rotations itself, and passes them to its blocks.
         everything = [self.model.block(index) for index in range(self.model.num_layers)]
         with pass_through(everything, self._in_tuple), capture_keywords(above) as seen:
-            self.model.logits_at(*self._inputs, rows[:1], offsets[:1], past_key_values=self._cache(), **self._options)
+            self.model.logits_at(*self._inputs, rows[:1], offsets[:1], **self._cached(), **self._options)
         if not all({"attention_mask", "position_embeddings"} <= set(kwargs) for kwargs in seen):
             return None
         places = Places.of(self._mask[:, self._before :], rows, offsets)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from prune_lightning.models.fast_path import agrees
+from prune_lightning.models.key_value_cache import with_cache
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.packing import pack
 
@@ -52,7 +53,7 @@ class Prefilled:
         row = torch.arange(len(ids), device=ids.device)
         rows, positions = packed.find(row, mask.sum(1) - 1)
         logits = self.model.logits_at(
-            **packed.inputs, rows=rows, positions=positions, past_key_values=cache, use_cache=True
+            **packed.inputs, rows=rows, positions=positions, **with_cache(self.model.model, cache)
         )
         where = packed.find(row[:, None], earlier)
         levels: Any = cache.layers
@@ -69,8 +70,7 @@ class Prefilled:
             self._mask,
             rows,
             torch.zeros_like(rows),
-            past_key_values=self._cache,
-            use_cache=True,
+            **with_cache(self.model.model, self._cache),
             **position,
         )
         self._position = self._position + 1

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prune_lightning.models.key_value_cache import cache_of
+
 Row = tuple[Sequence[int], int]
 """Token ids, and how many of them are the prompt."""
 
@@ -103,7 +105,7 @@ class PromptReader:
             if mask.ndim != 2:
                 raise ValueError("a model with a memory reads rows with a mask of padding, and each row by itself")
             real = mask[:, -tokens.shape[1] :].bool()
-        past = kwargs.get("past_key_values")
+        past = cache_of(kwargs)
         if past is not None and past.get_seq_length() > 0:
             self.reading = Reading(real, None)
             return
