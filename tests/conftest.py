@@ -17,6 +17,11 @@ from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.types import EditRequest, EditStep, MatrixUpdate
 
+# With less than AVX-512 for its own kernels, PyTorch still has oneDNN pack bf16 for AMX where the processor has that,
+# and its attention then fails on 64 tokens and more. The jobs that tests start inherit the setting.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+
 BUNDLED = "pkg://prune_lightning.bundled/model"
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -90,7 +90,9 @@ def test_rome_writes_its_value(family, tmp_path):
     ids = torch.tensor([pair.ids])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=model.model.dtype)
     with torch.no_grad():
-        assert torch.equal(loaded(input_ids=ids).logits, model.model(input_ids=ids).logits), report
+        ours, theirs = loaded(input_ids=ids).logits, model.model(input_ids=ids).logits
+    # The same weights at other places in memory, where sums round otherwise; most families have norms in fp32.
+    assert float((ours - theirs).norm()) < 100 * torch.finfo(torch.float32).eps * float(theirs.norm()), report
     assert load_language_model(str(tmp_path / "full"), "float64").family == model.family
 
 

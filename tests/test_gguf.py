@@ -39,8 +39,13 @@ def test_a_file_gives_the_model_that_was_written(family, tmp_path):
     model, path = tiny(tmp_path, family)
     loaded = load_language_model(str(path))
     ids = torch.tensor([model.tokens.encode(SENTENCE)])
+    written = dict(model.model.named_parameters())
+    for name, weight in loaded.model.named_parameters():
+        assert torch.equal(weight, written[name]), name
     with torch.no_grad():
-        assert torch.equal(loaded.model(ids).logits, model.model(ids).logits)
+        ours, theirs = loaded.model(ids).logits, model.model(ids).logits
+    # The same weights at other places in memory: sums over 32 to 128 numbers through three blocks round otherwise.
+    assert float((ours - theirs).norm()) < 100 * torch.finfo(torch.float32).eps * float(theirs.norm())
     assert loaded.tokens.encode(SENTENCE) == ids[0].tolist()
     assert loaded.family.rewrite == model.family.rewrite
     assert "quantization_config" not in loaded.model.config.to_dict()

@@ -328,7 +328,9 @@ def test_an_editor_is_saved_and_opened_exactly(method, tmp_path):
         with editor.base() as base:
             assert not any(module._forward_hooks for module in base.modules())
     source = load_run(tmp_path / "saved")
-    assert torch.equal(next_logits(source.language_model, [fact["prompt"] for fact in facts]), said[:2])
+    again = next_logits(source.language_model, [fact["prompt"] for fact in facts])
+    # The same weights at other places in memory, where sums round otherwise.
+    assert float((again - said[:2]).norm()) < 100 * torch.finfo(torch.float32).eps * float(said[:2].norm())
     with Editor.open(tmp_path / "saved", progress=False) as opened:
         assert equal(opened._session.module.side.state_dict(), held)
         again = next_logits(opened._session.language_model, [*(fact["prompt"] for fact in facts), *OTHERS])
