@@ -38,7 +38,7 @@ class CounterFactScores(EditingMeasurement):
     }
     headlines: ClassVar[Mapping[str, Headline]] = {
         "efficacy": Headline("efficacy_score", "The new answer is likelier than the old one."),
-        "generalization": Headline("generalization_score", "It is so after paraphrases of the prompt, too."),
+        "generalization": Headline("generalization_score", "The same, after paraphrases of the prompt."),
         "locality": Headline("locality_score", "Unrelated prompts prefer their own answer to the new one."),
     }
     short: ClassVar[Sequence[str]] = ("efficacy_accuracy", "harmonic_score")

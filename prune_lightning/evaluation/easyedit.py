@@ -47,7 +47,7 @@ class EasyEditScores(SampledMeasurement):
     }
     headlines: ClassVar[Mapping[str, Headline]] = {
         "efficacy": Headline("rewrite_acc", "Each token of the new answer is the model's first choice."),
-        "generalization": Headline("rephrase_acc", "It is so after paraphrases of the prompt, too."),
+        "generalization": Headline("rephrase_acc", "The same, after paraphrases of the prompt."),
         "locality": Headline("locality_acc", "The first choices after unrelated prompts are the unedited model's."),
     }
     short: ClassVar[Sequence[str]] = ("portability_acc",)

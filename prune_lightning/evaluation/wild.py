@@ -101,7 +101,7 @@ class WildGeneration(SampledMeasurement):
     }
     headlines: ClassVar[Mapping[str, Headline]] = {
         "efficacy": Headline("bare_efficacy_exact_match", "The generated answer is the new one."),
-        "generalization": Headline("bare_generalization_exact_match", "It is so after paraphrases, too."),
+        "generalization": Headline("bare_generalization_exact_match", "The same, after paraphrases."),
         "locality": Headline("bare_locality", "The answers to unrelated prompts have not changed."),
     }
     short: ClassVar[Sequence[str]] = ("bare_efficacy_judge", "bare_portability_exact_match")

@@ -31,7 +31,7 @@ class ZsREScores(EditingMeasurement):
     }
     headlines: ClassVar[Mapping[str, Headline]] = {
         "efficacy": Headline("efficacy", "Each token of the new answer is the model's first choice."),
-        "generalization": Headline("generalization", "It is so after paraphrases of the prompt, too."),
+        "generalization": Headline("generalization", "The same, after paraphrases of the prompt."),
         "locality": Headline("specificity", "Each token of the answers to unrelated questions is the first choice."),
     }
     short: ClassVar[Sequence[str]] = ("harmonic",)
