@@ -36,11 +36,12 @@ from test_devices import reachable
 from test_restraint import edits
 from test_train import train
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from prune_lightning import metrics
 from prune_lightning.bundled.corpus import BundledCorpus
-from prune_lightning.callbacks import PRUNE, EditLedger
+from prune_lightning.callbacks import PRUNE, RECT, EditLedger
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.export.delta import apply_delta
 from prune_lightning.export.exporting import export
@@ -56,6 +57,7 @@ from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoment, SecondMoments
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.setup import fit
+from prune_lightning.types import LowRankUpdate
 
 # A fast path that does not fit the device would hide behind its warning.
 pytestmark = pytest.mark.filterwarnings("error:the fast path")
@@ -186,6 +188,71 @@ def test_a_value_step_waits_for_the_device_once(method):
     ours = {line: count for line, count in more.items() if line.startswith("value")}
     assert sum(ours.values()) == 5
     assert sum(more.values()) <= 15, more
+
+
+# Per step and matrix: the norm of the update, then what the restraint asks for. PRUNE needs one number where nothing
+# exceeds the reference, and elsewhere as many as its decomposition and its law return.
+WAITS = {
+    "prune below": (lambda: PRUNE(1.2), 1e-3, 2),
+    "prune above": (lambda: PRUNE(1.2), 1.0, 6),
+    "rect": (lambda: RECT(0.4), 1.0, 2),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_restrained_step_waits_for_the_device_as_often_as_documented(name):
+    make, scale, expected = WAITS[name]
+
+    def waits(steps):
+        with Place("apart").active() as device:
+            model = rounded("llama", torch.float32, torch.float32, APART.values[0].device)
+            module, restraint = test_ledger.CaseEdits(model, [1]), make()
+            compute = module.compute_update
+
+            def scaled(requests):
+                ((name, update),), details = compute(requests)[0].items(), [{} for _ in requests]
+                return {name: LowRankUpdate(scale * update.left, update.right)}, details
+
+            module.compute_update = scaled
+            restraint.attach(module)
+            before = len(device.waits)
+            for step, batch in enumerate(edits(steps), start=1):
+                module.edit(batch.requests)
+                restraint.after_step(step)
+                assert restraint.metrics
+                module.run.settle()
+            return Counter(device.waits[before:])
+
+    assert (waits(9) - waits(4)).total() == 5 * expected
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_is_added_in_few_launches_and_with_the_bits_of_the_cpu():
+    """A matrix of Llama-3-8B takes two operations for each pair of columns, and not for each block of rows."""
+    left, right, matrix = (torch.empty(*size, device="meta") for size in ((4096, 32), (14336, 32), (4096, 14336)))
+    with Launches() as launches:
+        LowRankUpdate(left, right).add_to(matrix)
+    views = 3 * 32  # of a column of each factor, and its broadcast
+    assert launches.count <= 2 * 32 + views + 16
+    generator = torch.Generator().manual_seed(0)
+    left, right, matrix = (torch.randn(*size, generator=generator) for size in ((700, 5), (900, 5), (700, 900)))
+    with Place("apart").active():
+        there = matrix.to(APART.values[0].device)
+        LowRankUpdate(left, right).to(there.device).add_to(there)
+        found = there.cpu()
+    LowRankUpdate(left, right).add_to(matrix)  # in three blocks, 2^18 entries each
+    assert torch.equal(found, matrix)
 
 
 @pytest.mark.parametrize(("place", "dtype"), cases(apart="bf16"))
