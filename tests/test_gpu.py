@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -26,7 +27,7 @@ import test_guards
 import test_ledger
 import test_restraint_conformance as rules
 import torch
-from conftest import build_tiny, write
+from conftest import ROOT, build_tiny, write
 from hydra.utils import instantiate
 from places import APART, GPU, Place
 from safetensors.torch import load_file
@@ -605,3 +606,13 @@ def test_a_run_on_the_gpu_goes_on_where_there_is_none(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(Ledger.open(run / "ledger").lines) == 16
     assert_rebuilt_without_a_gpu(run, tmp_path / "rebuilt")
+
+
+# -- the script that measures on a GPU --------------------------------------------------------------------------------
+def test_the_default_parts_of_the_script_fit_a_command_of_ten_minutes():
+    script = (ROOT / "benchmarks" / "on_gpu.sh").read_text()
+    limits = {name: int(seconds) for name, seconds in re.findall(r'part "?\w+.* "\$\{SECONDS_(\w+):-(\d+)\}', script)}
+    limits["d"] *= len(re.search(r"METHODS_d:-([\w ]+)", script)[1].split())
+    assert re.search(r"PARTS:-([\w ]+)", script)[1] == "a b c d f"
+    (whole,) = re.findall(r"SECONDS_all:-(\d+)", script)
+    assert sum(limits[name] for name in ("a", "b", "smollm2", "restraint", "editing", "d", "f")) <= int(whole) <= 520
