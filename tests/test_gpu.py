@@ -25,14 +25,16 @@ import stream_entries
 import test_export
 import test_guards
 import test_ledger
+import test_memory_editors as memories
 import test_restraint_conformance as rules
 import torch
 from conftest import ROOT, build_tiny, write
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from places import APART, GPU, Place
 from safetensors.torch import load_file
 from test_configs import compose
-from test_conformance import METHODS, REQUESTS, build
+from test_conformance import MEMORIES, METHODS, REQUESTS, build
 from test_devices import reachable
 from test_restraint import edits
 from test_train import train
@@ -44,6 +46,9 @@ from prune_lightning import metrics
 from prune_lightning.bundled.corpus import BundledCorpus
 from prune_lightning.callbacks import PRUNE, RECT, EditLedger
 from prune_lightning.data.bundled import BundledWorld
+from prune_lightning.evaluation.decoding import decode
+from prune_lightning.evaluation.measurement import Stream
+from prune_lightning.evaluation.scoring import score_pairs, token_nll
 from prune_lightning.export.delta import apply_delta
 from prune_lightning.export.exporting import export
 from prune_lightning.ledger import Ledger, rebuild, without
@@ -315,6 +320,72 @@ def within_rounding(weight: Tensor, expected: Tensor, moved: float, dtype: torch
     info, single = torch.finfo(dtype), torch.finfo(torch.float32).eps
     once = expected.abs() * info.eps / 2 * (1 + 1e-6) + info.smallest_normal * info.eps
     return bool(((weight - expected).abs() <= once + 16 * single * (expected.abs() + moved / len(weight))).all())
+
+
+# -- memories beside the weights, and scores ---------------------------------------------------------------------------
+def asked(method: str, model: LanguageModel) -> tuple[Tensor, Tensor, list]:
+    """Edit, and return the target's likelihoods after the prompts, those of other texts, and free answers."""
+    module = memories.edited(method, model, memories.REQUESTS[:3])
+    after = score_pairs(model, [request.pair() for request in memories.REQUESTS]).nll
+    aside = token_nll(model, memories.OTHERS)[0]
+    prompts = model.tokens.encode_all([request.prompt for request in memories.REQUESTS[:3]])
+    answers = [found.ids for found in decode(model, prompts, [4] * len(prompts))]
+    module.run.take_events()  # as the ledger does, whose updates may lie anywhere
+    at = {tensor.device.type for _, tensor in reachable(module.side)}
+    assert at <= {model.device.type}
+    return after.double().cpu(), aside.double().cpu(), answers
+
+
+@pytest.mark.parametrize(("place", "dtype"), cases())
+@pytest.mark.parametrize("method", MEMORIES)
+def test_a_memory_answers_as_it_does_on_the_cpu(method, place, dtype):
+    """In the same precision: an edit trains it, and what it answers by is chosen by distances."""
+    expected, beside, said = asked(method, rounded("llama", dtype, dtype, torch.device("cpu")))
+    with place.active():
+        found, aside, told = asked(method, rounded("llama", dtype, dtype, place.device))
+    close = {"rtol": 4 * tolerance(dtype), "atol": 4 * tolerance(dtype)}
+    if place.name == "apart":  # which computes on the CPU
+        close = {"rtol": 1e-5, "atol": 1e-5}
+        assert told == said
+    torch.testing.assert_close(found, expected, **close)
+    torch.testing.assert_close(aside, beside, **close)
+
+
+SCORED = (
+    "evaluation=everyday", "evaluation.everyday.max_items=1", "evaluation.miniature.max_items=2",
+    "evaluation.miniature.enabled=true", "evaluation.drift.max_tokens=64", "evaluation.wild.enabled=true",
+    "evaluation.wild.max_new_tokens=4", "evaluation.zsre.enabled=true", "evaluation.easyedit.enabled=true",
+    "evaluation.generation.enabled=true", "evaluation.generation.max_tokens=4", "evaluation.perplexity.enabled=true",
+    "evaluation.perplexity.max_items=2",
+    *(f"evaluation.{name}.enabled=false" for name in ("legacy", "lm_eval", "me_ppl")),  # which need files
+)  # fmt: skip
+
+
+def scores_of(model: LanguageModel) -> dict[str, float]:
+    """Return what all measurements say of a model after one edit."""
+    stream = BundledWorld(num_edits=2)
+    stream.setup()
+    cases_of = dict(enumerate(stream.requests))
+    config = compose(*SCORED).evaluation
+    entries = [entry for entry in config.values() if isinstance(entry, DictConfig) and entry.get("enabled")]
+    measured = [instantiate(entry, _convert_="all") for entry in entries]
+    module = test_ledger.CaseEdits(model, [1])
+    with model.frozen_mode():
+        for each in measured:
+            each.prepare(Stream(stream.requests, module.edited_matrices()))
+            each.take_reference(model, cases_of)
+        module.edit(stream.requests[:1])
+        return {f"{each.name}/{n}": v for each in measured for n, v in each.measure(model, cases_of).scores.items()}
+
+
+@pytest.mark.parametrize("place", [APART, GPU])
+def test_every_score_on_the_device(place):
+    pytest.importorskip("nltk")
+    expected = scores_of(rounded("llama", torch.float32, torch.float32, torch.device("cpu")))
+    with place.active():
+        found = scores_of(rounded("llama", torch.float32, torch.float32, place.device))
+    assert {name.rpartition("/")[0] for name in found} >= {"edit/wild", "ability/everyday", "drift"}
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3, nan_ok=True)
 
 
 # -- restraints -------------------------------------------------------------------------------------------------------

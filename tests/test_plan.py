@@ -189,9 +189,28 @@ def test_plan_of_a_large_model_says_what_does_not_fit(tmp_path, capsys):
     assert found["memory_bytes"]["second moments"] == 5 * 2 * 14336**2 * 8
     assert found["disk_bytes"]["statistics, kept"] == 5 * 14336**2 * 4
     assert found["machine"]["flops"] == 3e14
-    assert found["does_not_fit"]
+    assert len(found["does_not_fit"]) == 1
     assert "memory: " in shown.replace("\n", " ")
     assert "4 characters a token" in shown
+
+
+def test_what_is_kept_on_the_cpu_is_compared_with_its_memory(tmp_path, capsys):
+    LlamaConfig(
+        hidden_size=64, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, vocab_size=99
+    ).save_pretrained(tmp_path / "model")
+    arguments = ["experiment=plan", "machine=h100", "model=llama-3-8b", f"model.path={tmp_path / 'model'}"]
+    arguments += ["method=memit", "method.layers=[1,2]", "model.second_moments.on_cpu=true", "data.num_edits=3"]
+    needed = 2 * 2 * 512**2 * 8  # moments and their factors
+    for name, given, line in (
+        ("unknown", "null", "plan.cpu_memory_gb"),
+        ("enough", 1.01 * needed / 1e9, "Everything fits."),
+        ("short", 0.99 * needed / 1e9, "memory of the CPU: 8.4 MB are needed, 8.3 MB are free"),
+    ):
+        assert command_line(tmp_path / name, *arguments, f"plan.cpu_memory_gb={given}") == 0
+        plan = json.loads((tmp_path / name / "plan.json").read_text())
+        assert sum(plan["cpu_memory_bytes"].values()) == needed
+        assert bool(plan["does_not_fit"]) == (name == "short")
+        assert line in capsys.readouterr().out.replace("\n", " ")
 
 
 # The peak of a process includes what the one that started it held then, and the tests may hold more than a run.
@@ -213,6 +232,8 @@ def peak_of(*arguments):
 MIDDLE = {
     "memit": ((384, 2304, 6), ["method.layers=[1,2,3]"]),
     "memit with past keys": ((512, 1792, 10), ["method.layers=[2,3]", "method.accumulate_past_keys=true"]),
+    "memit in fp32": ((384, 2304, 6), ["method.layers=[1,2,3]", "model.second_moments.dtype=float32"]),
+    "alphaedit": ((512, 1792, 10), ["method.layers=[2,3]", "method=alphaedit"]),
 }
 
 
