@@ -200,17 +200,16 @@ def test_what_is_kept_on_the_cpu_is_compared_with_its_memory(tmp_path, capsys):
     ).save_pretrained(tmp_path / "model")
     arguments = ["experiment=plan", "machine=h100", "model=llama-3-8b", f"model.path={tmp_path / 'model'}"]
     arguments += ["method=memit", "method.layers=[1,2]", "model.second_moments.on_cpu=true", "data.num_edits=3"]
-    needed = 2 * 2 * 512**2 * 8  # moments and their factors
-    for name, given, line in (
-        ("unknown", "null", "plan.cpu_memory_gb"),
-        ("enough", 1.01 * needed / 1e9, "Everything fits."),
-        ("short", 0.99 * needed / 1e9, "memory of the CPU: 8.4 MB are needed, 8.3 MB are free"),
-    ):
-        assert command_line(tmp_path / name, *arguments, f"plan.cpu_memory_gb={given}") == 0
-        plan = json.loads((tmp_path / name / "plan.json").read_text())
-        assert sum(plan["cpu_memory_bytes"].values()) == needed
-        assert bool(plan["does_not_fit"]) == (name == "short")
-        assert line in capsys.readouterr().out.replace("\n", " ")
+    assert command_line(tmp_path / "unknown", *arguments) == 0
+    assert "plan.cpu_memory_gb" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "unknown" / "plan.json").read_text())
+    assert plan["does_not_fit"] == []
+    assert plan["cpu_memory_bytes"]["second moments"] == 2 * 2 * 512**2 * 8  # moments and their factors
+    needed = sum(plan["cpu_memory_bytes"].values())
+    for name, share in (("enough", 1.01), ("short", 0.99)):
+        assert command_line(tmp_path / name, *arguments, f"plan.cpu_memory_gb={share * needed / 1e9}") == 0
+        problems = json.loads((tmp_path / name / "plan.json").read_text())["does_not_fit"]
+        assert [line.partition(":")[0] for line in problems] == (["memory of the CPU"] if name == "short" else [])
 
 
 # The peak of a process includes what the one that started it held then, and the tests may hold more than a run.

@@ -49,9 +49,9 @@ def test_a_task_of_slurm_has_its_resources_and_is_queued_again_after_its_time_li
     lines = executor._make_submission_file_text("COMMAND", "0").splitlines()
     wanted = ["partition=gpu", "time=240", "cpus-per-task=8", "gpus-per-node=1", "mem=64GB", "signal=USR2@120"]
     assert {f"#SBATCH --{option}" for option in wanted} <= set(lines)
-    executor.parameters["map_count"] = 2
+    executor.parameters["map_count"] = 210
     array = executor._make_submission_file_text("COMMAND", "0")
-    assert "#SBATCH --array=0-1%32" in array
+    assert "#SBATCH --array=0-209%32" in array
     assert hasattr(launcher, "checkpoint"), "a task is queued again with the same words, and resume=auto goes on"
     assert config.resume == "auto"
 
