@@ -9,8 +9,9 @@ The plain path costs what the public code costs: each value is optimised alone, 
 rows of the request and computes all logits, without gradients of weights (``tests/plain_values.py``). Per edited layer,
 keys need a whole forward pass of all rows, and hidden states one of the clean prompts. There is no early stopping, and
 20 steps each by default. Both paths run for a few steps before they are timed. The plain path is timed on the first
-requests only, since it processes them one by one, and its values are compared. Another run, with PRUNE, gives the
-shares of the parts; on a GPU it waits at the ends of each. Of large batches it is the only one.
+requests only, since it processes them one by one, and its values are compared. Another run, with PRUNE and the scores
+of the requests before and after, gives the shares of the parts; on a GPU it waits at the ends of each. Of large batches
+it is the only one. A method that optimises no values (UltraEdit) has no plain path here.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from prune_lightning.callbacks import PRUNE
 from prune_lightning.data.bundled import BundledWorld
+from prune_lightning.evaluation import stream as scores
+from prune_lightning.methods import ultraedit
 from prune_lightning.methods.alphaedit import AlphaEdit
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.layerwise_keys import LayerwiseKeyReader
@@ -158,23 +161,29 @@ def site_of(module: LocateThenEdit) -> ShiftSite:
     return ShiftSite(module.layers[-1], "mlp" if isinstance(module, ROME) else "block")
 
 
-def shares(module: LocateThenEdit, batch: list[EditRequest], device: torch.device) -> dict[str, float]:
-    """Return the share of each part in an edit with PRUNE, from one batch; ``other`` is what is left."""
+def shares(module: EditingModule, batch: list[EditRequest], device: torch.device) -> dict[str, float]:
+    """Return the share of each part in a scored edit with PRUNE, from one batch; ``other`` is what is left."""
     restraint = PRUNE()
     restraint.attach(module)
-    name = "_rank_one" if isinstance(module, ROME) else "solve"
-    parts = {
+    parts: dict[str, list[tuple[Any, str]]] = {
         "values": [(module, "optimise")],
         "keys": [(LayerwiseKeyReader, "keys"), (module, "walk")],
-        "solve": [(module, name)],
+        "solve": [(module, "_rank_one" if isinstance(module, ROME) else "solve")],
+    }
+    if not isinstance(module, LocateThenEdit):
+        parts = {"values": [(ultraedit, "edit_gradients")], "solve": [(module, "_solve")]}
+    parts |= {
         "restraint": [(restraint, "after_step")],
         "settle": [(module.run, "settle")],
+        "evaluation": [(scores, "success")],
     }
 
     def step() -> None:
+        scores.success(module.language_model, batch)
         module.edit(batch)
         restraint.after_step(module.run.num_steps)
         module.run.settle()
+        scores.success(module.language_model, batch)
 
     spent = Shares(device)
     for matrix in module.edited_matrices().values():
@@ -186,7 +195,13 @@ def shares(module: LocateThenEdit, batch: list[EditRequest], device: torch.devic
     return found | {"other": 1 - sum(found.values()), "seconds": whole}
 
 
-def traced(module: LocateThenEdit, batch: list[EditRequest], file: Path, device: torch.device) -> list[dict[str, Any]]:
+def with_options(module: EditingModule, **options: Any) -> None:
+    """Change options of the value optimisation, where the method has one."""
+    if isinstance(module, LocateThenEdit):
+        module.value = replace(module.value, **options)
+
+
+def traced(module: EditingModule, batch: list[EditRequest], file: Path, device: torch.device) -> list[dict[str, Any]]:
     """Write a trace of one batch and return the operations that take most of the time."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=kinds) as found:
@@ -217,15 +232,14 @@ def plain_edit(module: LocateThenEdit, requests: list[EditRequest]) -> tuple[Ten
 
 
 def measure(
-    module: LocateThenEdit, requests: list[EditRequest], size: int, options: argparse.Namespace, device: torch.device
+    module: EditingModule, requests: list[EditRequest], size: int, options: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     """Return what a method needs in batches of one size."""
     timed = requests[: max(size, options.requests // size * size)]
     batches = [timed[start : start + size] for start in range(0, len(timed), size)]
-    full = module.value
-    module.value = replace(full, steps=3)
+    with_options(module, steps=3)
     clock(lambda: module.compute_update(batches[0]), device)  # load kernels, fill the allocator's cache
-    module.value = full
+    with_options(module, steps=options.steps)
     with PeakMemory(device) as peak:
         if size > LARGE:  # long enough that the waits between parts do not count, and too long to run twice
             parts = shares(module, batches[0], device)
@@ -234,7 +248,7 @@ def measure(
             seconds = [clock(lambda batch=batch: module.compute_update(batch), device)[0] for batch in batches]
             parts = shares(module, batches[0], device)
     return {
-        "contexts": len(module.prefixes),
+        "contexts": len(module.prefixes) if isinstance(module, LocateThenEdit) else 1,
         "layers": list(module.layers),
         "edits": len(timed),
         "seconds_per_edit": sum(seconds) / len(timed),
@@ -281,7 +295,7 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=1, help="requests on which the plain path is timed")
     parser.add_argument("--graph", action="store_true", help="also with value steps as CUDA graphs")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="trace of one batch of the last method")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help=f"trace of one MEMIT batch, of {LARGE} at most")
     options = parser.parse_args()
     device = torch.device(options.device)
     model, name = load(options), options.model or options.shape
@@ -291,21 +305,25 @@ def main() -> None:
     found: dict[str, Any] = {name: str(value) for name, value in vars(options).items()} | {"records": []}
     for method in options.methods:
         module = build(method, model, name, options.steps)
-        assert isinstance(module, LocateThenEdit)
+        locating = isinstance(module, LocateThenEdit)
         plain: dict[str, float] = {}
         for size in options.batch_sizes if method != "rome" else [1]:
-            for graph in (False, True) if options.graph and device.type == "cuda" and size <= LARGE else (False,):
-                module.value = replace(module.value, graph=graph)
+            graphs = locating and options.graph and device.type == "cuda" and size <= LARGE
+            for graph in (False, True) if graphs else (False,):
+                with_options(module, graph=graph)
                 measured = measure(module, requests, size, options, device)
-                plain = plain or against_plain(module, requests[: options.plain], device)
-                measured |= plain | {"ratio": plain["plain_seconds_per_edit"] / measured["seconds_per_edit"]}
+                if locating:
+                    plain = plain or against_plain(module, requests[: options.plain], device)
+                    measured |= plain | {"ratio": plain["plain_seconds_per_edit"] / measured["seconds_per_edit"]}
                 found["records"].append({"method": method, "batch": size, "graph": graph} | measured)
                 if options.json:  # after each, since the whole takes long
                     options.json.write_text(json.dumps(found, indent=2))
         module.run.restart()
-        if options.trace and method == options.methods[-1]:
-            module.value = replace(module.value, steps=min(4, options.steps), graph=False)
-            found["operations"] = traced(module, requests[: min(options.batch_sizes)], options.trace, device)
+        if options.trace and method == "memit":
+            with_options(module, steps=min(4, options.steps), graph=False)
+            size = max((size for size in options.batch_sizes if size <= LARGE), default=1)
+            found["operations"] = traced(module, requests[:size], options.trace, device)
+            found["traced"] = {"method": method, "batch": size}
         del module
         gc.collect()  # the moments of five layers of this size are of many GiB
     records = found["records"]
@@ -313,7 +331,8 @@ def main() -> None:
     keys += ("peak_gib", "plain_peak_gib", "difference", "loss_difference")
     table = Table(*(key.replace("_", " ") for key in keys), "values' share", title=f"{name}, {options.dtype}")
     for record in records:
-        cells = [f"{record[key]:.3g}" if isinstance(record[key], float) else str(record[key]) for key in keys]
+        values = [record.get(key, "") for key in keys]
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
         table.add_row(*cells, f"{record['shares']['values']:.2f}")
     Console(width=160).print(table)
     if options.json:

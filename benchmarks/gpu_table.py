@@ -18,7 +18,8 @@ def rows(name: str, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for entry in found["records"]:
             parts = {part: share for part, share in entry["shares"].items() if part != "seconds"}
             shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in parts.items())
-            speed = f"{entry['edits_per_second']:.2f} edits/s, {entry['ratio']:.1f} times the plain path"
+            ratio = f", {entry['ratio']:.1f} times the plain path" if "ratio" in entry else ""
+            speed = f"{entry['edits_per_second']:.2f} edits/s{ratio}"
             peak = f", {entry['peak_gib']:.1f} GiB" if entry["peak_gib"] else ""
             what = f"{entry['method']}, batch {entry['batch']}{', CUDA graph' if entry['graph'] else ''}"
             yield what, f"{speed}{peak}; {shares}"

@@ -3,7 +3,7 @@
 #
 #     benchmarks/on_gpu.sh FOLDER             PARTS="a b" chooses parts, SECONDS_a=90 another limit of one
 #
-# Each part has its own time limit and writes FOLDER/PART.json, or a log, as soon as it has something; one that fails
+# Each part has its own time limit, all of them together SECONDS_all, and writes FOLDER/PART.json, or a log, as soon as it has something; one that fails
 # does not stop the others. Without a GPU, or with TOY=1, every part runs at toy size on the CPU.
 #   a  the tests marked `gpu`                  b  the main job, and SmolLM2 where SMOLLM2 names its GGUF
 #   c  restraint and editing at 8B shape       d  thousands of edits at 7B shape, by METHODS_d in turn
@@ -19,12 +19,17 @@ PARTS=${PARTS:-a b c d f}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || TOY=1
 export TOY=${TOY:-}
-failed=0
+failed=0 all=${SECONDS_all:-520}
 
 part() { # NAME SECONDS COMMAND...: run a part, keep its output, and say how it went
   local name=$1 limit=$2 start=$SECONDS status
   shift 2
-  [ -z "$TOY" ] || limit=600 # a busy machine is no reason to fail
+  if [ -n "$TOY" ]; then
+    limit=600 # a busy machine is no reason to fail
+  elif [ $((all - SECONDS)) -lt "$limit" ]; then
+    limit=$((all - SECONDS))
+    [ "$limit" -gt 0 ] || { echo "$name left out: the $all s are over"; failed=1; return; }
+  fi
   timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1
   status=$?
   [ $status -eq 124 ] && echo "stopped at its limit of $limit s" >>"$OUT/$name.log"
@@ -56,29 +61,29 @@ case " $PARTS " in *" e "*)
 esac
 for each in $PARTS; do
   case $each in
-    a) PYTHONPATH="$PWD/tests:$PYTHONPATH" FAILURES_TO="$OUT/failures.txt" part tests "${SECONDS_a:-150}" \
+    a) PYTHONPATH="$PWD/tests:$PYTHONPATH" FAILURES_TO="$OUT/failures.txt" part tests "${SECONDS_a:-110}" \
          "$PYTHON" -m pytest tests/test_gpu.py -p failures -p no:cacheprovider $(choose "-m gpu" "") \
          -n "$(choose "${WORKERS:-12}" 0)" --dist worksteal --tb=short --show-capture=no -p no:warnings --junitxml="$OUT/tests.xml" ;;
-    b) part job "${SECONDS_b:-60}" "$PYTHON" benchmarks/gpu_job.py --json "$OUT/job.json"
+    b) part job "${SECONDS_b:-45}" "$PYTHON" benchmarks/gpu_job.py --json "$OUT/job.json"
        if [ -n "${SMOLLM2:-}" ]; then
-         part smollm2 "${SECONDS_smollm2:-120}" "$PYTHON" benchmarks/gpu_job.py --gguf "$SMOLLM2" \
+         part smollm2 "${SECONDS_smollm2:-60}" "$PYTHON" benchmarks/gpu_job.py --gguf "$SMOLLM2" \
            --json "$OUT/smollm2.json" -- ${WORDS_smollm2:-}
        else echo "smollm2      left out: SMOLLM2 names no GGUF"; fi ;;
-    c) [ -n "${EDITING_ONLY:-}" ] || part restraint "${SECONDS_restraint:-60}" "$PYTHON" benchmarks/restraint.py \
+    c) [ -n "${EDITING_ONLY:-}" ] || part restraint "${SECONDS_restraint:-40}" "$PYTHON" benchmarks/restraint.py \
          --json "$OUT/restraint.json" $(choose "--device cuda --shapes 14336x4096 --reference none" \
          "--shapes 320x80 --reference device")
-       part editing "${SECONDS_editing:-150}" "$PYTHON" benchmarks/editing.py --json "$OUT/editing.json" \
-         --methods ${METHODS_c:-memit rome alphaedit} --requests 4 --plain 1 --graph --trace "$OUT/trace.json.gz" \
+       part editing "${SECONDS_editing:-115}" "$PYTHON" benchmarks/editing.py --json "$OUT/editing.json" \
+         --methods ${METHODS_c:-memit ultraedit rome alphaedit} --requests 4 --plain 1 --graph --trace "$OUT/trace.json.gz" \
          $(choose "--shape llama-3-8b --dtype bfloat16 --device cuda --batch-sizes ${BATCHES:-1 32 256}" \
          "--shape toy --batch-sizes 1 2 4 --steps 3") ;;
     d) for method in ${METHODS_d:-ultraedit memit}; do
          [ -f "configs/method/$method.yaml" ] || continue
-         part "stream_$method" "${SECONDS_d:-60}" "$PYTHON" benchmarks/gpu_stream.py --method "$method" \
-           --json "$OUT/stream_$method.json" $(choose "--seconds ${SECONDS_edits:-40}" \
+         part "stream_$method" "${SECONDS_d:-40}" "$PYTHON" benchmarks/gpu_stream.py --method "$method" \
+           --json "$OUT/stream_$method.json" $(choose "--seconds ${SECONDS_edits:-25}" \
            "--shape toy --device cpu --dtype float32 --batch 4 --edits 12 --steps 3")
        done ;;
     e) ;;
-    f) part restraint_f "${SECONDS_f:-90}" "$PYTHON" benchmarks/restraint.py --reference device \
+    f) part restraint_f "${SECONDS_f:-65}" "$PYTHON" benchmarks/restraint.py --reference device \
          --json "$OUT/restraint_f.json" $(choose "--device cuda --shapes 6400x1600 14336x4096" "--shapes 320x80") ;;
     g) if [ -n "${SMOLLM2:-}$TOY" ]; then
          METHODS=${METHODS_g:-$(choose "" rome)} RESTRAINTS=${RESTRAINTS_g:-$(choose "" "none rect")} \

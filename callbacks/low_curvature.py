@@ -107,8 +107,8 @@ class LowCurvature(Restraint):
         if space.left.device != matrix.device:
             space = self._spaces[name] = space.to(matrix.device)
         inside = space.project(matrix)
-        norm = float(torch.linalg.matrix_norm(matrix))
-        self._kept[name] = float(torch.linalg.matrix_norm(inside)) / norm if norm else 1.0
+        kept, norm = torch.stack([torch.linalg.matrix_norm(each) for each in (inside, matrix)]).tolist()
+        self._kept[name] = kept / norm if norm else 1.0
         return inside
 
     # -- gradients ------------------------------------------------------------------------------------------------

@@ -74,8 +74,9 @@ class RECT(Restraint):
         before = matrix.original().to(update) + matrix.delta() - update
         step = matrix.step_with_withheld() if self.feedback and isinstance(matrix, EditedMatrix) else update
         kept = largest_relative_change(step, before, self.keep)
-        norm = float(torch.linalg.matrix_norm(step))
-        self._kept_shares[matrix.name] = float(torch.linalg.matrix_norm(step[kept][None])) / norm if norm else 1.0
+        norms = [torch.linalg.matrix_norm(part) for part in (step.where(kept, 0.0), step)]
+        kept_norm, norm = torch.stack(norms).tolist()  # one wait for the device
+        self._kept_shares[matrix.name] = kept_norm / norm if norm else 1.0
         if self.feedback and isinstance(matrix, EditedMatrix):
             matrix.drop(~kept)
         else:
@@ -109,7 +110,6 @@ def largest_relative_change(change: Tensor, weight: Tensor, keep: float) -> Tens
     size = relative.numel()
     count = size - math.floor(round((1 - keep) * size, 6))
     threshold = torch.kthvalue(relative, size - count + 1).values
-    mask = relative > threshold
-    ties = torch.nonzero(relative == threshold)[:, 0]
-    mask[ties[: count - int(mask.sum())]] = True
+    mask, ties = relative > threshold, relative == threshold
+    mask |= ties & (ties.cumsum(0, dtype=torch.int32) <= count - mask.sum())
     return mask.view_as(change)

@@ -183,4 +183,4 @@ class SubspaceFilter(Restraint):
 def _norm(change: torch.Tensor | AccumulatedChange | FactoredMatrix) -> float:
     if isinstance(change, AccumulatedChange):
         change = change.factored() or change.master
-    return float(torch.linalg.matrix_norm(change.core if isinstance(change, FactoredMatrix) else change))
+    return change.norm() if isinstance(change, FactoredMatrix) else float(torch.linalg.matrix_norm(change))

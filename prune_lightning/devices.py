@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+_IN_CACHE = 2**18
+_PER_LAUNCH = 2**26
 
 
 @runtime_checkable
@@ -16,6 +19,40 @@ class Movable(Protocol):
     def to(self, device: torch.device) -> Any:
         """Return the object on a device: itself, or a copy."""
         ...
+
+
+def rows_at_a_time(matrix: Tensor) -> int:
+    """Return how many rows of a matrix to work on at a time, at least one.
+
+    On a CPU a block of rows stays in the cache. Elsewhere each block costs launches of kernels, which take longer than
+    the work on a small block, and a block of half a gigabyte bounds the memory for intermediate results.
+    """
+    entries = _IN_CACHE if matrix.device.type == "cpu" else _PER_LAUNCH
+    return max(1, entries // max(1, matrix.shape[1]))
+
+
+def on_device(lists: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Return a tensor of each list of integers, copied to the device together.
+
+    To a GPU they are copied from pinned memory, so that the host does not wait for what is queued there.
+
+    >>> on_device([[1, 2], [3]], torch.device("cpu"))
+    [tensor([1, 2]), tensor([3])]
+    """
+    flat = torch.tensor([value for values in lists for value in values], dtype=torch.long)
+    flat = flat.pin_memory() if device.type == "cuda" else flat
+    return list(flat.to(device, non_blocking=True).split([len(values) for values in lists]))
+
+
+def chosen(mask: Tensor, count: int) -> Tensor:
+    """Return the indices at which a mask is true, given their number.
+
+    An index by the mask itself would have the host wait for the device, which only then knows how many there are.
+
+    >>> chosen(torch.tensor([False, True, True]), 2)
+    tensor([1, 2])
+    """
+    return (~mask).byte().argsort(stable=True)[:count]
 
 
 def to_device(value: Any, device: torch.device) -> Any:

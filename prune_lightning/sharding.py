@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from prune_lightning.distributed import world_size
+from prune_lightning.distributed import take_first, world_size
 from prune_lightning.errors import UserError
 
 
@@ -54,6 +55,33 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device_type: str) -> No
     mesh = init_device_mesh(device_type, (world_size(),))
     for part in (*blocks, model):
         fully_shard(part, mesh=mesh)
+
+
+@contextmanager
+def logits_of_first(model: nn.Module) -> Iterator[None]:
+    """Inside the block, a sharded model gives every process the logits of the first; use it around decoding.
+
+    The processes compute the same logits up to rounding. What is decided by them, such as the next token and so the
+    end of a text, has to be the same on all: each takes part in the passes of the others.
+
+    Args:
+        model: A ``transformers`` model, without gradients.
+    """
+    if not is_sharded(model):
+        yield
+        return
+
+    def first(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        logits = logits.contiguous()
+        take_first(logits)
+        return logits
+
+    head: nn.Module = cast(Any, model).get_output_embeddings()
+    handle = head.register_forward_hook(first)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def refuse_device_map(model: nn.Module) -> None:

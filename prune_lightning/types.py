@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from prune_lightning.devices import rows_at_a_time
 from prune_lightning.requests import EditRequest, Probe
 from prune_lightning.text.separators import Pair
 
@@ -25,8 +27,6 @@ __all__ = [
     "Update",
     "norm_of_all",
 ]
-
-_TOGETHER = 2**18  # entries of a matrix that are computed at a time, to stay in the cache
 
 
 class EditBatch:
@@ -86,6 +86,8 @@ class LowRankUpdate:
 
     def contiguous(self) -> LowRankUpdate:
         """Return the update with its factors laid out row by row, as they are read from the disk."""
+        if self.left.is_contiguous() and self.right.is_contiguous():
+            return self  # whose norm may be known
         return LowRankUpdate(self.left.contiguous(), self.right.contiguous())
 
     def to(self, device: torch.device) -> LowRankUpdate:
@@ -104,12 +106,12 @@ class LowRankUpdate:
         """Add the update in place, in the precision of ``matrix``.
 
         The sum of outer products is computed entry by entry and in order, so that it has the same bits on every
-        processor: a product of matrices rounds as its BLAS library sums.
+        device: a product of matrices rounds as its BLAS library sums.
         """
         left, right = self.left.to(matrix), self.right.to(matrix)
         if not matrix.is_contiguous():
             matrix, left, right = matrix.T, right, left
-        rows = max(1, _TOGETHER // matrix.shape[1])
+        rows = rows_at_a_time(matrix)
         for block, part in zip(matrix.split(rows), left.split(rows), strict=True):
             total = torch.zeros_like(block)
             for column, row in zip(part.T, right.T, strict=True):
@@ -117,13 +119,20 @@ class LowRankUpdate:
             block.add_(total)
 
     def norm(self) -> float:
-        r"""Return the Frobenius norm, from the two Gram matrices: :math:`\mathrm{tr}(A^\top A\,B^\top B)^{1/2}`."""
+        r"""Return the Frobenius norm, from the two Gram matrices: :math:`\mathrm{tr}(A^\top A\,B^\top B)^{1/2}`.
+
+        It is computed once. Where an entry of the factors is NaN or infinite, so is the norm.
+        """
+        return self._norm
+
+    @cached_property
+    def _norm(self) -> float:
         left, right = self.left.double(), self.right.double()
         return float(((left.T @ left) * (right.T @ right)).sum().clamp_min(0).sqrt())
 
     def is_finite(self) -> bool:
         """Whether no entry of the factors is NaN or infinite."""
-        return bool(torch.isfinite(self.left).all() and torch.isfinite(self.right).all())
+        return bool(torch.isfinite(self.left).all() & torch.isfinite(self.right).all())
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,11 @@ class DenseUpdate:
         matrix.add_(self.matrix.to(matrix))
 
     def norm(self) -> float:
-        """Return the Frobenius norm."""
+        """Return the Frobenius norm, which is computed once; NaN or infinite where an entry is."""
+        return self._norm
+
+    @cached_property
+    def _norm(self) -> float:
         return float(self.matrix.double().norm())
 
     def is_finite(self) -> bool:
@@ -199,7 +212,8 @@ class MemoryUpdate:
 
     def is_finite(self) -> bool:
         """Whether no entry is NaN or infinite."""
-        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors.values())
+        finite = [torch.isfinite(tensor).all() for tensor in self.tensors.values()]
+        return not finite or bool(torch.stack(finite).all())
 
 
 Update: TypeAlias = MatrixUpdate | MemoryUpdate

@@ -74,6 +74,10 @@ def is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def _as_index(places: list) -> Tensor:
+    return torch.tensor(places, dtype=None if places else torch.long).to(DEVICE)
+
+
 class _Python(TorchFunctionMode):
     """Does in two steps what PyTorch would ask the backend for before it asks a mode."""
 
@@ -83,8 +87,10 @@ class _Python(TorchFunctionMode):
             args = ([item.item() if isinstance(item, ApartTensor) else item for item in args[0]],)
         if func is torch.tensor and torch.device(kwargs.get("device") or "cpu") == DEVICE:
             return func(*args, **(kwargs | {"device": "cpu"})).to(DEVICE)
+        if func is Tensor.new_tensor and isinstance(args[0], ApartTensor):
+            return torch.tensor(args[1], **({"dtype": args[0].dtype} | kwargs)).to(DEVICE)
         if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], ApartTensor):
-            args = (args[0], tree_map_only(list, lambda x: torch.tensor(x).to(DEVICE), args[1], is_list), *args[2:])
+            args = (args[0], tree_map_only(list, _as_index, args[1], is_list), *args[2:])
         if func is Tensor.__setitem__ and isinstance(args[2], (int, float)):
             args = (*args[:2], torch.tensor(args[2], dtype=args[0].dtype))
         if func is Tensor.tolist:

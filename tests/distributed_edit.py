@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,6 +18,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from prune_lightning.bundled.corpus import BundledCorpus
 from prune_lightning.callbacks import PRUNE, EditLedger
 from prune_lightning.data.bundled import BundledWorld
+from prune_lightning.distributed import gather, rank
+from prune_lightning.evaluation.decoding import PREFILLED, decode
 from prune_lightning.ledger import Ledger
 from prune_lightning.methods import base
 from prune_lightning.methods.alphaedit import AlphaEdit
@@ -25,13 +28,14 @@ from prune_lightning.methods.memit import MEMIT
 from prune_lightning.methods.rome import ROME
 from prune_lightning.methods.value import ValueOptions
 from prune_lightning.models.contexts import ContextOptions
+from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
 
 STRATEGIES = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy}
 
 
-def edit(third: str, cache: Path, strategy: str | None = None) -> dict[str, torch.Tensor]:
+def edit(third: str, cache: Path, strategy: str | None = None) -> dict[str, Any]:
     """Write nine facts in three batches by three methods and return the weights.
 
     The first method takes the statistics, saving them on the way; the second finds them.
@@ -69,6 +73,30 @@ def edit(third: str, cache: Path, strategy: str | None = None) -> dict[str, torc
     return result
 
 
+LIMITS = (12, 12, 3)
+
+
+def decoded(model: LanguageModel, prefilled: Callable[[], bool]) -> list[tuple[int, ...]]:
+    """Return the continuations of three prompts.
+
+    Args:
+        model: The model.
+        prefilled: Says whether a fast path fits it.
+    """
+    model.fast_path.holds(PREFILLED, prefilled)
+    prompts = [model.tokens.encode(text) for text in ("Q: Where does Anna live? A:", "The river", "One")]
+    return [found.ids for found in decode(model, prompts, LIMITS, stops=["."])]
+
+
+def decoded_apart() -> list[list[tuple[int, ...]]]:
+    """Return what each of two processes decodes of a divided model, though one would choose other tokens."""
+    model = load_language_model("pkg://prune_lightning.bundled/model")
+    model.shard("cpu")
+    if rank():
+        model.model.get_output_embeddings().register_forward_hook(lambda module, args, logits: -logits)
+    return gather(decoded(model, lambda: rank() == 0))
+
+
 def stream(count: int, done: Sequence[int] = ()) -> BundledWorld:
     return BundledWorld(num_edits=count, protocol="sequential_batched", batch_size=3, done=done)
 
@@ -91,6 +119,8 @@ def trainer(strategy: str | None, *callbacks: L.Callback) -> L.Trainer:
 if __name__ == "__main__":
     target, strategy, third = Path(sys.argv[1]), *sys.argv[2:]
     weights = edit(third, target / "both", strategy)
+    if strategy == "fsdp2":
+        weights["decoded"] = decoded_apart()
     if torch.distributed.get_rank() == 0:
         torch.save(weights, target / "weights.pt")
     torch.distributed.barrier()

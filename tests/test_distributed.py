@@ -32,6 +32,10 @@ def in_two_processes(script, folder, *arguments):
 @pytest.mark.parametrize(("strategy", "third"), [("ddp", "kn"), ("fsdp2", "rome")])
 def test_edits_by_two_processes_give_the_weights_of_one(strategy, third, tmp_path):
     both = in_two_processes("distributed_edit.py", tmp_path, strategy, third)
+    if strategy == "fsdp2":
+        told = distributed_edit.decoded(load_language_model(BUNDLED), lambda: True)
+        assert both.pop("decoded") == [told, told]
+        assert any(len(ids) < limit for ids, limit in zip(told, distributed_edit.LIMITS, strict=True))
     alone = distributed_edit.edit(third, tmp_path / "alone")
     original = load_language_model(BUNDLED)
     assert sorted(both) == sorted(alone)
@@ -42,7 +46,7 @@ def test_edits_by_two_processes_give_the_weights_of_one(strategy, third, tmp_pat
 
 
 SMALL = ["evaluation.miniature.max_items=4", "data.num_edits=4", "method.value.steps=3", "progress=false"]
-MEMIT_JOB = ("control=false", "method=memit", "export=full", *SMALL)
+MEMIT_JOB = ("method=memit", "export=full", *SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,8 @@ def test_main_job_of_two_processes_leaves_one_run(trainer, one_process, tmp_path
     assert done.stdout.count("The run lies in") == 1
     one, two = (json.loads((folder / "summary.json").read_text()) for folder in (one_process, tmp_path))
     assert two["final"] == pytest.approx(one["final"], rel=1e-3)
+    assert two["control"]["final"] == pytest.approx(one["control"]["final"], rel=1e-3)
+    assert two["control"]["curve"][-1]["num_requests"] == 4
     assert len((tmp_path / "edits.jsonl").read_text().splitlines()) == 4
     rows = [len((folder / "cases.jsonl").read_text().splitlines()) for folder in (one_process, tmp_path)]
     assert rows[0] == rows[1] > 4

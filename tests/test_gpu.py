@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -24,24 +25,30 @@ import stream_entries
 import test_export
 import test_guards
 import test_ledger
+import test_memory_editors as memories
 import test_restraint_conformance as rules
 import torch
-from conftest import build_tiny, write
+from conftest import ROOT, build_tiny, write
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from places import APART, GPU, Place
 from safetensors.torch import load_file
 from test_configs import compose
-from test_conformance import METHODS, REQUESTS, build
+from test_conformance import MEMORIES, METHODS, REQUESTS, build
 from test_devices import reachable
 from test_restraint import edits
 from test_train import train
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from prune_lightning import metrics
 from prune_lightning.bundled.corpus import BundledCorpus
-from prune_lightning.callbacks import PRUNE, EditLedger
+from prune_lightning.callbacks import PRUNE, RECT, EditLedger
 from prune_lightning.data.bundled import BundledWorld
+from prune_lightning.evaluation.decoding import decode
+from prune_lightning.evaluation.measurement import Stream
+from prune_lightning.evaluation.scoring import score_pairs, token_nll
 from prune_lightning.export.delta import apply_delta
 from prune_lightning.export.exporting import export
 from prune_lightning.ledger import Ledger, rebuild, without
@@ -56,6 +63,7 @@ from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoment, SecondMoments
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.setup import fit
+from prune_lightning.types import LowRankUpdate
 
 # A fast path that does not fit the device would hide behind its warning.
 pytestmark = pytest.mark.filterwarnings("error:the fast path")
@@ -188,6 +196,71 @@ def test_a_value_step_waits_for_the_device_once(method):
     assert sum(more.values()) <= 15, more
 
 
+# Per step and matrix: the norm of the update, then what the restraint asks for. PRUNE needs one number where nothing
+# exceeds the reference, and elsewhere as many as its decomposition and its law return.
+WAITS = {
+    "prune below": (lambda: PRUNE(1.2), 1e-3, 2),
+    "prune above": (lambda: PRUNE(1.2), 1.0, 6),
+    "rect": (lambda: RECT(0.4), 1.0, 2),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_restrained_step_waits_for_the_device_as_often_as_documented(name):
+    make, scale, expected = WAITS[name]
+
+    def waits(steps):
+        with Place("apart").active() as device:
+            model = rounded("llama", torch.float32, torch.float32, APART.values[0].device)
+            module, restraint = test_ledger.CaseEdits(model, [1]), make()
+            compute = module.compute_update
+
+            def scaled(requests):
+                ((name, update),), details = compute(requests)[0].items(), [{} for _ in requests]
+                return {name: LowRankUpdate(scale * update.left, update.right)}, details
+
+            module.compute_update = scaled
+            restraint.attach(module)
+            before = len(device.waits)
+            for step, batch in enumerate(edits(steps), start=1):
+                module.edit(batch.requests)
+                restraint.after_step(step)
+                assert restraint.metrics
+                module.run.settle()
+            return Counter(device.waits[before:])
+
+    assert (waits(9) - waits(4)).total() == 5 * expected
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_is_added_in_few_launches_and_with_the_bits_of_the_cpu():
+    """A matrix of Llama-3-8B takes two operations for each pair of columns, and not for each block of rows."""
+    left, right, matrix = (torch.empty(*size, device="meta") for size in ((4096, 32), (14336, 32), (4096, 14336)))
+    with Launches() as launches:
+        LowRankUpdate(left, right).add_to(matrix)
+    views = 3 * 32  # of a column of each factor, and its broadcast
+    assert launches.count <= 2 * 32 + views + 16
+    generator = torch.Generator().manual_seed(0)
+    left, right, matrix = (torch.randn(*size, generator=generator) for size in ((700, 5), (900, 5), (700, 900)))
+    with Place("apart").active():
+        there = matrix.to(APART.values[0].device)
+        LowRankUpdate(left, right).to(there.device).add_to(there)
+        found = there.cpu()
+    LowRankUpdate(left, right).add_to(matrix)  # in three blocks, 2^18 entries each
+    assert torch.equal(found, matrix)
+
+
 @pytest.mark.parametrize(("place", "dtype"), cases(apart="bf16"))
 @pytest.mark.parametrize("method", LOCATING)
 def test_what_is_made_of_keys_and_values_is_exact_and_rounded_once(method, place, dtype, monkeypatch):
@@ -247,6 +320,72 @@ def within_rounding(weight: Tensor, expected: Tensor, moved: float, dtype: torch
     info, single = torch.finfo(dtype), torch.finfo(torch.float32).eps
     once = expected.abs() * info.eps / 2 * (1 + 1e-6) + info.smallest_normal * info.eps
     return bool(((weight - expected).abs() <= once + 16 * single * (expected.abs() + moved / len(weight))).all())
+
+
+# -- memories beside the weights, and scores ---------------------------------------------------------------------------
+def asked(method: str, model: LanguageModel) -> tuple[Tensor, Tensor, list]:
+    """Edit, and return the target's likelihoods after the prompts, those of other texts, and free answers."""
+    module = memories.edited(method, model, memories.REQUESTS[:3])
+    after = score_pairs(model, [request.pair() for request in memories.REQUESTS]).nll
+    aside = token_nll(model, memories.OTHERS)[0]
+    prompts = model.tokens.encode_all([request.prompt for request in memories.REQUESTS[:3]])
+    answers = [found.ids for found in decode(model, prompts, [4] * len(prompts))]
+    module.run.take_events()  # as the ledger does, whose updates may lie anywhere
+    at = {tensor.device.type for _, tensor in reachable(module.side)}
+    assert at <= {model.device.type}
+    return after.double().cpu(), aside.double().cpu(), answers
+
+
+@pytest.mark.parametrize(("place", "dtype"), cases())
+@pytest.mark.parametrize("method", MEMORIES)
+def test_a_memory_answers_as_it_does_on_the_cpu(method, place, dtype):
+    """In the same precision: an edit trains it, and what it answers by is chosen by distances."""
+    expected, beside, said = asked(method, rounded("llama", dtype, dtype, torch.device("cpu")))
+    with place.active():
+        found, aside, told = asked(method, rounded("llama", dtype, dtype, place.device))
+    close = {"rtol": 4 * tolerance(dtype), "atol": 4 * tolerance(dtype)}
+    if place.name == "apart":  # which computes on the CPU
+        close = {"rtol": 1e-5, "atol": 1e-5}
+        assert told == said
+    torch.testing.assert_close(found, expected, **close)
+    torch.testing.assert_close(aside, beside, **close)
+
+
+SCORED = (
+    "evaluation=everyday", "evaluation.everyday.max_items=1", "evaluation.miniature.max_items=2",
+    "evaluation.miniature.enabled=true", "evaluation.drift.max_tokens=64", "evaluation.wild.enabled=true",
+    "evaluation.wild.max_new_tokens=4", "evaluation.zsre.enabled=true", "evaluation.easyedit.enabled=true",
+    "evaluation.generation.enabled=true", "evaluation.generation.max_tokens=4", "evaluation.perplexity.enabled=true",
+    "evaluation.perplexity.max_items=2",
+    *(f"evaluation.{name}.enabled=false" for name in ("legacy", "lm_eval", "me_ppl")),  # which need files
+)  # fmt: skip
+
+
+def scores_of(model: LanguageModel) -> dict[str, float]:
+    """Return what all measurements say of a model after one edit."""
+    stream = BundledWorld(num_edits=2)
+    stream.setup()
+    cases_of = dict(enumerate(stream.requests))
+    config = compose(*SCORED).evaluation
+    entries = [entry for entry in config.values() if isinstance(entry, DictConfig) and entry.get("enabled")]
+    measured = [instantiate(entry, _convert_="all") for entry in entries]
+    module = test_ledger.CaseEdits(model, [1])
+    with model.frozen_mode():
+        for each in measured:
+            each.prepare(Stream(stream.requests, module.edited_matrices()))
+            each.take_reference(model, cases_of)
+        module.edit(stream.requests[:1])
+        return {f"{each.name}/{n}": v for each in measured for n, v in each.measure(model, cases_of).scores.items()}
+
+
+@pytest.mark.parametrize("place", [APART, GPU])
+def test_every_score_on_the_device(place):
+    pytest.importorskip("nltk")
+    expected = scores_of(rounded("llama", torch.float32, torch.float32, torch.device("cpu")))
+    with place.active():
+        found = scores_of(rounded("llama", torch.float32, torch.float32, place.device))
+    assert {name.rpartition("/")[0] for name in found} >= {"edit/wild", "ability/everyday", "drift"}
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3, nan_ok=True)
 
 
 # -- restraints -------------------------------------------------------------------------------------------------------
@@ -538,3 +677,13 @@ def test_a_run_on_the_gpu_goes_on_where_there_is_none(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(Ledger.open(run / "ledger").lines) == 16
     assert_rebuilt_without_a_gpu(run, tmp_path / "rebuilt")
+
+
+# -- the script that measures on a GPU --------------------------------------------------------------------------------
+def test_the_default_parts_of_the_script_fit_a_command_of_ten_minutes():
+    script = (ROOT / "benchmarks" / "on_gpu.sh").read_text()
+    limits = {name: int(seconds) for name, seconds in re.findall(r'part "?\w+.* "\$\{SECONDS_(\w+):-(\d+)\}', script)}
+    limits["d"] *= len(re.search(r"METHODS_d:-([\w ]+)", script)[1].split())
+    assert re.search(r"PARTS:-([\w ]+)", script)[1] == "a b c d f"
+    (whole,) = re.findall(r"SECONDS_all:-(\d+)", script)
+    assert sum(limits[name] for name in ("a", "b", "smollm2", "restraint", "editing", "d", "f")) <= int(whole) <= 520

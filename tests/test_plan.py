@@ -189,9 +189,27 @@ def test_plan_of_a_large_model_says_what_does_not_fit(tmp_path, capsys):
     assert found["memory_bytes"]["second moments"] == 5 * 2 * 14336**2 * 8
     assert found["disk_bytes"]["statistics, kept"] == 5 * 14336**2 * 4
     assert found["machine"]["flops"] == 3e14
-    assert found["does_not_fit"]
+    assert len(found["does_not_fit"]) == 1
     assert "memory: " in shown.replace("\n", " ")
     assert "4 characters a token" in shown
+
+
+def test_what_is_kept_on_the_cpu_is_compared_with_its_memory(tmp_path, capsys):
+    LlamaConfig(
+        hidden_size=64, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, vocab_size=99
+    ).save_pretrained(tmp_path / "model")
+    arguments = ["experiment=plan", "machine=h100", "model=llama-3-8b", f"model.path={tmp_path / 'model'}"]
+    arguments += ["method=memit", "method.layers=[1,2]", "model.second_moments.on_cpu=true", "data.num_edits=3"]
+    assert command_line(tmp_path / "unknown", *arguments) == 0
+    assert "plan.cpu_memory_gb" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "unknown" / "plan.json").read_text())
+    assert plan["does_not_fit"] == []
+    assert plan["cpu_memory_bytes"]["second moments"] == 2 * 2 * 512**2 * 8  # moments and their factors
+    needed = sum(plan["cpu_memory_bytes"].values())
+    for name, share in (("enough", 1.01), ("short", 0.99)):
+        assert command_line(tmp_path / name, *arguments, f"plan.cpu_memory_gb={share * needed / 1e9}") == 0
+        problems = json.loads((tmp_path / name / "plan.json").read_text())["does_not_fit"]
+        assert [line.partition(":")[0] for line in problems] == (["memory of the CPU"] if name == "short" else [])
 
 
 # The peak of a process includes what the one that started it held then, and the tests may hold more than a run.
@@ -213,6 +231,8 @@ def peak_of(*arguments):
 MIDDLE = {
     "memit": ((384, 2304, 6), ["method.layers=[1,2,3]"]),
     "memit with past keys": ((512, 1792, 10), ["method.layers=[2,3]", "method.accumulate_past_keys=true"]),
+    "memit in fp32": ((384, 2304, 6), ["method.layers=[1,2,3]", "model.second_moments.dtype=float32"]),
+    "alphaedit": ((512, 1792, 10), ["method.layers=[2,3]", "method=alphaedit"]),
 }
 
 

@@ -24,6 +24,7 @@ from prune_lightning.evaluation.harness_prompts import asking
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Count, Whole
+from prune_lightning.sharding import logits_of_first
 from prune_lightning.types import EditRequest
 
 Results = dict[str, Any]
@@ -147,7 +148,7 @@ class HarnessTasks(Measurement):
         from lm_eval.models.huggingface import HFLM
 
         self._load_tasks()
-        with quiet(), isolate_rng(), model.frozen_mode(), untouched_ties(model.model):
+        with quiet(), isolate_rng(), model.frozen_mode(), untouched_ties(model.model), logits_of_first(model.model):
             tokenizer = copy.deepcopy(model.tokens.tokenizer)  # lm-eval may set its padding token
             kind, rows = (HFLM, self.batch_size) if model.memory is None else (asking(HFLM, model), 1)
             evaluated = kind(pretrained=model.model, tokenizer=tokenizer, backend="causal", batch_size=rows)

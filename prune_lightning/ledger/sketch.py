@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prune_lightning.devices import rows_at_a_time
 from prune_lightning.methods.edited_matrix import EditedMatrix
 
 _SIDE = 4  # random vectors on each side: 16 products estimate a norm to about a fifth
-_TOGETHER = 2**18  # entries of a matrix that are read at a time, to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,15 @@ class StateSketch:
             subtrahend = None if subtrahend is None else subtrahend.T
         products = torch.zeros(_SIDE, _SIDE, dtype=torch.float64, device=change.device)
         square = products.new_zeros(())
-        size = max(1, _TOGETHER // change.shape[1])
+        size = rows_at_a_time(change)
         for first in range(0, len(change), size):
             rows = slice(first, first + size)
             delta = minuend[rows] if subtrahend is None else minuend[rows] - subtrahend[rows]
             products += left[rows].double().T @ (delta @ right).double()
             square += torch.linalg.vector_norm(change[rows]).double() ** 2
         products = products.T if turned else products
-        return MatrixSketch(tuple(products.flatten().tolist()), float(square) ** 0.5)
+        *entries, norm = torch.cat([products.flatten(), square.sqrt()[None]]).tolist()  # one wait for the device
+        return MatrixSketch(tuple(entries), norm)
 
     def _signs_for(self, matrix: EditedMatrix) -> tuple[Tensor, Tensor]:
         key = matrix.name, matrix.parameter.device

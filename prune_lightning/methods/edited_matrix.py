@@ -124,7 +124,7 @@ class EditedMatrix(EditedPart):
 
     def can_hold(self, update: Update) -> bool:
         """Whether an update is finite, also in the weight's dtype."""
-        return update.is_finite() and update.norm() < torch.finfo(self.parameter.dtype).max
+        return update.norm() < torch.finfo(self.parameter.dtype).max  # not for one that is NaN
 
     def add(self, update: Any) -> None:
         """Add an update of the matrix and write the weight."""
@@ -294,5 +294,5 @@ class EditedMatrix(EditedPart):
             return 0.0
         delta = self.delta()
         lost = self.weight().to(delta) - self.original().to(delta) - delta
-        norm = float(torch.linalg.matrix_norm(delta))
-        return float(torch.linalg.matrix_norm(lost)) / norm if norm else 0.0
+        lost_norm, norm = torch.stack([torch.linalg.matrix_norm(each) for each in (lost, delta)]).tolist()
+        return lost_norm / norm if norm else 0.0

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from prune_lightning.devices import on_device
 from prune_lightning.methods.prompts import EditRow
 from prune_lightning.models.cached_forward import CachedForward
 from prune_lightning.models.hooks import capture, edit_output
@@ -73,22 +74,25 @@ class Layout:
     def __init__(self, model: LanguageModel, requests: Sequence[RequestRows]) -> None:
         flat = [row for request in requests for row in request.all]
         self.ids, self.mask = model.tokens.pad([row.ids for row in flat], model.device)
-
-        def long(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=model.device)
-
         sizes = [len(request.all) for request in requests]
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         labelled = [(i, row) for i, row in enumerate(flat) if row.target]
-        self.owner = long([i for i, size in enumerate(sizes) for _ in range(size)])
-        self.subject = long([row.subject for row in flat])
-        self.clean = long([end - size for end, size in zip(ends, sizes, strict=True)])
-        self.divergence = long([end - 1 for end in ends])
-        self.label_row = long([i for i, row in labelled for _ in row.target])
-        self.label_position = long([position for _, row in labelled for position in row.label_positions])
-        self.label = long([token for _, row in labelled for token in row.target])
-        rows_of = torch.tensor(sizes, dtype=torch.float64, device=model.device) - 1
-        tokens_in = long([len(row.target) for row in flat])[self.label_row]
+        lists = {
+            "owner": [i for i, size in enumerate(sizes) for _ in range(size)],
+            "subject": [row.subject for row in flat],
+            "clean": [end - size for end, size in zip(ends, sizes, strict=True)],
+            "divergence": [end - 1 for end in ends],
+            "label_row": [i for i, row in labelled for _ in row.target],
+            "label_position": [position for _, row in labelled for position in row.label_positions],
+            "label": [token for _, row in labelled for token in row.target],
+            "rows_of": [size - 1 for size in sizes],
+            "tokens_in": [len(row.target) for _, row in labelled for _ in row.target],
+        }
+        there = dict(zip(lists, on_device(list(lists.values()), model.device), strict=True))
+        rows_of, tokens_in = there["rows_of"].double(), there["tokens_in"]
+        self.owner, self.subject, self.clean = there["owner"], there["subject"], there["clean"]
+        self.divergence, self.label = there["divergence"], there["label"]
+        self.label_row, self.label_position = there["label_row"], there["label_position"]
         self.label_owner = self.owner[self.label_row]
         self.label_weight = 1 / (rows_of[self.label_owner] * tokens_in)
         self.read_rows = torch.cat([self.label_row, self.divergence])

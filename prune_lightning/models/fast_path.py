@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from prune_lightning.distributed import true_on_all_ranks
 from prune_lightning.errors import UserError
 
 T = TypeVar("T")
@@ -28,20 +29,27 @@ def agrees(rerun: Tensor, ordinary: Tensor) -> bool:
 class FastPath:
     """Remembers which fast paths failed on a model, so that each is tried and warned about once.
 
+    The processes of a sharded model take a fast path only together: where rounding decides, one may refuse what the
+    others would take, and they need one another in every pass.
+
     Args:
         architecture: Name of the model's class, for the warning.
+        sharded: Returns whether the model is sharded.
     """
 
-    def __init__(self, architecture: str) -> None:
-        self._architecture = architecture
+    def __init__(self, architecture: str, sharded: Callable[[], bool] = lambda: False) -> None:
+        self._architecture, self._sharded = architecture, sharded
         self._refused: set[str] = set()
         self._held: dict[str, bool] = {}
 
     def holds(self, kind: str, check: Callable[[], bool]) -> bool:
         """Return whether a fast path fits the model, which is checked once; nothing is said if it does not."""
         if kind not in self._held:
-            self._held[kind] = check()
+            self._held[kind] = self._on_all(check())
         return self._held[kind]
+
+    def _on_all(self, fits: bool) -> bool:
+        return true_on_all_ranks(fits) if self._sharded() else fits
 
     def attempt(self, kind: str, run: Callable[[], T | None]) -> T | None:
         """Return the value of ``run``, or ``None`` if the plain path has to be used.
@@ -53,15 +61,15 @@ class FastPath:
         """
         if kind in self._refused:
             return None
-        cause = "its logits are not those of the whole model"
+        cause, result = "its logits are not those of the whole model", None
         try:
             result = run()
-            if result is not None:
-                return result
         except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as error:  # an architecture's code can raise anything when it is called in parts
             cause = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        if self._on_all(result is not None):
+            return result
         self._refused.add(kind)
         rank_zero_warn(
             f"the fast path of {kind} does not fit {self._architecture} ({cause}); the whole model runs at every step"

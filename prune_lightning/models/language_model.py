@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
         self.model: Any = model.eval().requires_grad_(False)
         self.tokens = Tokens(tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         self.family = family or ModelFamily.of(model.config)
-        self.fast_path = FastPath(type(model).__name__)
+        self.fast_path = FastPath(type(model).__name__, partial(is_sharded, model))
         self.memory: PromptMemory | None = None
         self.reader = PromptReader()
         self._joins: dict[int, bool] = {}

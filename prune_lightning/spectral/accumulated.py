@@ -138,7 +138,7 @@ class AccumulatedChange:
 
     def _rest_after_cancellation(self, correction: LowRankUpdate) -> Tensor | None:
         factored = self.factored()
-        if factored is None or correction.norm() < 0.9 * float(torch.linalg.matrix_norm(factored.core)):
+        if factored is None or correction.norm() < 0.9 * factored.norm():
             return None
         left, right = factored.left.vectors, factored.right.vectors
         from_left, from_right = left.T @ fp64(correction.left), right.T @ fp64(correction.right)
@@ -146,8 +146,7 @@ class AccumulatedChange:
             return None  # what is left has directions that the change has not, as under a subspace filter
         core = factored.core - from_left @ from_right.T
         eps = torch.finfo(self.master.dtype).eps
-        whole, rest = float(torch.linalg.matrix_norm(factored.core)), float(torch.linalg.matrix_norm(core))
-        if eps * whole <= eps**0.75 * rest:
+        if eps * factored.norm() <= eps**0.75 * float(torch.linalg.matrix_norm(core)):
             return None
         return (left @ core).to(self.master) @ right.to(self.master).T
 
@@ -155,4 +154,4 @@ class AccumulatedChange:
 def _spans(basis: Tensor, coordinates: Tensor, vectors: Tensor) -> bool:
     """Whether vectors lie in the span of a basis, up to fp64's rounding."""
     outside = torch.linalg.matrix_norm(fp64(vectors) - basis @ coordinates)
-    return float(outside) <= 1e-12 * float(torch.linalg.matrix_norm(coordinates))
+    return bool(outside <= 1e-12 * torch.linalg.matrix_norm(coordinates))

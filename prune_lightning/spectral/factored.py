@@ -3,15 +3,39 @@ r"""A sum of low-rank updates in factored form, :math:`\Delta = Q_A C Q_B^\top`,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from prune_lightning.devices import chosen
 from prune_lightning.spectral.triplets import Triplets, fp64, triplets_above
 from prune_lightning.types import LowRankUpdate
 
 _NOTHING_NEW = 1e-14  # a direction with a smaller share of a block counts as part of the basis
 _ORTHOGONAL = 1e-12
+
+
+@dataclass(frozen=True)
+class Split:
+    """A block of ``b`` vectors as a basis sees it.
+
+    Args:
+        within: Coordinates in the basis, shape ``(rank, b)``.
+        beyond: Coordinates in the further directions, ``(b, b)``.
+        fresh: The further directions, orthonormal to each other and to the basis, ``(size, b)``.
+        new: Which of them count, ``(b,)``; the others are rounding errors.
+    """
+
+    within: Tensor
+    beyond: Tensor
+    fresh: Tensor
+    new: Tensor
+
+    @property
+    def coordinates(self) -> Tensor:
+        """Coordinates in the basis and in all further directions, zero where these do not count."""
+        return torch.cat([self.within, torch.where(self.new[:, None], self.beyond, 0.0)])
 
 
 class Basis:
@@ -39,17 +63,14 @@ class Basis:
         self._store = self._store.to(device)
         return self
 
-    def coordinates(self, block: Tensor) -> Tensor:
-        """Extend the basis by the directions that ``block`` adds, and return the block's coordinates.
+    def split(self, block: Tensor) -> Split:
+        """Split a block into its part in the span of the basis and the rest; the basis does not change yet.
 
         The block is projected twice, the second time as unit vectors, so that the basis is orthonormal to working
         precision even for nearly collinear blocks.
 
         Args:
             block: Vectors ``(size, b)``, fp64.
-
-        Returns:
-            Coordinates ``(new rank, b)``.
         """
         known = self.vectors
         within = known.T @ block
@@ -59,8 +80,21 @@ class Basis:
         fresh, inner = torch.linalg.qr(fresh - known @ again)
         beyond = inner @ outer
         new = torch.linalg.vector_norm(beyond, dim=1) > _NOTHING_NEW * torch.linalg.matrix_norm(block)
-        self._append(fresh[:, new])
-        return torch.cat([within, beyond[new]])
+        return Split(within, beyond, fresh, new)
+
+    def extend(self, split: Split, count: int) -> Tensor:
+        """Extend the basis by the new directions of a block, and return the block's coordinates.
+
+        Args:
+            split: Of the block, by this basis.
+            count: The number of its new directions.
+
+        Returns:
+            Coordinates ``(new rank, b)``.
+        """
+        new = chosen(split.new, count)
+        self._append(split.fresh[:, new])
+        return torch.cat([split.within, split.beyond[new]])
 
     def load(self, vectors: Tensor) -> None:
         """Replace the basis by known vectors ``(size, rank)``."""
@@ -107,6 +141,7 @@ class FactoredMatrix:
         self.left, self.right = Basis(rows, device), Basis(columns, device)
         self.core = torch.zeros(0, 0, dtype=torch.float64, device=device)
         self._checked_at = 32
+        self._norm: float | None = 0.0
 
     def to(self, device: torch.device) -> FactoredMatrix:
         """Move to a device, in place."""
@@ -121,26 +156,44 @@ class FactoredMatrix:
         return max(len(self.left), len(self.right))
 
     def append(self, update: LowRankUpdate) -> None:
-        """Add an update; directions that are in the bases already do not extend them."""
+        """Add an update; directions that are in the bases already do not extend them.
+
+        How many do is read together with the norm of the result: the host waits for the device once.
+        """
         left, right = fp64(update.left), fp64(update.right)
         length = torch.linalg.vector_norm(left, dim=0)
         unit = left / torch.where(length > 0, length, 1.0)
-        from_left, from_right = self.left.coordinates(unit), self.right.coordinates(right * length)
-        core = self.core.new_zeros(len(self.left), len(self.right))
-        core[: self.core.shape[0], : self.core.shape[1]] = self.core
-        self.core = core.addmm_(from_left, from_right.T)
+        of_left, of_right = self.left.split(unit), self.right.split(right * length)
+        norm = torch.linalg.matrix_norm(self._grown(of_left.coordinates, of_right.coordinates))
+        counts = [split.new.sum().to(norm) for split in (of_left, of_right)]
+        num_left, num_right, self._norm = torch.stack([*counts, norm]).tolist()
+        self.core = self._grown(self.left.extend(of_left, int(num_left)), self.right.extend(of_right, int(num_right)))
         if self.rank >= self._checked_at:
             self._checked_at *= 2
             self._reorthogonalise()
+
+    def _grown(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the core plus a product of coordinates, in bases that these may have extended."""
+        core = self.core.new_zeros(len(left), len(right))
+        core[: self.core.shape[0], : self.core.shape[1]] = self.core
+        return core.addmm_(left, right.T)
+
+    def norm(self) -> float:
+        """Return the Frobenius norm."""
+        if self._norm is None:
+            self._norm = float(torch.linalg.matrix_norm(self.core))
+        return self._norm
 
     def _reorthogonalise(self) -> None:
         for_left, for_right = self.left.reorthogonalise(), self.right.reorthogonalise()
         self.core = self.core if for_left is None else for_left @ self.core
         self.core = self.core if for_right is None else self.core @ for_right.T
+        self._norm = None
 
     def triplets_above(self, threshold: float) -> Triplets:
         """Return the singular triplets above a threshold; see :func:`prune_lightning.spectral.triplets_above`."""
-        inner = triplets_above(self.core, threshold)
+        bound = self.norm() * (1 + torch.finfo(torch.float64).eps * max(1, self.rank) ** 2)
+        inner = triplets_above(self.core, threshold, bound)
         left, right = self.left.vectors @ inner.left, self.right.vectors @ inner.right
         return Triplets(left, inner.sigma, right, inner.largest, inner.path)
 
@@ -161,6 +214,7 @@ class FactoredMatrix:
         self.left.load(state["left"])
         self.right.load(state["right"])
         self.core, self._checked_at = state["core"].to(self.core, copy=True), int(state["checked_at"])
+        self._norm = None
 
     def dense(self) -> Tensor:
         """Return the matrix, fp64."""

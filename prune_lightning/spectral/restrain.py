@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from prune_lightning.devices import chosen
 from prune_lightning.errors import UserError
 from prune_lightning.spectral.accumulated import AccumulatedChange
 from prune_lightning.spectral.diagnostics import sigma_max
@@ -61,13 +62,22 @@ def spectral_correction(
     correction = None
     if len(triplets.sigma):
         becomes = law(triplets.sigma, reference)
-        if becomes.shape != triplets.sigma.shape or not torch.isfinite(becomes).all():
+        count = _num_moved(triplets.sigma, becomes)
+        if count is None:
             raise UserError(f"the law {law!r} did not return one finite value for each singular value")
-        surplus = triplets.sigma - becomes
-        moved = surplus != 0
-        if moved.any():
+        if count:
+            surplus = triplets.sigma - becomes
+            moved = chosen(surplus != 0, count)
             correction = LowRankUpdate(triplets.left[:, moved] * surplus[moved], triplets.right[:, moved])
     return SpectralCorrection(correction, len(triplets.sigma), triplets.largest, triplets.path)
+
+
+def _num_moved(sigma: Tensor, becomes: Tensor) -> int | None:
+    """Return how many values a law changes, or ``None`` if it does not return one finite value for each."""
+    if becomes.shape != sigma.shape:
+        return None
+    finite, count = torch.stack([torch.isfinite(becomes).all().long(), (becomes != sigma).sum()]).tolist()
+    return count if finite else None
 
 
 @torch.no_grad()

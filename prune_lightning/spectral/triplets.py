@@ -58,13 +58,13 @@ def norm_bound(matrix: Tensor) -> float:
     """
     contiguous = matrix if matrix.stride(-1) == 1 else matrix.T
     rows = torch.linalg.vector_norm(contiguous, dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32))
-    if not torch.isfinite(rows).all():
+    norm = float(torch.linalg.vector_norm(fp64(rows)))
+    if not norm < float("inf"):  # which squares can be that the matrix's own precision does not hold
         return float(torch.linalg.vector_norm(fp64(matrix))) if torch.isfinite(matrix).all() else float("nan")
-    rounding = min(1e-3, torch.finfo(rows.dtype).eps * contiguous.shape[1])
-    return float(torch.linalg.vector_norm(fp64(rows))) * (1 + rounding)
+    return norm * (1 + min(1e-3, torch.finfo(rows.dtype).eps * contiguous.shape[1]))
 
 
-def triplets_above(matrix: Tensor, threshold: float) -> Triplets:
+def triplets_above(matrix: Tensor, threshold: float, norm: float | None = None) -> Triplets:
     r"""Return the singular triplets with :math:`\sigma >` ``threshold``.
 
     The first of these that suffices is used: a Frobenius norm not above the threshold, which proves that there are
@@ -74,6 +74,7 @@ def triplets_above(matrix: Tensor, threshold: float) -> Triplets:
     Args:
         matrix: Shape ``(rows, columns)``, any floating dtype; everything but the norm is computed in fp64.
         threshold: Positive.
+        norm: An upper bound of the Frobenius norm, if one is known; see :func:`norm_bound`.
 
     Raises:
         NonFiniteChange: The matrix holds NaN or infinity.
@@ -81,7 +82,7 @@ def triplets_above(matrix: Tensor, threshold: float) -> Triplets:
     """
     if not threshold > 0:
         raise UserError(f"the reference singular value is expected to be positive, but got {threshold}")
-    norm = norm_bound(matrix)
+    norm = norm_bound(matrix) if norm is None else norm
     if not norm < float("inf"):
         raise NonFiniteChange("the change of the weights holds NaN or infinity; it cannot be restrained")
     if norm <= threshold:
@@ -97,7 +98,7 @@ def _triplets_of_tall(matrix: Tensor, threshold: float, norm: float) -> Triplets
     # The Gram matrix has a relative error of eps * (norm / threshold)^2 near the threshold.
     gram_from = (torch.finfo(torch.float64).eps / (1e-11 if matrix.dtype == torch.float64 else 1e-6)) ** 0.5
     matrix = fp64(matrix)
-    found: tuple[Tensor, Tensor, Tensor] | None = None
+    found: tuple[Tensor | None, Tensor, Tensor] | None = None
     path = "lanczos"
     if matrix.shape[1] > _SMALL and threshold >= _LANCZOS_FROM * norm:
         found = _by_lanczos(matrix, threshold)
@@ -105,15 +106,16 @@ def _triplets_of_tall(matrix: Tensor, threshold: float, norm: float) -> Triplets
         path = "gram"
         values, right = torch.linalg.eigh(matrix.T @ matrix)
         sigma, right = values.flip(0).clamp_min(0).sqrt(), right.flip(1)
-        chosen = sigma > threshold
-        found = matrix @ (right[:, chosen] / sigma[chosen]), sigma, right
+        found = None, sigma, right
     if found is None:
         path = "svd"
         left, sigma, right_transposed = torch.linalg.svd(matrix, full_matrices=False)
         found = left, sigma, right_transposed.T
     left, sigma, right = found
-    count = int((sigma > threshold).sum())
-    return Triplets(left[:, :count], sigma[:count], right[:, :count], float(sigma[0]), path)
+    above, largest = torch.stack([(sigma > threshold).sum().to(sigma), sigma[0]]).tolist()
+    count = int(above)
+    left = matrix @ (right[:, :count] / sigma[:count]) if left is None else left[:, :count]
+    return Triplets(left, sigma[:count], right[:, :count], largest, path)
 
 
 def _by_lanczos(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -125,6 +127,7 @@ def _by_lanczos(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
     """
 
     def all_found(sigma: Tensor, residual: Tensor) -> bool:
+        sigma, residual = torch.stack([sigma, residual]).cpu()  # one wait for the device
         wanted = int((sigma > threshold).sum())
         if wanted == len(sigma):
             return False
@@ -201,7 +204,7 @@ def _orthonormal(block: Tensor, basis: Tensor, noise: torch.Generator) -> tuple[
     """
     rest = block - basis @ (basis.T @ block)
     rest = rest - basis @ (basis.T @ rest)
-    scale = float(torch.linalg.matrix_norm(block))
+    scale = torch.linalg.matrix_norm(block)
     vectors, factor = torch.linalg.qr(rest)
     weak = factor.diagonal().abs() <= 1e-14 * scale
     if weak.any():

@@ -42,6 +42,9 @@ class PlannedMachine(Protocol):
     def memory(self, device: torch.device) -> float:
         """Return the bytes of memory that a run can have."""
 
+    def host_memory(self) -> float | None:
+        """Return the bytes of the CPU's memory that a run can have; ``None`` if that is not known."""
+
     def libraries(self, device: torch.device) -> float:
         """Return the bytes that the interpreter and its libraries take there."""
 
@@ -86,6 +89,10 @@ class Card:
         """Return the whole memory of the card."""
         return self.memory_gb * 1e9
 
+    def host_memory(self) -> float | None:
+        """Return nothing: a card is put into all kinds of machines."""
+        return None
+
     def libraries(self, device: torch.device) -> float:
         """Return the libraries' share."""
         return self.libraries_gb * 1e9
@@ -105,6 +112,10 @@ class Here:
     def memory(self, device: torch.device) -> float:
         """Return the free memory."""
         return free_memory(device)
+
+    def host_memory(self) -> float | None:
+        """Return the free memory of the CPU."""
+        return free_memory(torch.device("cpu"))
 
     def libraries(self, device: torch.device) -> float:
         """Return what this process holds and what a run adds, or CUDA's context."""

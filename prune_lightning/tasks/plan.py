@@ -59,9 +59,15 @@ def run(config: DictConfig) -> None:
     disk, seconds, once = needs.disk(), needs.seconds(machine), machine.seconds(needs.cost.once)
     available = planned.memory(device) if config.plan.memory_gb is None else config.plan.memory_gb * 1e9
     problems = misfits(sum(memory.values()), available, sum(disk.values()), folder)
+    given = config.plan.cpu_memory_gb
+    beside = planned.host_memory() if given is None else given * 1e9
+    if beside is not None and sum(host.values()) > beside:
+        problems.append(f"memory of the CPU: {size(sum(host.values()))} are needed, {size(beside)} are free")
     if needs.cost.unknown:
         problems.append(f"method={choice('method')} has no cost estimate; its own computations are not included")
     rows = f"Rows of {needs.cost.length} tokens ({needs.counted}). Evaluations come on top."
+    if host and beside is None:
+        rows += " Whether the memory of the CPU suffices is not known: plan.cpu_memory_gb=... says how much there is."
     print_plan(memory, host, disk, seconds, once, needs.stream, rows, problems)
     print_machine(planned.name, machine, planned.range_of_error)
     plan = {
@@ -163,7 +169,7 @@ def _planned_for(config: DictConfig) -> PlannedMachine:
     Raises:
         UserError: It is this machine with a GPU that is not there, and not all of its figures are given.
     """
-    for key in KEYS:
+    for key in (*KEYS, "cpu_memory_gb"):
         check_value(f"plan.{key}", config.plan[key], Positive | None)
     planned: PlannedMachine = build(config.machine, "machine")
     if planned.accelerator is not None:
