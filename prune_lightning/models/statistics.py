@@ -78,13 +78,22 @@ class SecondMoments:
         self.ridge, self.token_budget = ridge, token_budget
         self.cache, self.save_every = Path(cache).expanduser() if cache else None, save_every
         self.shipped = local_path(shipped) if shipped else None
+        self._read: Corpus | None = None
         self.num_tokens = 0
         self.convergence = float("nan")
 
-    def limited(self, tokens: float) -> SecondMoments:
-        """Return a copy that stops after so many tokens, if it does not stop earlier."""
-        limited = copy.copy(self)
-        limited.max_tokens = math.ceil(min(tokens, float("inf") if self.max_tokens is None else self.max_tokens))
+    def limited(self, tokens_per_feature: float, key_size: int) -> SecondMoments:
+        """Return a copy that stops after so many tokens, if it does not stop earlier, and samples no more of its own.
+
+        Args:
+            tokens_per_feature: Tokens, as a multiple of the keys' width.
+            key_size: That width.
+        """
+        limited, most = copy.copy(self), math.inf if self.max_tokens is None else self.max_tokens
+        limited.max_tokens = math.ceil(min(tokens_per_feature * key_size, most))
+        limited.sampled = self.sampled.limited(tokens_per_feature)
+        if isinstance(self.corpus, SelfSampledCorpus):
+            limited.corpus = SELF
         return limited
 
     def compute(
@@ -124,10 +133,11 @@ class SecondMoments:
         self, model: LanguageModel, layers: Sequence[int], clock: PhaseClock, tokens_per_feature: float | None
     ) -> Mapping[int, Tensor]:
         """Return the moments that are known, or else take and store them."""
-        self.resolved(model, layers, clock)
+        self._read = self.resolved(model, layers, clock)
         moments, few = self._known(model, layers), self
         if moments is None and tokens_per_feature is not None:
-            few = self.limited(tokens_per_feature * max(model.key_size(layer) for layer in layers))
+            few = self.limited(tokens_per_feature, max(map(model.key_size, layers)))
+            self._read = few.resolved(model, layers, clock)
             moments = few._known(model, layers)
         if moments is None:
             store = StatisticsStore(self.cache, few.manifest(model)) if self.cache else None
@@ -165,9 +175,9 @@ class SecondMoments:
 
     def summary(self) -> dict[str, Any]:
         """Return the corpus and, if they were not read from the cache, the number of tokens and the last change."""
-        known = None if isinstance(self.corpus, str | None) else self.corpus.identity()
+        known = self._read or (None if isinstance(self.corpus, str | None) else self.corpus)
         taken = {"tokens": self.num_tokens, "convergence": self.convergence} if self.num_tokens else {}
-        return {"corpus": known, **taken}
+        return {"corpus": known and known.identity(), **taken}
 
     def check(self, model: LanguageModel, layers: Sequence[int]) -> None:
         """Raise if the second moments are not kept anywhere and cannot be computed; nothing is computed yet.
