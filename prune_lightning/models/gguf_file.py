@@ -102,6 +102,12 @@ def _check(path: Path, metadata: dict[str, Any], names: Collection[str]) -> None
         )
 
 
+def gguf_tensors(path: Path) -> tuple[str, Collection[str]]:
+    """Return the architecture that a GGUF file names, and the names of its tensors; no tensor is read."""
+    metadata, names = _reader(path)[0](str(path))
+    return metadata["general.architecture"], names
+
+
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a GGUF file, with its special tokens and chat template."""
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
