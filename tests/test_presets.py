@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from prune_lightning.errors import UserError
 from prune_lightning.models.depth import FROM_DEPTH
 from prune_lightning.models.family import ModelFamily
+from prune_lightning.tasks.arguments import full_arguments
 from prune_lightning.tasks.presets import SOURCES, settled
 
 QUICK = ("data.num_edits=1", "evaluation=editing", "callbacks=none", "restraint=none", "ledger=true", "progress=false")
@@ -219,3 +220,29 @@ def test_misspelt_value_in_a_models_yaml_is_found(tmp_path, capsys):
     assert command_line(tmp_path / "run", *QUICK, "model=mine", "--config-dir", str(tmp_path)) == 2
     assert "model.edit.rome.value.step" in (said := capsys.readouterr().err)
     assert "did you mean 'value.steps'" in said
+
+
+# -- a path alone -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["model.path=/a/folder"], "model=auto"),
+        (["experiment=tune", "model.path=./file.gguf", "method=memit"], "model=auto"),
+        (["model.path='/a (b)/folder'"], "model=auto"),
+        (["model.path=openai-community/gpt2-xl"], "model=gpt2-xl"),
+        (["model.path=pkg://prune_lightning.bundled/model"], "model=bundled"),
+        (["model=llama-3-8b", "model.path=/a/folder"], None),
+        (["experiment=smollm2", "model.path=/a/folder"], None),
+        (["method=rome"], None),
+    ],
+)
+def test_a_path_without_an_option_is_no_bundled_model(words, option):
+    assert full_arguments(words) == [*([option] if option else []), *words]
+
+
+def test_a_path_alone_takes_the_settings_of_any_model(tmp_path, caplog):
+    path = checkpoint(tmp_path, layers=12)
+    config = settled(compose(*full_arguments([f"model.path={path}"])))
+    assert list(config.method.layers) == list(settled(compose("model=auto", f"model.path={path}")).method.layers) == [2]
+    assert config.model.second_moments.corpus.path == "wikimedia/wikipedia"
+    assert "taking [2], from its depth of 12 layers" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import types
@@ -303,6 +304,21 @@ def test_own_text_is_kept_for_the_model_and_the_settings(bundled_shared, tmp_pat
             edited.rewrite_module(0).weight.add_(1e-3)
         with pytest.raises(TypeError):
             SecondMoments(**settings).compute(edited, [0])
+
+
+def test_own_text_is_no_longer_than_what_the_method_reads(bundled_shared, tmp_path):
+    width = bundled_shared.key_size(0)
+    few, same = SecondMoments("self", sampled=FEW, cache=tmp_path), replace(FEW, tokens_per_key=0.25)
+    found = few.compute(bundled_shared, [0], tokens_per_feature=0.25)[0].matrix
+    (file,) = (tmp_path / "sampled_text").iterdir()
+    assert len(json.loads(file.read_text())) == math.ceil(0.25 * width / 16)
+    assert few.num_tokens == 0.25 * width
+    expected = SecondMoments("self", sampled=same, max_tokens=math.ceil(0.25 * width))
+    assert torch.allclose(found, expected.compute(bundled_shared, [0])[0].matrix, rtol=1e-6, atol=0)  # kept in fp32
+    assert few.summary()["corpus"] == expected.summary()["corpus"]
+    assert torch.equal(few.compute(bundled_shared, [0], tokens_per_feature=0.25)[0].matrix, found), "asked again"
+    whole = few.compute(bundled_shared, [0], tokens_per_feature=9)[0].matrix
+    assert torch.equal(whole, SecondMoments("self", sampled=FEW, cache=tmp_path).compute(bundled_shared, [0])[0].matrix)
 
 
 def test_own_text_takes_the_place_of_a_corpus_that_is_out_of_reach(bundled_shared, tmp_path, monkeypatch):

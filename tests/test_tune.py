@@ -7,15 +7,16 @@ import math
 
 import pytest
 import yaml
+from conftest import load_path
 from test_configs import compose
 from test_fuzz import command_line
 from test_presets import checkpoint
 
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
-from prune_lightning.models.loading import load_language_model
+from prune_lightning.models.loading import load_language_model, load_tokens
 from prune_lightning.phases import PhaseClock
-from prune_lightning.tasks.hparams import leaves, weights_fingerprint
+from prune_lightning.tasks.hparams import compare_stream, edit_marks, leaves, weights_fingerprint, write_hparams
 from prune_lightning.tasks.presets import load_model, settled
 from prune_lightning.tasks.tune_space import Layers, Space
 from prune_lightning.tasks.tune_trial import Outcome, Pilots, objective
@@ -63,6 +64,10 @@ def test_layers_stay_within_the_depth_that_the_space_names():
 def test_an_entry_that_is_not_understood_is_named():
     with pytest.raises(UserError, match=r"tune\.space\.method\.value\.clamp: \{'around': 1\}"):
         space_of("tune.space.method.value.clamp.around=1")
+    with pytest.raises(
+        UserError, match=r"tune\.space\.method\.value: 5 is no entry for the settings of value: steps, "
+    ):
+        space_of("tune.space.method.value=5")
     kept = space_of("restraint=none", "tune.space.method.value=null", "tune.space.method.layers=null", "method=memit")
     assert [parameter.key for parameter in kept.parameters] == ["method.ridge"]
     with pytest.raises(UserError, match="no setting"):
@@ -180,7 +185,7 @@ def test_time_ends_a_search_and_an_endless_one_is_refused(tmp_path):
 def test_what_was_found_is_taken_as_it_is(tmp_path, capsys):
     path = checkpoint(tmp_path / "model", weights=True, layers=6)
     common = (
-        *("model=auto", f"model.path={path}", "method=ft_m", "data.num_edits=2", "callbacks=none", "progress=false"),
+        *(f"model.path={path}", "method=ft_m", "data.num_edits=2", "callbacks=none", "progress=false"),
         "evaluation=editing",
     )
     budget = ("tune.pilots=2", "tune.held_out=2", "tune.max_edits=6", "tune.startup=1", "tune.rungs=1")
@@ -194,6 +199,18 @@ def test_what_was_found_is_taken_as_it_is(tmp_path, capsys):
     assert document["found"]["trials"] == len(report["all_trials"]) == 3
     assert (tmp_path / "tune" / "plots" / "tuning.png").is_file()
     assert not list((tmp_path / "tune").glob("edits.jsonl"))
+
+    stream = BundledWorld(num_edits=6)
+    stream.fit(load_tokens(str(path)))
+    assert document["found"]["pilots"] == {
+        **{"data": "bundled", "path": None, "skip": 2, "pilots": 2, "held_out": 2},
+        "edits": edit_marks(stream.requests[2:]),
+    }
+    assert len(set(edit_marks(stream.requests))) == 6
+    capsys.readouterr()
+    for changed in ("tune.rungs=2", "method.stop_loss=0.5"):
+        assert command_line(tmp_path / "tune", f"resume={tmp_path / 'tune'}", changed) == 2
+        assert f"the search was begun with another {changed.partition('=')[0]}\n" in capsys.readouterr().err
 
     document["method"] |= {"layers": [4], "steps": 3}
     document["restraint"]["base"] = 3.5
@@ -214,6 +231,19 @@ def test_what_was_found_is_taken_as_it_is(tmp_path, capsys):
     file.write_text(yaml.safe_dump(document | {"method": {"step": 3}}))
     assert command_line(tmp_path / "other", *take) == 2
     assert "has no option 'step': did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_a_stream_with_pilots_is_warned_of(tmp_path, caplog):
+    stream = BundledWorld(num_edits=9)
+    stream.fit(load_tokens(load_path()))
+    file = tmp_path / "hparams.yaml"
+    found = {"method": "rome", "restraint": "prune", "pilots": {"edits": edit_marks(stream.requests[3:7])}}
+    write_hparams(file, found, {"method.value.steps": 3}, "")
+    config = compose(f"hparams={file}")
+    compare_stream(config, [*stream.requests[:3], *stream.requests[7:]])
+    assert not caplog.records
+    compare_stream(config, stream.requests[:5])
+    assert "hparams: 2 of the 5 edits of this run are among those on which" in caplog.text
 
 
 def test_another_models_settings_are_warned_of(tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,7 +18,8 @@ class Format(Protocol):
     """The contents of a format's module.
 
     A module may also have ``EPSILON``, the relative precision in which it stores edited weights if that is less than
-    the model's, and ``check_base(base_model)``, which raises a :class:`UserError` for a base that it cannot export.
+    the model's; ``check_base(base_model)``, which raises a :class:`UserError` for a base that it cannot export; and
+    ``check_weights(base_model, weights, num_layers)``, which does so for edited weights, given by name and shape.
     """
 
     LOW_RANK_ONLY: bool
@@ -51,3 +53,18 @@ def check_base(name: str, base_model: str) -> None:
         UserError: There is no such format, or it cannot.
     """
     getattr(format_named(name), "check_base", lambda _: None)(base_model)
+
+
+def check_weights(name: str, base_model: str, weights: Mapping[str, tuple[int, int]], num_layers: int) -> None:
+    """Raise an error if a format cannot hold edits of these weights.
+
+    Args:
+        name: The format.
+        base_model: Path of the model.
+        weights: ``(out_features, in_features)`` of each weight to edit, by its name.
+        num_layers: Number of the model's layers.
+
+    Raises:
+        UserError: There is no such format, or it cannot.
+    """
+    getattr(format_named(name), "check_weights", lambda *_: None)(base_model, weights, num_layers)

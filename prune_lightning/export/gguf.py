@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prune_lightning.errors import UserError
 from prune_lightning.export.sources import ExportedMatrix, ExportSource
-from prune_lightning.models.gguf_file import gguf_weights, is_gguf
+from prune_lightning.models.gguf_file import gguf_tensors, gguf_weights, is_gguf
 from prune_lightning.models.loading import local_path
 
 LOW_RANK_ONLY = False
@@ -39,6 +39,30 @@ def check_base(base_model: str) -> None:
         )
 
 
+def check_weights(base_model: str, weights: Mapping[str, tuple[int, int]], num_layers: int, kind: str = "F16") -> None:
+    """Raise an error if weights cannot be written into the file that the model was loaded from.
+
+    Args:
+        base_model: Path of the file.
+        weights: ``(out_features, in_features)`` of each weight to edit, by its name in ``transformers``.
+        num_layers: Number of the model's layers.
+        kind: See :func:`write_gguf`.
+
+    Raises:
+        UserError: The file has no tensor for one of them, or the type cannot hold its rows.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    _names(*gguf_tensors(local_path(base_model)), weights, num_layers)
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    for name, (_, width) in weights.items():
+        if width % block:
+            raise UserError(
+                f"{kind} stores the rows of a matrix in blocks of {block} values, and a row of {name} has {width}: "
+                "take export=gguf, which stores F16"
+            )
+
+
 def write_gguf(source: ExportSource, folder: Path, kind: str) -> dict[str, Any]:
     r"""Write the edited file and a ``Modelfile`` for Ollama.
 
@@ -55,15 +79,18 @@ def write_gguf(source: ExportSource, folder: Path, kind: str) -> dict[str, Any]:
         that is left after rounding, :math:`\langle \Delta, \hat W - W_0 \rangle / \|\Delta\|^2`.
 
     Raises:
-        UserError: The model was not loaded from a GGUF file, or a tensor of it is stored in an unknown layout.
+        UserError: The model was not loaded from a GGUF file, the type cannot hold the rows of an edited tensor, or one
+            is stored in an unknown layout.
     """
     from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
 
     check_base(source.provenance.base_model)
-    base = local_path(source.provenance.base_model)
+    base, num_layers = local_path(source.provenance.base_model), source.language_model.num_layers
+    shapes = {matrix.name: (matrix.original.shape[0], matrix.original.shape[1]) for matrix in source.matrices}
+    check_weights(source.provenance.base_model, shapes, num_layers, kind)
     reader = GGUFReader(base)
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    names = _names(reader, source)
+    names = _names(*gguf_tensors(base), shapes, num_layers)
     replaced: dict[str, Any] = {}
     kept: dict[str, float] = {}
     for matrix in source.matrices:
@@ -92,20 +119,19 @@ def load(source: ExportSource, folder: Path) -> Any:
 write = partial(write_gguf, kind="F16")
 
 
-def _names(reader: Any, source: ExportSource) -> dict[str, str]:
-    """Return the name in the file of each edited weight."""
+def _names(architecture: str, stored: Collection[str], weights: Iterable[str], num_layers: int) -> dict[str, str]:
+    """Return the name in the file of each weight."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    architecture = reader.get_field("general.architecture").contents()
     arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    names = get_tensor_name_map(arch, source.language_model.num_layers)
+    names = get_tensor_name_map(arch, num_layers)
     found: dict[str, str] = {}
-    for matrix in source.matrices:
-        options = (matrix.name, matrix.name.partition(".")[2])  # for some models without the name of the whole model
+    for weight in weights:
+        options = (weight, weight.partition(".")[2])  # for some models without the name of the whole model
         name = next((name for o in options if (name := names.get_name(o, try_suffixes=(".weight",)))), None)
-        if name is None:
-            raise UserError(f"llama.cpp has no name for the edited weight {matrix.name}; export `full`")
-        found[matrix.name] = name
+        if name not in stored:
+            raise UserError(f"the file has no tensor of its own for the edited weight {weight}; export `full`")
+        found[weight] = name
     return found
 
 

@@ -101,7 +101,7 @@ class LocateThenEdit(EditingModule):
         """Return the costs; see :func:`~.costs.locating_cost`."""
         if tokens_per_feature is not None:
             widest = max(model.edited_shape(layer)[1] for layer in layers)
-            second_moments = second_moments.limited(tokens_per_feature * widest)
+            second_moments = second_moments.limited(tokens_per_feature, widest)
         return locating_cost(
             model,
             stream,

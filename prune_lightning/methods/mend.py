@@ -16,8 +16,9 @@ from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.editor_training import TrainedEditor
 from prune_lightning.methods.mend_gradients import LabelledRows, edit_gradients
 from prune_lightning.methods.mend_network import MENDNetwork, NetworkShape
-from prune_lightning.methods.mend_store import STORE, load_network, matrix_shapes, save_network
+from prune_lightning.methods.mend_store import STORE, load_network, save_network
 from prune_lightning.methods.mend_training import MENDTraining, TrainingOptions
+from prune_lightning.models.family import matrix_shapes
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Whole
 from prune_lightning.types import EditRequest, LowRankUpdate

@@ -12,18 +12,9 @@ from torch import nn
 
 from prune_lightning.methods.mend_network import MENDNetwork, NetworkShape
 from prune_lightning.methods.trained_store import TrainedStore
-from prune_lightning.models.family import stores_transposed
+from prune_lightning.models.family import matrix_shapes
 
 STORE = TrainedStore("hypernetwork", "method.hypernetwork", "train_mend")
-
-
-def matrix_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Return ``(out_features, in_features)`` of each module's weight, for Linear and Conv1D."""
-    shapes = {}
-    for name, module in modules.items():
-        rows, columns = module.get_parameter("weight").shape
-        shapes[name] = (columns, rows) if stores_transposed(module) else (rows, columns)
-    return shapes
 
 
 def save_network(

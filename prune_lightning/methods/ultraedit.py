@@ -14,8 +14,8 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.least_squares import regression_update
 from prune_lightning.methods.mend_gradients import LabelledRows, edit_gradients
-from prune_lightning.methods.mend_store import matrix_shapes
 from prune_lightning.methods.standardisation import RunningCovariance, RunningMoments
+from prune_lightning.models.family import matrix_shapes
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.tokenization import EncodedPair
 from prune_lightning.types import DenseUpdate, EditRequest, MatrixUpdate

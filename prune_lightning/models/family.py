@@ -139,3 +139,12 @@ def stores_transposed(module: nn.Module) -> bool:
             f"the weight of an edited {kind} is quantised ({module.weight.dtype}); dequantise the model first"
         )
     return isinstance(module, Conv1D)
+
+
+def matrix_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Return ``(out_features, in_features)`` of each module's weight, for Linear and Conv1D."""
+    shapes = {}
+    for name, module in modules.items():
+        rows, columns = module.get_parameter("weight").shape
+        shapes[name] = (columns, rows) if stores_transposed(module) else (rows, columns)
+    return shapes

@@ -6,16 +6,16 @@ import copy
 import io
 import struct
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import redirect_stderr
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import transformers
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedTokenizerFast
-from transformers.integrations.gguf import read_gguf_metadata
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from prune_lightning.errors import UserError
 
@@ -45,13 +45,9 @@ def gguf_config(path: Path) -> PretrainedConfig:
 
 @lru_cache(maxsize=4)
 def _read_config(path: Path, changed: int, size: int) -> PretrainedConfig:
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise UserError(
-            f"model.path: {path.name} is a GGUF file; reading it needs {' and '.join(missing)}: "
-            "pip install 'prune-lightning[gguf]'"
-        )
+    read_metadata, _ = _reader(path)
     try:
-        metadata, names = read_gguf_metadata(str(path))
+        metadata, names = read_metadata(str(path))
         _check(path, metadata, names)
         config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except UserError:
@@ -64,6 +60,28 @@ def _read_config(path: Path, changed: int, size: int) -> PretrainedConfig:
             f"model.path: {path} is no GGUF file, or it is damaged or incomplete ({reason}); download it again"
         ) from error
     return config
+
+
+def _reader(path: Path) -> tuple[Callable[[str], tuple[dict[str, Any], Collection[str]]], Any]:
+    """Return what ``transformers`` reads GGUF files with: the function for their metadata, and ``GgufConfig``.
+
+    Only the extra ``[gguf]`` asks for a release that has them, so they are imported here and nowhere else.
+
+    Raises:
+        UserError: A package is missing, or ``transformers`` is too old.
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    try:
+        from transformers import GgufConfig
+        from transformers.integrations.gguf import read_gguf_metadata
+    except ImportError:
+        missing.append(f"a newer transformers than {transformers.__version__}")
+    if missing:
+        raise UserError(
+            f"model.path: {path.name} is a GGUF file; reading it needs {' and '.join(missing)}: "
+            "pip install 'prune-lightning[gguf]'"
+        )
+    return read_gguf_metadata, GgufConfig
 
 
 def _check(path: Path, metadata: dict[str, Any], names: Collection[str]) -> None:
@@ -82,6 +100,12 @@ def _check(path: Path, metadata: dict[str, Any], names: Collection[str]) -> None
             f"model.path: {path} scales rotary positions ({', '.join(factors[:2]) or scaling}), which transformers "
             f"does not read from GGUF, so the model would compute something else; {_INSTEAD}"
         )
+
+
+def gguf_tensors(path: Path) -> tuple[str, Collection[str]]:
+    """Return the architecture that a GGUF file names, and the names of its tensors; no tensor is read."""
+    metadata, names = _reader(path)[0](str(path))
+    return metadata["general.architecture"], names
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -108,6 +132,7 @@ def gguf_weights(path: Path, config: PretrainedConfig, dtype: Any) -> tuple[Any,
     Raises:
         UserError: ``transformers`` cannot dequantise the tensors, or does not load all of them.
     """
+    read_metadata, dequantised = _reader(path)
     from gguf import LlamaFileType
 
     auto: Any = AutoModelForCausalLM
@@ -118,14 +143,14 @@ def gguf_weights(path: Path, config: PretrainedConfig, dtype: Any) -> tuple[Any,
                 gguf_file=path.name,
                 config=config,
                 dtype=dtype,
-                quantization_config=GgufConfig(dequantize=True),
+                quantization_config=dequantised(dequantize=True),
                 output_loading_info=True,
                 local_files_only=True,
             )
     except (RuntimeError, NotImplementedError) as error:
         reason = "it reads other shapes from its metadata than its tensors have" if "mismatch" in str(error) else error
         raise UserError(f"model.path: transformers cannot load {path}: {reason}; {_INSTEAD}") from error
-    metadata, stored = read_gguf_metadata(str(path))
+    metadata, stored = read_metadata(str(path))
     if len(stored) > (loaded := len(list(model.parameters()))):
         raise UserError(
             f"model.path: {path} has {len(stored)} tensors, of which transformers loaded only {loaded}, so the model "

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class SampledText:
     temperature: float = 1.0
     rows: int = 64
     seed: int = 0
+
+    def limited(self, tokens_per_key: float) -> SampledText:
+        """Return settings that sample this multiple of the width of the keys at most."""
+        return replace(self, tokens_per_key=min(self.tokens_per_key, tokens_per_key))
 
     def num_texts(self, key_size: int) -> int:
         """Return the number of texts for keys of a width."""

@@ -78,13 +78,16 @@ class SecondMoments:
         self.ridge, self.token_budget = ridge, token_budget
         self.cache, self.save_every = Path(cache).expanduser() if cache else None, save_every
         self.shipped = local_path(shipped) if shipped else None
-        self.num_tokens = 0
-        self.convergence = float("nan")
+        self._read: Corpus | None = None
+        self.num_tokens, self.convergence = 0, math.nan
 
-    def limited(self, tokens: float) -> SecondMoments:
-        """Return a copy that stops after so many tokens, if it does not stop earlier."""
-        limited = copy.copy(self)
-        limited.max_tokens = math.ceil(min(tokens, float("inf") if self.max_tokens is None else self.max_tokens))
+    def limited(self, tokens_per_feature: float, key_size: int) -> SecondMoments:
+        """Return a copy that reads, or samples, so many tokens per entry of a key, if it does not stop earlier."""
+        limited, most = copy.copy(self), math.inf if self.max_tokens is None else self.max_tokens
+        limited.max_tokens = math.ceil(min(tokens_per_feature * key_size, most))
+        limited.sampled = self.sampled.limited(tokens_per_feature)
+        if isinstance(self.corpus, SelfSampledCorpus):
+            limited.corpus = SELF
         return limited
 
     def compute(
@@ -124,16 +127,17 @@ class SecondMoments:
         self, model: LanguageModel, layers: Sequence[int], clock: PhaseClock, tokens_per_feature: float | None
     ) -> Mapping[int, Tensor]:
         """Return the moments that are known, or else take and store them."""
-        self.resolved(model, layers, clock)
+        self._read = self.resolved(model, layers, clock)
         moments, few = self._known(model, layers), self
         if moments is None and tokens_per_feature is not None:
-            few = self.limited(tokens_per_feature * max(model.key_size(layer) for layer in layers))
+            few = self.limited(tokens_per_feature, max(map(model.key_size, layers)))
+            self._read = few.resolved(model, layers, clock)
             moments = few._known(model, layers)
-        if moments is None:
-            store = StatisticsStore(self.cache, few.manifest(model)) if self.cache else None
-            moments = few.take(model, layers, store, clock)
-            self.num_tokens, self.convergence = few.num_tokens, few.convergence
-        return moments
+        if moments is not None:
+            return moments
+        taken = few.take(model, layers, StatisticsStore(self.cache, few.manifest(model)) if self.cache else None, clock)
+        self.num_tokens, self.convergence = few.num_tokens, few.convergence
+        return taken
 
     def resolved(self, model: LanguageModel, layers: Sequence[int], clock: PhaseClock | None = None) -> Corpus:
         """Return the corpus; the model samples its own if that is what was chosen."""
@@ -154,20 +158,24 @@ class SecondMoments:
         return None
 
     def _factored(self, model: LanguageModel, moments: Mapping[int, Tensor]) -> dict[int, SecondMoment]:
-        precision = torch.float64 if self._is_exact(model) else torch.float32
+        exact = not (self.cache or self.shipped) and next(model.parameters()).dtype == torch.float64  # files hold fp32
+        precision = torch.float64 if exact else torch.float32
         return {n: SecondMoment(self._damped(m.to(model.device)), precision, self.keep) for n, m in moments.items()}
+
+    def _damped(self, moment: Tensor) -> Tensor:
+        moment.diagonal().add_(self.ridge * moment.diagonal().mean())
+        return moment
 
     def num_texts(self, key_size: int) -> int:
         """Return the number of texts for keys of a width."""
-        if self.corpus is None:
-            return 0
-        return self.sampled.num_texts(key_size) if isinstance(self.corpus, str) else len(self.corpus)
+        texts = () if self.corpus is None else self.corpus
+        return self.sampled.num_texts(key_size) if isinstance(texts, str) else len(texts)
 
     def summary(self) -> dict[str, Any]:
         """Return the corpus and, if they were not read from the cache, the number of tokens and the last change."""
-        known = None if isinstance(self.corpus, str | None) else self.corpus.identity()
+        known = self._read or (None if isinstance(self.corpus, str | None) else self.corpus)
         taken = {"tokens": self.num_tokens, "convergence": self.convergence} if self.num_tokens else {}
-        return {"corpus": known, **taken}
+        return {"corpus": known and known.identity(), **taken}
 
     def check(self, model: LanguageModel, layers: Sequence[int]) -> None:
         """Raise if the second moments are not kept anywhere and cannot be computed; nothing is computed yet.
@@ -195,10 +203,6 @@ class SecondMoments:
         if self.cache:
             StatisticsStore(self.cache, manifest).make_folder()
 
-    def _is_exact(self, model: LanguageModel) -> bool:
-        """Whether the moments are summed in fp64 and not stored, which would round them to fp32."""
-        return self.cache is None and self.shipped is None and next(model.parameters()).dtype == torch.float64
-
     def manifest(self, model: LanguageModel) -> dict[str, Any]:
         """Return all settings that the statistics depend on."""
         assert not isinstance(self.corpus, str | None)
@@ -209,10 +213,6 @@ class SecondMoments:
             "max_length": min(self.max_length, model.tokens.max_length),
             "dtype": str(next(model.parameters()).dtype),
         }
-
-    def _damped(self, moment: Tensor) -> Tensor:
-        moment.diagonal().add_(self.ridge * moment.diagonal().mean())
-        return moment
 
     @torch.no_grad()
     def take(

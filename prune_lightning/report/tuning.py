@@ -31,10 +31,7 @@ def plot_tuning(trials: Sequence[Mapping[str, Any]]) -> Figure:
     every[0].set(xlabel="trial", ylabel="score")
     every[0].legend(fontsize=8)
     for axes, key in zip(every[1:], keys, strict=False):
-        values = [trial["values"][key] for trial in trials]
-        values = [
-            value[-1] if isinstance(value, Sequence) and not isinstance(value, str) else value for value in values
-        ]
+        values = [_shown(trial["values"][key]) for trial in trials]
         _points(axes, values, scores, whole)
         axes.set(xlabel=key, ylabel="score")
         numbers = [value for value in values if isinstance(value, float | int) and value > 0]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import hydra
 from annotated_types import Ge, Le
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from prune_lightning.errors import UserError
 from prune_lightning.ranges import Count
+from prune_lightning.tasks.choices import config_folder, preset_for
 from prune_lightning.value_types import check_value
 
 _LARGEST_SEED = 2**32 - 1  # of NumPy
@@ -36,17 +39,20 @@ AUTO = "auto"
 
 
 def full_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the command line of a run to resume: the one it was begun with, and what is overridden now.
+    """Return the command line with what it implies.
+
+    With ``resume=RUN``, it is the one that the run was begun with, and what is overridden now. With ``model.path=PATH``
+    and no option of ``model``, the option is that of this path, or ``auto``: the default is the bundled model's.
 
     Args:
-        arguments: The command line; without ``resume=RUN`` in it, or with ``resume=auto``, it is returned as it is.
+        arguments: The command line.
 
     Raises:
         UserError: RUN is no folder of a run.
     """
     wanted = [word.removeprefix(_RESUME) for word in arguments if word.startswith(_RESUME)]
     if not wanted or wanted[-1] in ("", "null", AUTO):
-        return list(arguments)
+        return [*_model_option(arguments), *arguments]
     run = Path(wanted[-1]).expanduser().resolve()
     known = run / _RECORD / "overrides.yaml"
     if not known.is_file():
@@ -58,17 +64,39 @@ def full_arguments(arguments: Sequence[str]) -> list[str]:
     )
 
 
+def _model_option(arguments: Sequence[str]) -> list[str]:
+    given = dict(word.lstrip("+").partition("=")[::2] for word in arguments)
+    if "model.path" not in given or "model" in given or ("experiment" in given and _names_model(given)):
+        return []
+    option, _ = preset_for(given["model.path"].strip("'\""))
+    return [f"model={option}"]
+
+
+def _names_model(given: Mapping[str, str]) -> bool:
+    """Whether the experiment of a command line chooses a model itself."""
+    words = [f"{key}={given[key]}" for key in ("experiment", "hydra.searchpath") if key in given]
+    chosen = []
+    for overrides in ([], words):
+        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+            try:
+                config = hydra.compose("train", overrides=overrides, return_hydra_config=True)
+            except HydraException:  # a sweep over experiments, or an unknown one, which is said later
+                return True
+        chosen.append(config.hydra.runtime.choices.model)
+    return chosen[0] != chosen[1]
+
+
 def record_settings(config: DictConfig) -> None:
     """Write the job's configuration and overrides to its folder, in the files in which Hydra writes them.
 
     Hydra writes them before the job starts. A job that is refused, since it would resume a run with other settings,
     would then have replaced those of the run.
     """
-    hydra = HydraConfig.instance().cfg
-    assert hydra is not None
+    job = HydraConfig.instance().cfg
+    assert job is not None
     folder = recorded_settings()
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {"config": config, "hydra": hydra, "overrides": HydraConfig.get().overrides.task}
+    parts = {"config": config, "hydra": job, "overrides": HydraConfig.get().overrides.task}
     for name, part in parts.items():
         (folder / f"{name}.yaml").write_text(OmegaConf.to_yaml(part), "utf-8")
 

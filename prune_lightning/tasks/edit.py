@@ -31,6 +31,7 @@ from prune_lightning.tasks.components import build, check_arguments, check_compo
 from prune_lightning.tasks.edit_report import origin, report
 from prune_lightning.tasks.edit_table import edit_rows
 from prune_lightning.tasks.exporting import export_all, raise_failed
+from prune_lightning.tasks.hparams import compare_stream
 from prune_lightning.tasks.knowing import select_records
 from prune_lightning.tasks.preflight import check_bisection, check_run, formats_wanted
 from prune_lightning.tasks.presets import load_model, model_facts, settled
@@ -162,6 +163,7 @@ def _load(config: DictConfig, folder: Path, clock: PhaseClock) -> Job:
     module = _method(config, clock)
     check_run(config, module, stream, restraint, measurements)
     select_records(config, stream, module.language_model, folder, clock)
+    compare_stream(config, stream.requests)
     if ledger and stream.rule.needs_model:
         check_stream(ledger, stream)
     scores = None if stream.protocol.from_base else StreamScores(stream.superseded())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prune_lightning.atomic_files import write_bytes
 from prune_lightning.errors import UserError, near
 from prune_lightning.fingerprint import sampled_fingerprint
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.requests import EditRequest
 from prune_lightning.tasks.setup import choice, first_process
 
 SECTIONS = ("method", "restraint")
@@ -44,8 +46,8 @@ def write_hparams(path: Path, found: Mapping[str, Any], values: Mapping[str, Any
 
     Args:
         path: The file.
-        found: How the values were found; ``model``, ``fingerprint``, ``dtype``, ``method`` and ``restraint`` are
-            compared with the run that reads the file.
+        found: How the values were found; ``model``, ``fingerprint``, ``dtype``, ``method``, ``restraint`` and the
+            ``edits`` of ``pilots`` are compared with the run that reads the file.
         values: By dotted key, such as ``method.value.clamp``.
         remark: A comment for the top of the file.
     """
@@ -118,6 +120,24 @@ def compare_model(config: DictConfig, model: LanguageModel) -> None:
     found = read_hparams(config.hparams)["found"]
     if found.get("dtype") == str(model.model.dtype) and found.get("fingerprint") != weights_fingerprint(model):
         _say(f"hparams: {config.hparams} was found for another model, {found.get('model')}; experiment=tune finds more")
+
+
+def edit_marks(requests: Iterable[EditRequest]) -> list[str]:
+    """Return a short digest of the prompt of each edit, by which it is recognised in other data."""
+    return [hashlib.blake2b(request.prompt.encode(), digest_size=6).hexdigest() for request in requests]
+
+
+def compare_stream(config: DictConfig, requests: Sequence[EditRequest]) -> None:
+    """Warn if edits of a stream are among those on which ``hparams=FILE`` was found."""
+    if config.get("hparams") is None:
+        return
+    pilots = read_hparams(config.hparams)["found"].get("pilots") or {}
+    known = set(pilots.get("edits", ()))
+    if common := sum(mark in known for mark in edit_marks(requests)):
+        _say(
+            f"hparams: {common} of the {len(requests)} edits of this run are among those on which {config.hparams} was "
+            "found, so its scores are too good: edit others, or tune again with a larger tune.skip"
+        )
 
 
 def weights_fingerprint(model: LanguageModel) -> str:

@@ -12,9 +12,10 @@ from prune_lightning.callbacks import Restraint
 from prune_lightning.data.stream import EditStream
 from prune_lightning.errors import UserError, one_of
 from prune_lightning.evaluation.measurement import Measurement
-from prune_lightning.export.formats import FORMATS, check_base, format_named
+from prune_lightning.export.formats import FORMATS, check_base, check_weights, format_named
 from prune_lightning.export.sources import check_in_weights
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.models.family import matrix_shapes
 from prune_lightning.tasks.presets import model_facts
 from prune_lightning.tasks.setup import choice
 
@@ -52,7 +53,10 @@ def check_run(
         UserError: One line about the first thing that is missing, or that does not go together.
     """
     model_facts(config)  # the report needs them
-    _check_exports(formats_wanted(config), config.export_merged, module, stream, restraint)
+    wanted, base = formats_wanted(config), str(config.model.path)
+    _check_exports(wanted, config.export_merged, module, stream, restraint)
+    for name in wanted:
+        check_weights(name, base, matrix_shapes(module.edited_modules()), module.language_model.num_layers)
     for measurement in measurements:
         if measurement.enabled:
             measurement.check(module.language_model, stream.requests)

@@ -77,16 +77,19 @@ def _settings(base: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a recipe says of method, restraint and seed, by the names of the configuration."""
     found = {name: base.get(name) for name in ("method", "restraint", "seed")}
     return found | {
-        key: value for group in ("method", "restraint") for key, value in _flat(group, base.get(f"{group}_options"))
+        key: value
+        for group in ("method", "restraint")
+        for key, value in flat_settings(group, base.get(f"{group}_options"))
     }
 
 
-def _flat(prefix: str, options: Mapping[str, Any] | None) -> Iterator[tuple[str, Any]]:
+def flat_settings(prefix: str, options: Mapping[str, Any] | None) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of each setting, but for those of how something is computed."""
     for name, value in (options or {}).items():
         if name in _HOW:
             continue
         if isinstance(value, Mapping):
-            yield from _flat(f"{prefix}.{name}", value)
+            yield from flat_settings(f"{prefix}.{name}", value)
         else:
             yield f"{prefix}.{name}", value
 

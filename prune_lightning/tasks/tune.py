@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -25,9 +25,10 @@ from prune_lightning.report.plots import save_plots
 from prune_lightning.report.tuning import plot_tuning
 from prune_lightning.requests import EditRequest
 from prune_lightning.tasks.components import check_components
-from prune_lightning.tasks.hparams import weights_fingerprint, write_hparams
+from prune_lightning.tasks.hparams import edit_marks, write_hparams
 from prune_lightning.tasks.knowing import select_records
 from prune_lightning.tasks.presets import load_model, model_label, settled
+from prune_lightning.tasks.resuming import flat_settings
 from prune_lightning.tasks.setup import build_trainer, choice, quieten, run_clock, run_folder, settle_trainer, usable_by
 from prune_lightning.tasks.tune_space import Space
 from prune_lightning.tasks.tune_trial import Outcome, Pilots
@@ -70,7 +71,7 @@ def run(config: DictConfig) -> None:
             phase.expect(phase.done)
         with clock.phase("compare"):
             default, best, chosen = _compare(config, search.table(), search.finished()[0], pilots)
-    _write(config, folder, model, search.table(), default, best, chosen)
+    _write(config, folder, pilots, search.table(), default, best, chosen)
 
 
 def pilot_requests(config: DictConfig, model: LanguageModel, folder: Path, clock: PhaseClock) -> list[EditRequest]:
@@ -110,16 +111,25 @@ def _keep_statistics(config: DictConfig, folder: Path, model: LanguageModel, spa
 def _search(config: DictConfig, folder: Path, space: Space, pilots: Pilots, requests: list[EditRequest]) -> Any:
     from prune_lightning.tasks.tune_study import Search  # Optuna is an optional dependency
 
+    tune = config.tune
     about = {
         "model": pilots.fingerprint,
-        "method": choice("method"),
-        "restraint": choice("restraint"),
-        "pilots": [[request.pair().text, config.tune.pilots] for request in requests],
+        **_options(config, "method"),
+        **_options(config, "restraint"),
+        "pilots": [request.pair().text for request in requests[: tune.pilots]],
+        "data.batch_size": config.data.batch_size,
         "space": [repr(parameter) for parameter in space.parameters],
+        **{f"tune.{name}": tune[name] for name in ("pilots", "rungs", "startup")},
+        "seed": config.seed,
     }
-    tune = config.tune
     seconds = None if tune.max_minutes is None else 60.0 * tune.max_minutes
     return Search(folder, space, about, config.seed, tune.startup, tune.max_edits, seconds)
+
+
+def _options(config: DictConfig, group: str) -> dict[str, Any]:
+    """Return the option of a group, and its settings by key, but for those of how something is computed."""
+    settings: Any = OmegaConf.to_container(config[group], resolve=True) if config[group] else {}
+    return {group: choice(group), **dict(flat_settings(group, settings))}
 
 
 def _on_pilots(config: DictConfig, pilots: Pilots) -> Any:
@@ -158,7 +168,7 @@ def _short(value: Any) -> str:
 def _write(
     config: DictConfig,
     folder: Path,
-    model: LanguageModel,
+    pilots: Pilots,
     trials: list[dict[str, Any]],
     default: Outcome,
     best: Outcome,
@@ -168,8 +178,8 @@ def _write(
     edits = sum(trial["edits"] for trial in trials)
     found = {
         "model": model_label(config),
-        "fingerprint": weights_fingerprint(model),
-        "dtype": str(model.model.dtype),
+        "fingerprint": pilots.fingerprint,
+        "dtype": str(pilots.model.model.dtype),
         "method": choice("method"),
         "restraint": choice("restraint"),
         "objective": OBJECTIVE,
@@ -180,6 +190,12 @@ def _write(
         "trials": len(trials),
         "pilot_edits": edits,
         "seed": config.seed,
+        "pilots": {
+            "data": choice("data"),
+            "path": config.data.get("path"),
+            **{name: config.tune[name] for name in ("skip", "pilots", "held_out")},
+            "edits": edit_marks(pilots.requests),
+        },
     }
     use = (
         f"python train.py model={choice('model')} model.path={config.model.path} method={choice('method')} hparams=FILE"

@@ -161,6 +161,9 @@ def _parameters(wanted: Mapping[str, Any], own: Any, prefix: str, num_layers: in
         value = own.get(name) if isinstance(own, Mapping) else None
         if node is None or value is None:
             continue
+        if isinstance(value, Mapping) and not isinstance(node, Mapping):
+            names = ", ".join(setting for setting in value if setting != "_target_")
+            raise UserError(f"tune.space.{prefix}{name}: {shown(node)} is no entry for the settings of {name}: {names}")
         if isinstance(value, Mapping):
             yield from _parameters(node, value, f"{prefix}{name}.", num_layers)
         else:
