@@ -286,6 +286,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny):
     [
         ({"loss": "targets"}, "method.loss"),
         ({"anchor": "first"}, "method.anchor"),
+        ({"anchor": "original"}, "needs method.epsilon"),
         ({"epsilon": 0.0}, "method.epsilon"),
         ({"steps": 0}, "method.steps"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -18,9 +19,10 @@ from prune_lightning.callbacks import PRUNE, EditLedger
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger
 from prune_lightning.methods.nse import NSE, largest_scores
-from prune_lightning.methods.value import ValueOptions
+from prune_lightning.methods.value import ValueOptions, optimise_values
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.contexts import ContextOptions
+from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
@@ -163,6 +165,44 @@ def test_values_are_those_of_the_original_weights_under_a_restraint_too():
     assert all(
         torch.equal(old, matrix.weight()) for old, matrix in zip(before, module.edited_matrices().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("kind", ["mean", "cap"])
+def test_an_anchor_sets_the_norm_of_the_values_of_the_original_weights(kind, monkeypatch):
+    """v* = W0 k + delta, as the edited matrix of the last layer is asked for it before any edit."""
+    first, second, _ = batches()
+    plain = build("gpt2")
+    plain.prepare()
+    model, last = plain.language_model, plain.layers[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(plain), "coming_requests", lambda self, count: list(first.requests))
+        module = build("gpt2")
+        module.value = replace(module.value, anchor=kind)
+        module.prepare()
+
+    def written(requests, prefixes):
+        found = []
+        for request, target, start in zip(requests, *solved(requests, prefixes), strict=True):
+            ids = model.tokens.encode(request.prompt[: request.subject_end])
+            with torch.no_grad(), capture(outputs=[model.rewrite_module(last)], stop=False) as seen:
+                model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+            found.append(seen.outputs[0][0, -1] + target - start)
+        return torch.stack(found)
+
+    def solved(requests, prefixes):
+        values = optimise_values(model, plain.rows(requests, prefixes), ShiftSite(last, "block"), plain.value)
+        return values.target, values.reference
+
+    anchor = float(written(first.requests, ("",)).norm(dim=1).mean())
+    assert module.facts[f"anchor_norm/{last}"] == pytest.approx(anchor, rel=1e-10)
+    norms = written(second.requests, plain.prefixes).norm(dim=1)
+    details = module.compute_update(second.requests)[1]
+    assert [detail["norm_ratio"] for detail in details] == pytest.approx((norms / anchor).tolist(), rel=1e-9)
+
+
+def test_values_of_the_first_layer_cannot_be_replayed():
+    with pytest.raises(UserError, match=r"method\.spread is expected to be 'share'"):
+        build("gpt2", spread="replay")
 
 
 def test_a_batch_that_is_out_of_range_writes_nothing():
