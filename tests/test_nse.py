@@ -19,6 +19,7 @@ from prune_lightning.callbacks import PRUNE, EditLedger
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger
 from prune_lightning.methods.nse import NSE, largest_scores
+from prune_lightning.methods.prompts import EditRow
 from prune_lightning.methods.value import ValueOptions, optimise_values
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.contexts import ContextOptions
@@ -236,12 +237,35 @@ def test_numbers_out_of_range_are_refused(options):
 ORACLES = SHARED / "oracles"
 
 
+class Published(NSE):
+    """Values of the target without its leading space: the public code computes them beforehand and forgets it."""
+
+    def rows(self, requests, prefixes=None):
+        model, found = self.language_model, []
+        for request, spaced in zip(requests, super().rows(requests, prefixes), strict=True):
+            target = model.tokens.encode(request.target_new)
+            rows = tuple(
+                EditRow([*row.ids[: row.label_positions[0] + 1], *target[:-1]], row.subject, target)
+                for row in spaced.targets
+            )
+            found.append(replace(spaced, targets=rows))
+        return found
+
+
 @pytest.mark.skipif(not ORACLES.is_dir(), reason="the oracles are not part of the project")
-def test_matches_the_public_code():
+@pytest.mark.parametrize(("variant", "kind"), [("spaced", NSE), ("released", Published)])
+def test_matches_the_public_code(variant, kind, monkeypatch):
+    chosen = []
+
+    def recorded(score, share):
+        chosen.append(largest_scores(score, share))
+        return chosen[-1]
+
+    monkeypatch.setattr("prune_lightning.methods.nse.largest_scores", recorded)
     facts = json.loads((ORACLES / "oracles_2026.json").read_text())
     setting = facts["methods"]["nse"]["hyper_parameters"]
     tensors, moments = (load_file(ORACLES / f"{name}.safetensors") for name in ("oracles_2026", "oracles"))
-    module = NSE(
+    module = kind(
         language_model=load_language_model(str(ORACLES / "oracle-gpt2"), "float64"),
         layers=setting["layers"],
         second_moments=GivenMoments(moments),
@@ -259,17 +283,20 @@ def test_matches_the_public_code():
         for r in facts["requests"]
     ]
     values = module.optimise(requests, ShiftSite(module.layers[-1], "block"))
-    assert relative(values.target, tensors["nse.spaced.z"]) < 1e-6
+    assert relative(values.target, tensors[f"nse.{variant}.z"]) < 1e-6
     originals = {name: matrix.parameter.clone() for name, matrix in module.edited_matrices().items()}
     for batch in (0, 1):
         chunk = requests[4 * batch : 4 * batch + 4]
         updates, details = module.compute_update(chunk)
         write(module, chunk, updates)
-        for number in range(module.passes):
+        for number in range(module.passes if variant == "spaced" else 0):
             active = tensors.get(f"nse.spaced.batch{batch}.pass{number}.active", torch.empty(0)).tolist()
             norms = [detail["residuals"][number] for detail in details]
             low, high = setting["alpha"], setting["upper_bound"]
             assert [r.case_id for r, norm in zip(chunk, norms, strict=True) if low < norm < high] == active
+            for layer in module.layers if active else ():
+                neurons = tensors[f"nse.spaced.batch{batch}.pass{number}.neurons.{layer}"]
+                assert sorted(chosen.pop(0).tolist()) == sorted(neurons.tolist())
         for layer, (name, matrix) in zip(module.layers, module.edited_matrices().items(), strict=True):
-            theirs = tensors[f"nse.spaced.batch{batch}.weight.{layer}"]
+            theirs = tensors[f"nse.{variant}.batch{batch}.weight.{layer}"]
             assert relative(matrix.parameter, theirs, originals[name]) < 1e-6

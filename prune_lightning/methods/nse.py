@@ -60,7 +60,7 @@ class NSE(LayerwiseEdit):
     ) -> None:
         if spread != "share":
             raise UserError(
-                "NSE measures what is left at the last layer in every pass, so that values of the first layer cannot be "
+                "NSE measures in every pass what is left at the last layer, so values of the first one cannot be "
                 f"replayed: method.spread is expected to be 'share', but got {spread!r}"
             )
         super().__init__(**kwargs)
