@@ -244,9 +244,11 @@ class Published(NSE):
         model, found = self.language_model, []
         for request, spaced in zip(requests, super().rows(requests, prefixes), strict=True):
             target = model.tokens.encode(request.target_new)
+            begun = request.prompt + model.tokens.tokenizer.decode(target[:-1])
+            texts = [prefix + begun for prefix in (self.prefixes if prefixes is None else prefixes)]
             rows = tuple(
-                EditRow([*row.ids[: row.label_positions[0] + 1], *target[:-1]], row.subject, target)
-                for row in spaced.targets
+                EditRow(model.tokens.encode(text), row.subject, target)
+                for text, row in zip(texts, spaced.targets, strict=True)
             )
             found.append(replace(spaced, targets=rows))
         return found

@@ -56,7 +56,7 @@ EDITORS = {
     "lora": partial(LoRA, layers=[1], rank=4, steps=3, learning_rate=0.05),
     "kn": partial(KnowledgeNeurons, layers=[1], attribution=AttributionOptions(steps=4)),
     "mend": partial(
-        MEND, layers=[1], hypernetwork=None, weights=["c_proj"], network=NetworkShape(4, initial_rate=-1e2)
+        MEND, layers=[1], hypernetwork=None, weights=["c_proj"], network=NetworkShape(4, initial_rate=-10.0)
     ),
     "now and then": partial(NowAndThen, layers=[1], loss="target", steps=3, learning_rate=0.05),
 }

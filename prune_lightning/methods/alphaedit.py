@@ -65,8 +65,8 @@ class AlphaEdit(KeyProtectingEdit):
             )
         if refresh_every is not None and not preserve:
             raise UserError(
-                "AlphaEdit's method.refresh_every needs method.preserve, without which the new null space would be found "
-                "from past keys alone: set method.preserve (BetaEdit has 3000)"
+                "AlphaEdit's method.refresh_every needs method.preserve, without which the new null space would be "
+                "found from past keys alone: set method.preserve (BetaEdit has 3000)"
             )
         self.null_threshold, self.ridge = null_threshold, ridge
         self.preserve, self.refresh_every = preserve, refresh_every
