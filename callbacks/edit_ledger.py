@@ -73,10 +73,11 @@ class EditLedger(LightningCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the order of callbacks and the settings, and count the earlier steps as done."""
-        editing_module(self, pl_module)
+        module = editing_module(self, pl_module)
         check_order(trainer)
         if self.ledger is not None:
             self._check_settings(self.ledger)
+            module.load_constants(self.ledger.base.get("constants", {}))
             progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
             progress.total.ready = progress.total.completed = len(self.ledger.lines)
 
@@ -104,6 +105,7 @@ class EditLedger(LightningCallback):
             "device": module.device.type,
             "restraints": [type(restraint).__name__ for restraint in _restraints(trainer)],
             "originals": module.originals(),
+            "constants": dict(module.constants()),
         }
 
         def create() -> None:

@@ -113,9 +113,7 @@ class EditLog(LightningCallback):
             if self._writes:
                 self._write(self._lines)
         for logger in trainer.loggers:
-            logger.log_metrics(
-                {"edit/update_norm": report.update_norm, "edit/seconds": report.seconds}, step=module.num_requests
-            )
+            logger.log_metrics(report.figures(), step=module.num_requests)
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
         if self.path:

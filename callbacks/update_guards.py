@@ -126,8 +126,8 @@ class KeyGuard(UpdateGuard):
 class AnchorGuard(UpdateGuard):
     """Finds a value whose norm is many times that of the unedited model, which announces a collapse.
 
-    Only for values with an anchor (``method.value.anchor``); the norm is that before the rescaling. NAS leaves out such
-    edits: ``policy=skip``.
+    Only where that norm is known: with an anchor (``method.value.anchor``), or with ``method.value.anchor_norm`` alone,
+    which rescales nothing. The norm is that before a rescaling. NAS leaves out such edits: ``policy=skip``.
 
     Args:
         most: Largest ``norm_ratio`` that passes.

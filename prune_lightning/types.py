@@ -259,3 +259,9 @@ class EditReport:
     details: tuple[Mapping[str, Any], ...] = ()
     applied: bool = True
     refused: str | None = None
+
+    def figures(self) -> dict[str, float]:
+        """Return what is logged of every step; and the largest ratio of a value's norm to its anchor, if known."""
+        ratios = [detail["norm_ratio"] for detail in self.details if "norm_ratio" in detail]
+        found = {"edit/update_norm": self.update_norm, "edit/seconds": self.seconds}
+        return {**found, "value/norm_ratio": max(ratios)} if ratios else found

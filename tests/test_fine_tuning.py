@@ -25,18 +25,25 @@ REQUESTS = [
 ]
 
 
-def plain_loss(model, request: EditRequest, loss: str) -> torch.Tensor:
+def plain_loss(model, request: EditRequest, loss: str, end_of_text: bool = False) -> torch.Tensor:
     """The loss of one request, alone and unpadded, from the logits of the whole model."""
     prompt = model.tokens.encode(request.prompt)
     whole = model.tokens.encode(f"{request.prompt} {request.target_new}")
+    whole += [model.tokens.tokenizer.eos_token_id] * end_of_text
     target = torch.tensor(whole[len(prompt) :])
     if loss == "target":
         return functional.cross_entropy(model.model(torch.tensor([whole])).logits[0, len(prompt) - 1 : -1], target)
     return functional.cross_entropy(model.model(torch.tensor([prompt])).logits[0, -1].expand(len(target), -1), target)
 
 
-def plain_tuning(model, requests, layers, loss, steps, batch_size, skip, stop, epsilon=None) -> list[torch.Tensor]:
-    """What ROME's and EasyEdit's loops do, one request at a time; returns the changes as the layers store them."""
+def plain_tuning(
+    model, requests, layers, loss, steps, batch_size, skip, stop, epsilon=None, end_of_text=False, seed=None
+) -> list[torch.Tensor]:
+    """What ROME's and EasyEdit's loops do, one request at a time; returns the changes as the layers store them.
+
+    With a seed, LocFT's: another order in each pass.
+    """
+    generator = torch.Generator().manual_seed(seed or 0)
     weights = [model.rewrite_module(layer).weight for layer in layers]
     before = [weight.detach().clone() for weight in weights]
     for weight in weights:
@@ -44,9 +51,12 @@ def plain_tuning(model, requests, layers, loss, steps, batch_size, skip, stop, e
     optimizer = torch.optim.Adam(weights, lr=5e-3)
     for _ in range(steps):
         seen = []
+        if seed is not None:
+            order = torch.randperm(len(REQUESTS), generator=generator).tolist()
+            requests = [REQUESTS[i] for i in order]
         for i in range(0, len(requests), batch_size):
             optimizer.zero_grad()
-            losses = [plain_loss(model, request, loss) for request in requests[i : i + batch_size]]
+            losses = [plain_loss(model, request, loss, end_of_text) for request in requests[i : i + batch_size]]
             mean = sum(losses) / len(losses)
             seen += [float(each.detach()) for each in losses]
             if float(mean.detach()) >= skip:
@@ -93,10 +103,19 @@ def test_losses_match_their_definition(family, loss, tiny):
 
 
 @pytest.mark.parametrize("layers", [(0,), (1,), (2,), (0, 2)])
-@pytest.mark.parametrize("loss", ["target", "prompt_last"])
-def test_training_is_the_published_loop(loss, layers, tiny):
+@pytest.mark.parametrize(
+    ("loss", "further"),
+    [
+        ("target", {}),
+        ("prompt_last", {}),
+        ("target", {"end_of_text": True}),
+        ("target", {"seed": 1}),
+        ("target", {"end_of_text": True, "seed": 3}),
+    ],
+)
+def test_training_is_the_published_loop(loss, further, layers, tiny):
     model = tiny("gpt2")
-    setting = {"steps": 4, "batch_size": 2}
+    setting = {"steps": 4, "batch_size": 2, **further}
     plain = plain_tuning(model, REQUESTS, layers, loss, skip=0.0, stop=0.0, **setting)
     module = tuning(model, layers, loss, skip_loss=0.0, stop_loss=0.0, **setting)
     updates, details = module.compute_update(REQUESTS)
@@ -104,7 +123,12 @@ def test_training_is_the_published_loop(loss, layers, tiny):
     for update, change in zip(updates.values(), plain, strict=True):
         assert relative(update.dense(), change.T) < 1e-8
     assert [detail["steps"] for detail in details] == [4, 4, 4]
-    assert details[0]["losses"][0] == pytest.approx(float(plain_loss(model, REQUESTS[0], loss)), rel=1e-8)
+    if "seed" in further:
+        inert = plain_tuning(model, REQUESTS, layers, loss, skip=0.0, stop=0.0, **(setting | {"seed": None}))
+        assert relative(inert[0], plain[0]) > 1e-2, "the order makes a difference"
+    else:
+        first = float(plain_loss(model, REQUESTS[0], loss, further.get("end_of_text", False)))
+        assert details[0]["losses"][0] == pytest.approx(first, rel=1e-8)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -286,6 +310,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(tiny):
     [
         ({"loss": "targets"}, "method.loss"),
         ({"anchor": "first"}, "method.anchor"),
+        ({"anchor": "original"}, "needs method.epsilon"),
         ({"epsilon": 0.0}, "method.epsilon"),
         ({"steps": 0}, "method.steps"),
     ],

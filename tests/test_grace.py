@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from prune_lightning.errors import UserError
 from prune_lightning.methods.codebook import Codebook
 from prune_lightning.methods.grace import GRACE
+from prune_lightning.models.hooks import capture
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.types import EditRequest
 
@@ -64,6 +65,10 @@ def test_twelve_edits_match_the_public_code(variant, start, place):
     with torch.no_grad():
         logits = model.logits_at(ids, mask, torch.arange(len(rows)), last)
     assert module.side.held.tolist() == theirs["query.fires"].tolist()
+    with torch.no_grad(), capture([module.side.host], rows=len(rows)) as seen:
+        model(ids, mask)
+    distance = module.side.book.nearest(seen.inputs[0][torch.arange(len(rows)), last])[1]
+    assert torch.allclose(distance, theirs["query.distance"], rtol=1e-6, atol=1e-9)
     assert float((logits - theirs["query.logits"]).norm() / theirs["query.logits"].norm()) < 1e-6
 
 

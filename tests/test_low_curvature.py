@@ -96,6 +96,43 @@ def by_hand(module, batches):
     return {"first.weight": (below.T @ below, inputs.T @ inputs), "second.weight": (error.T @ error, hidden.T @ hidden)}
 
 
+def test_the_default_loss_is_the_sum_over_the_tokens_that_are_predicted(tiny):
+    """Batches of other lengths and label counts: each token counts once, whatever batch it is in."""
+    model = tiny("gpt2").model.double().eval()
+    name = next(name for name, _ in model.named_parameters() if name.endswith("1.mlp.c_proj.weight"))
+    module = model.get_submodule(name.rpartition(".")[0])
+    ids = torch.arange(1, 25) % 17
+    batches = [{"input_ids": part, "labels": part.clone()} for part in (ids[:4][None], ids[4:].view(2, 10))]
+    batches[1]["labels"][0, :6] = -100
+    outputs, inputs = [], []
+    for batch in batches:
+        kept = []
+
+        def cut(_, args, out, kept=kept):
+            kept.append((args[0], out.detach().requires_grad_()))
+            return kept[0][1]
+
+        handle = module.register_forward_hook(cut)
+        with torch.enable_grad():
+            logits = model(batch["input_ids"]).logits
+            rows = [
+                -logits[row, place - 1].log_softmax(-1)[label]
+                for row, labels in enumerate(batch["labels"].tolist())
+                for place, label in enumerate(labels)
+                if place and label != -100
+            ]
+            ((keys, values),) = kept
+            outputs.append(torch.autograd.grad(torch.stack(rows).sum(), values)[0].flatten(0, -2))
+        inputs.append(keys.detach().flatten(0, -2))
+        handle.remove()
+    expected = [torch.cat(rows).T @ torch.cat(rows) for rows in (outputs, inputs)]
+    found = BatchCurvature(batches).factors(model, [name])[name]
+    assert close(found[0], expected[0], 1e-5)  # the loss of transformers is in fp32
+    assert close(found[1], expected[1])
+    with pytest.raises(UserError, match="labels"):
+        BatchCurvature([{"input_ids": ids[None]}]).factors(model, [name])
+
+
 def test_factors_of_batches_are_those_of_the_formulas_and_leave_no_trace():
     module, batches = Regression(), regression_batches(3)
     module.first.weight.grad = torch.ones_like(module.first.weight)

@@ -12,7 +12,7 @@ from torch import nn
 
 from prune_lightning.errors import UserError
 from prune_lightning.methods.memoir import MEMOIR, with_columns
-from prune_lightning.methods.residual_training import train_columns
+from prune_lightning.methods.residual_training import marked, train_columns
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.hooks import capture, edit_output
@@ -32,6 +32,13 @@ class Published(MEMOIR):
         batch = super().target_batch(request)
         batch._length = self.lengths[self.run.num_requests] - batch.positions
         return batch
+
+
+def host_inputs(model, ids, mask):
+    """The inputs of the matrix of the memory, from a plain pass."""
+    with torch.no_grad(), capture([model.rewrite_module(4)], rows=len(ids)) as seen:
+        model(ids, mask)
+    return seen.inputs[0]
 
 
 @pytest.mark.skipif(not ORACLES.is_dir(), reason="the oracles are not part of the project")
@@ -66,6 +73,9 @@ def test_four_edits_match_the_public_code():
     ids, mask = model.tokens.pad(rows, model.device)  # all in one batch, which theirs are not
     with torch.no_grad():
         logits = model.logits_at(ids, mask, torch.arange(len(rows)), mask.sum(1) - 1)
+    columns = module.side.columns(host_inputs(model, ids, mask), mask.bool())
+    shared = marked(columns, module.side.matrix.shape[1]).double() @ module.side.masks.double().T / setting["top_k"]
+    assert torch.allclose(shared, theirs["memoir.query.overlap"].double(), rtol=0, atol=1e-6)
     fires = theirs["memoir.query.fires"]
     assert torch.equal(module.side.held.any(1), fires >= 0)
     assert float((logits - theirs["memoir.query.logits"]).norm() / theirs["memoir.query.logits"].norm()) < 1e-6

@@ -167,6 +167,8 @@ def test_options_out_of_range_are_refused():
     with pytest.raises(UserError, match="norm_penalty"):
         made(MEMIT, ridge=1.0, norm_penalty=-1.0)
     with pytest.raises(UserError, match="refresh_every"):
-        made(AlphaEdit, refresh_every=0)
+        made(AlphaEdit, refresh_every=0, preserve=1.0)
+    with pytest.raises(UserError, match=r"method\.preserve \(BetaEdit has 3000\)"):
+        made(AlphaEdit, refresh_every=1000)
     with pytest.raises(UserError, match=r"method\.spread"):
         made(MEMIT, ridge=1.0, spread="all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -18,9 +19,11 @@ from prune_lightning.callbacks import PRUNE, EditLedger
 from prune_lightning.errors import UserError
 from prune_lightning.ledger import Ledger
 from prune_lightning.methods.nse import NSE, largest_scores
-from prune_lightning.methods.value import ValueOptions
+from prune_lightning.methods.prompts import EditRow
+from prune_lightning.methods.value import ValueOptions, optimise_values
 from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.contexts import ContextOptions
+from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoments
@@ -165,6 +168,44 @@ def test_values_are_those_of_the_original_weights_under_a_restraint_too():
     )
 
 
+@pytest.mark.parametrize("kind", ["mean", "cap"])
+def test_an_anchor_sets_the_norm_of_the_values_of_the_original_weights(kind, monkeypatch):
+    """v* = W0 k + delta, as the edited matrix of the last layer is asked for it before any edit."""
+    first, second, _ = batches()
+    plain = build("gpt2")
+    plain.prepare()
+    model, last = plain.language_model, plain.layers[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(plain), "coming_requests", lambda self, count: list(first.requests))
+        module = build("gpt2")
+        module.value = replace(module.value, anchor=kind)
+        module.prepare()
+
+    def written(requests, prefixes):
+        found = []
+        for request, target, start in zip(requests, *solved(requests, prefixes), strict=True):
+            ids = model.tokens.encode(request.prompt[: request.subject_end])
+            with torch.no_grad(), capture(outputs=[model.rewrite_module(last)], stop=False) as seen:
+                model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+            found.append(seen.outputs[0][0, -1] + target - start)
+        return torch.stack(found)
+
+    def solved(requests, prefixes):
+        values = optimise_values(model, plain.rows(requests, prefixes), ShiftSite(last, "block"), plain.value)
+        return values.target, values.reference
+
+    anchor = float(written(first.requests, ("",)).norm(dim=1).mean())
+    assert module.facts[f"anchor_norm/{last}"] == pytest.approx(anchor, rel=1e-10)
+    norms = written(second.requests, plain.prefixes).norm(dim=1)
+    details = module.compute_update(second.requests)[1]
+    assert [detail["norm_ratio"] for detail in details] == pytest.approx((norms / anchor).tolist(), rel=1e-9)
+
+
+def test_values_of_the_first_layer_cannot_be_replayed():
+    with pytest.raises(UserError, match=r"method\.spread is expected to be 'share'"):
+        build("gpt2", spread="replay")
+
+
 def test_a_batch_that_is_out_of_range_writes_nothing():
     module = build("gpt2", smallest_residual=1e6, largest_residual=None)
     module.prepare()
@@ -196,12 +237,37 @@ def test_numbers_out_of_range_are_refused(options):
 ORACLES = SHARED / "oracles"
 
 
+class Published(NSE):
+    """Values of the target without its leading space: the public code computes them beforehand and forgets it."""
+
+    def rows(self, requests, prefixes=None):
+        model, found = self.language_model, []
+        for request, spaced in zip(requests, super().rows(requests, prefixes), strict=True):
+            target = model.tokens.encode(request.target_new)
+            begun = request.prompt + model.tokens.tokenizer.decode(target[:-1])
+            texts = [prefix + begun for prefix in (self.prefixes if prefixes is None else prefixes)]
+            rows = tuple(
+                EditRow(model.tokens.encode(text), row.subject, target)
+                for text, row in zip(texts, spaced.targets, strict=True)
+            )
+            found.append(replace(spaced, targets=rows))
+        return found
+
+
 @pytest.mark.skipif(not ORACLES.is_dir(), reason="the oracles are not part of the project")
-def test_matches_the_public_code():
+@pytest.mark.parametrize(("variant", "kind"), [("spaced", NSE), ("released", Published)])
+def test_matches_the_public_code(variant, kind, monkeypatch):
+    chosen = []
+
+    def recorded(score, share):
+        chosen.append(largest_scores(score, share))
+        return chosen[-1]
+
+    monkeypatch.setattr("prune_lightning.methods.nse.largest_scores", recorded)
     facts = json.loads((ORACLES / "oracles_2026.json").read_text())
     setting = facts["methods"]["nse"]["hyper_parameters"]
     tensors, moments = (load_file(ORACLES / f"{name}.safetensors") for name in ("oracles_2026", "oracles"))
-    module = NSE(
+    module = kind(
         language_model=load_language_model(str(ORACLES / "oracle-gpt2"), "float64"),
         layers=setting["layers"],
         second_moments=GivenMoments(moments),
@@ -219,17 +285,20 @@ def test_matches_the_public_code():
         for r in facts["requests"]
     ]
     values = module.optimise(requests, ShiftSite(module.layers[-1], "block"))
-    assert relative(values.target, tensors["nse.spaced.z"]) < 1e-6
+    assert relative(values.target, tensors[f"nse.{variant}.z"]) < 1e-6
     originals = {name: matrix.parameter.clone() for name, matrix in module.edited_matrices().items()}
     for batch in (0, 1):
         chunk = requests[4 * batch : 4 * batch + 4]
         updates, details = module.compute_update(chunk)
         write(module, chunk, updates)
-        for number in range(module.passes):
+        for number in range(module.passes if variant == "spaced" else 0):
             active = tensors.get(f"nse.spaced.batch{batch}.pass{number}.active", torch.empty(0)).tolist()
             norms = [detail["residuals"][number] for detail in details]
             low, high = setting["alpha"], setting["upper_bound"]
             assert [r.case_id for r, norm in zip(chunk, norms, strict=True) if low < norm < high] == active
+            for layer in module.layers if active else ():
+                neurons = tensors[f"nse.spaced.batch{batch}.pass{number}.neurons.{layer}"]
+                assert sorted(chosen.pop(0).tolist()) == sorted(neurons.tolist())
         for layer, (name, matrix) in zip(module.layers, module.edited_matrices().items(), strict=True):
-            theirs = tensors[f"nse.spaced.batch{batch}.weight.{layer}"]
+            theirs = tensors[f"nse.{variant}.batch{batch}.weight.{layer}"]
             assert relative(matrix.parameter, theirs, originals[name]) < 1e-6

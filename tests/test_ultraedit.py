@@ -47,6 +47,13 @@ def test_two_batches_match_the_public_code():
     assert set(module.edited_matrices()) == {f"{name}.weight" for name in setting["edit_modules"]}
     for batch in (0, 1):
         chunk = requests[4 * batch : 4 * batch + 4]
+        pairs = module.language_model.tokens.encode_pairs([request.pair() for request in chunk])
+        ordered = sorted(pairs, key=lambda pair: -len(pair.ids))
+        for micro, (rows, _, _) in enumerate(module._micro_batches(ordered)):
+            for name, found in rows.items():
+                for kind, ours in zip(("keys", "gradients"), found, strict=True):
+                    theirs = tensors[f"ultraedit.batch{batch}.micro{micro}.{kind}.{name.removesuffix('.weight')}"]
+                    assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
         updates, _ = module.compute_update(chunk)
         for name, update in updates.items():
             theirs = tensors[f"ultraedit.batch{batch}.shift.{name.removesuffix('.weight')}"].T

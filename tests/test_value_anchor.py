@@ -11,8 +11,10 @@ from test_reference_editors import batches, build
 from test_values import rows_of
 from torch.utils.data import DataLoader
 
+from prune_lightning.callbacks import EditLedger
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
+from prune_lightning.ledger import Ledger
 from prune_lightning.methods.r_rome import RROME
 from prune_lightning.methods.value import ValueOptions, Values, optimise_values
 from prune_lightning.methods.value_anchor import mean_norm, rescaled, written_values
@@ -92,7 +94,7 @@ def test_the_shift_of_a_block_is_divided_by_the_architectures_factor():
     values = Values(target, reference_, [{} for _ in range(4)])
     written = written_values(values, output, multiplier=3.0)
     assert torch.allclose(output + (target - reference_) / 3, written)
-    again = rescaled(values, written, torch.full((4,), 2.0, dtype=torch.float64), cap=False, multiplier=3.0)
+    again = rescaled(values, written, torch.full((4,), 2.0, dtype=torch.float64), "mean", multiplier=3.0)
     norms = written_values(again, output, multiplier=3.0).norm(dim=1)
     assert torch.allclose(norms, torch.full((4,), 2.0, dtype=torch.float64))
 
@@ -103,16 +105,20 @@ def test_the_mean_leaves_out_the_largest_twentieth():
     assert mean_norm(values[1:2]) == pytest.approx(1.0)
 
 
-def test_the_anchor_is_measured_on_the_streams_first_requests_before_the_first_edit():
+def bundled_editor(pilots):
     module = RROME(
         language_model=load_language_model("pkg://prune_lightning.bundled/model"),
         layers=[0],
         second_moments=SecondMoments(None, shipped="pkg://prune_lightning.bundled/statistics"),
-        value=ValueOptions(steps=3, anchor="mean", pilots=3),
+        value=ValueOptions(steps=3, anchor="mean", pilots=pilots),
         contexts=ContextOptions(fixed=["The river. "]),
     )
-    module.moments = {}
     module.second_moments.compute = lambda model, layers, clock=None, tokens_per_feature=None: {0: _Identity()}
+    return module
+
+
+def test_the_anchor_is_measured_on_the_streams_first_requests_before_the_first_edit():
+    module = bundled_editor(pilots=3)
     world = BundledWorld(num_edits=4)
     quiet_trainer(limit_train_batches=1).fit(module, datamodule=world)
     module.run.restore()
@@ -120,6 +126,57 @@ def test_the_anchor_is_measured_on_the_streams_first_requests_before_the_first_e
     values = module.optimise(world.requests[:3], ShiftSite(0, "mlp"))
     expected = float(values.target.double().norm(dim=1).mean())
     assert module.facts["anchor_norm/0"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_stream_that_is_extended_keeps_its_anchor(tmp_path):
+    """A stream of two has two pilots; one that was planned longer has another anchor."""
+    short, long = bundled_editor(pilots=4), bundled_editor(pilots=4)
+    quiet_trainer(EditLedger(tmp_path)).fit(short, datamodule=BundledWorld(num_edits=2))
+    ledger = Ledger.open(tmp_path)
+    assert ledger.base["constants"] == {"anchor_norm/0": short.facts["anchor_norm/0"]}
+    world = BundledWorld(num_edits=4, done=ledger.sizes)
+    quiet_trainer(EditLedger(tmp_path, ledger=ledger), limit_train_batches=1).fit(long, datamodule=world)
+    assert long.facts == short.facts
+    planned = bundled_editor(pilots=4)
+    quiet_trainer(limit_train_batches=1).fit(planned, datamodule=BundledWorld(num_edits=4))
+    assert planned.facts["anchor_norm/0"] != pytest.approx(short.facts["anchor_norm/0"], rel=1e-3)
+
+
+def test_a_checkpoint_keeps_the_anchor():
+    first, second = bundled_editor(pilots=2), bundled_editor(pilots=2)
+    first.load_constants({"anchor_norm/0": 3.5})
+    first._trainer = None
+    checkpoint = {}
+    first.prepare()
+    first.on_save_checkpoint(checkpoint)
+    second.on_load_checkpoint(checkpoint)
+    second.prepare()
+    assert second.facts == {"anchor_norm/0": 3.5}
+
+
+@pytest.mark.parametrize("method", ["r_rome", "memit"])
+def test_without_an_anchor_a_given_norm_shows_in_the_metrics_and_changes_nothing(method):
+    plain, watched = module_of(method), module_of(method, anchor_norm=2.0)
+    site = plain.value_sites()[0]
+    before = plain.optimise(BATCH, site)
+    values = watched.optimise(BATCH, site)
+    assert torch.equal(values.target, before.target)
+    assert "norm_ratio" not in before.details[0]
+    ratios = (asked(plain, before).norm(dim=1) / 2.0).tolist()
+    assert [detail["norm_ratio"] for detail in values.details] == pytest.approx(ratios, rel=1e-6)
+    assert "value/norm_ratio" not in plain.edit(BATCH).figures()
+    figures = watched.edit(BATCH).figures()
+    assert figures["value/norm_ratio"] == max(detail["norm_ratio"] for detail in watched.run.last_report.details)
+
+
+def test_own_takes_no_norm():
+    with pytest.raises(UserError, match="leave out anchor_norm"):
+        RROME(
+            language_model=build("memit", "gpt2").language_model,
+            layers=[0],
+            second_moments=SecondMoments(None),
+            value=ValueOptions(anchor="own", anchor_norm=1.0),
+        )
 
 
 class _Identity:

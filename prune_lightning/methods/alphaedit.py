@@ -37,8 +37,11 @@ class AlphaEdit(KeyProtectingEdit):
             statistics, and is reported (``facts``).
         ridge: :math:`\rho` (``L2``).
         preserve: :math:`\lambda_1`; BetaEdit has 3000.
-        refresh_every: Edits between two searches for the null space; ``None`` for one search.
+        refresh_every: Edits between two searches for the null space; ``None`` for one search. Needs ``preserve``.
         kwargs: See :class:`~.locate_then_edit.LocateThenEdit`.
+
+    Raises:
+        UserError: A number out of range, or ``refresh_every`` without ``preserve``.
     """
 
     def __init__(
@@ -59,6 +62,11 @@ class AlphaEdit(KeyProtectingEdit):
             raise UserError(
                 "AlphaEdit expects `preserve` not to be negative and `refresh_every` to be at least 1, but got "
                 f"{preserve} and {refresh_every}"
+            )
+        if refresh_every is not None and not preserve:
+            raise UserError(
+                "AlphaEdit's method.refresh_every needs method.preserve, without which the new null space would be "
+                "found from past keys alone: set method.preserve (BetaEdit has 3000)"
             )
         self.null_threshold, self.ridge = null_threshold, ridge
         self.preserve, self.refresh_every = preserve, refresh_every

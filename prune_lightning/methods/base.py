@@ -217,8 +217,7 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
         self.clock.named("edit").advance(len(batch.requests))
         if report.applied:
             self._compare_processes(self.run.num_requests - len(batch.requests))
-        figures = {"edit/update_norm": report.update_norm, "edit/seconds": report.seconds}
-        self.log_dict(figures, batch_size=len(batch.requests), logger=False)
+        self.log_dict(report.figures(), batch_size=len(batch.requests), logger=False)
         counter = self.optimizers()
         assert isinstance(counter, (torch.optim.Optimizer, L.pytorch.core.optimizer.LightningOptimizer))
         counter.step()
@@ -241,11 +240,13 @@ class EditingModule(EditingMethod, L.LightningModule, ABC):
         """Save what the edits changed and the method's memory, not the model."""
         self.run.settle()  # a checkpoint of the step that has just been made is taken by a callback, before this module
         checkpoint["state_dict"] = {}
-        checkpoint["edits"] = {"originals": self.originals(), **self.run.state_dict()}
+        constants = dict(self.constants())
+        checkpoint["edits"] = {"originals": self.originals(), "constants": constants, **self.run.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep a checkpoint's state until the module is prepared."""
         self._checkpoint = checkpoint["edits"]
+        self.load_constants(checkpoint["edits"].get("constants", {}))
 
     def _load_checkpoint(self) -> None:
         if self._checkpoint is None:

@@ -42,6 +42,13 @@ class EditingMethod:
         Called before the first evaluation, so that a failure costs no more than it has to.
         """
 
+    def constants(self) -> Mapping[str, float]:
+        """Return what :meth:`prepare` has measured on the stream; a continued run has to use the same numbers."""
+        return {}
+
+    def load_constants(self, constants: Mapping[str, float]) -> None:
+        """Use the :meth:`constants` of the run that is continued; called before :meth:`prepare`."""
+
     @classmethod
     def unusable(cls, request: EditRequest) -> str | None:
         """Return why the method cannot write a request, or ``None`` if it can; called before the first edit."""

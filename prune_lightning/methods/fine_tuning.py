@@ -92,6 +92,8 @@ class FineTuning(EditingModule):
                 "method.steps and method.batch_size are expected to be at least 1 and method.learning_rate to be "
                 f"positive, but got {steps}, {batch_size} and {learning_rate}"
             )
+        if anchor == "original" and epsilon is None:
+            raise UserError("method.anchor=original needs method.epsilon, the bound that is relative to it")
         if end_of_text and loss != "target":
             raise UserError("method.end_of_text needs method.loss=target")
         self.loss, self.epsilon, self.anchor = loss, epsilon, anchor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +59,8 @@ class LocateThenEdit(EditingModule):
         super().__init__(language_model, layers, **kwargs)
         self.value = value or ValueOptions()
         one_of("method.value.anchor", self.value.anchor, ANCHORS)
+        if self.value.anchor == "own" and self.value.anchor_norm is not None:
+            raise UserError("method.value.anchor=own finds the norm of each value by itself: leave out anchor_norm")
         self.contexts = contexts or ContextOptions()
         self.second_moments, self.tokens_per_feature = second_moments, tokens_per_feature
         self.prefixes: tuple[str, ...] = ("",)
@@ -77,8 +79,16 @@ class LocateThenEdit(EditingModule):
             self.moments = self.second_moments.compute(
                 self.language_model, self.layers, self.clock, self.tokens_per_feature
             )
-            if self.value.anchor in ("mean", "cap"):
-                self._measure_anchors()
+            if self.value.anchor in ("mean", "cap") or self.value.anchor_norm is not None:
+                self._find_anchors()
+
+    def constants(self) -> dict[str, float]:
+        """Return the norm of each anchor, by its layer."""
+        return {f"anchor_norm/{layer}": norm for layer, norm in self._anchors.items()}
+
+    def load_constants(self, constants: Mapping[str, float]) -> None:
+        """Use these anchors. What would be measured now depends on the requests that there are now."""
+        self._anchors = {int(name.rpartition("/")[2]): norm for name, norm in constants.items()}
 
     def summary(self) -> dict[str, Any]:
         """Return the summary with the sampled prefixes and the text of the second moments."""
@@ -146,9 +156,12 @@ class LocateThenEdit(EditingModule):
         ]
 
     def optimise(self, requests: Sequence[EditRequest], site: ShiftSite) -> Values:
-        """Optimise the value of each request with a shift at ``site``, and rescale it to its anchor."""
+        """Optimise the value of each request with a shift at ``site``, and rescale it to its anchor.
+
+        Without an anchor, the ratio to a known norm is reported, and the value stays as it is.
+        """
         values, anchor = self._solved(requests, site, self.prefixes), self.value.anchor
-        if anchor == "none":
+        if anchor == "none" and site.layer not in self._anchors:
             return values
         multiplier = 1.0 if site.at == "mlp" else self.language_model.multiplier
         written = written_values(values, self._outputs(requests, site.layer), multiplier)
@@ -157,26 +170,29 @@ class LocateThenEdit(EditingModule):
                 norms = written_values(values, self._outputs(requests, site.layer), multiplier).norm(dim=1)
         else:
             norms = written.new_full((len(requests),), self._anchors[site.layer])
-        return rescaled(values, written, norms, anchor == "cap", multiplier)
+        return rescaled(values, written, norms, anchor, multiplier)
 
     def _outputs(self, requests: Sequence[EditRequest], layer: int) -> Tensor:
         """Return the present outputs of the edited matrix at the subject, ``(b, width)``."""
         return self.language_model.rewrite_output(layer, self.walk(requests, self.prefixes[:1]).keys(layer))
 
-    def _measure_anchors(self) -> None:
-        """Set the anchor of each site: the mean norm of the values of the stream's first requests."""
-        given, requests = self.value.anchor_norm, self.coming_requests(self.value.pilots)
-        if given is None and not requests:
-            raise UserError("method.value.anchor needs requests to measure the norm on: give method.value.anchor_norm")
+    def _find_anchors(self) -> None:
+        """Set the anchor of each site: the given norm, that of the run that is continued, or a measured one."""
         for site in self.value_sites():
-            multiplier = 1.0 if site.at == "mlp" else self.language_model.multiplier
-            if given is None:
-                values = self._solved(requests, site, self.prefixes[:1])
-                written = written_values(values, self._outputs(requests, site.layer), multiplier)
-                self._anchors[site.layer] = mean_norm(list(written))
-            else:
-                self._anchors[site.layer] = given
-            self.facts[f"anchor_norm/{site.layer}"] = self._anchors[site.layer]
+            if self.value.anchor_norm is not None:
+                self._anchors[site.layer] = self.value.anchor_norm
+            elif site.layer not in self._anchors:
+                self._anchors[site.layer] = self._measured_anchor(site)
+        self.facts |= self.constants()
+
+    def _measured_anchor(self, site: ShiftSite) -> float:
+        """Return the mean norm of the values of the stream's first requests."""
+        requests = self.coming_requests(self.value.pilots)
+        if not requests:
+            raise UserError("method.value.anchor needs requests to measure the norm on: give method.value.anchor_norm")
+        multiplier = 1.0 if site.at == "mlp" else self.language_model.multiplier
+        values = self._solved(requests, site, self.prefixes[:1])
+        return mean_norm(list(written_values(values, self._outputs(requests, site.layer), multiplier)))
 
     def _solved(self, requests: Sequence[EditRequest], site: ShiftSite, prefixes: Sequence[str]) -> Values:
         """Optimise values as they are. Processes that do not divide the model divide the requests."""

@@ -13,7 +13,6 @@ from prune_lightning.costs import FP64, Cost, Shapes, StreamShape, Work
 from prune_lightning.errors import UserError
 from prune_lightning.methods.layerwise import LayerwiseEdit
 from prune_lightning.methods.least_squares import regression_update
-from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.second_moment import SecondMoment
 from prune_lightning.types import EditRequest, LowRankUpdate
 
@@ -39,10 +38,11 @@ class NSE(LayerwiseEdit):
         passes: Most passes (``max_iterations - 1`` in the published code).
         neuron_share: Share of the neurons' total score that the selected ones hold at most, in (0, 1]; 1 for all
             neurons.
+        spread: ``share``; the passes need the values of the last layer.
         kwargs: See :class:`~.locate_then_edit.LocateThenEdit`.
 
     Raises:
-        UserError: A number out of range.
+        UserError: A number out of range, or another ``spread``.
     """
 
     takes_shards: ClassVar[bool] = False  # each process decides by its own rounding which requests need a pass
@@ -55,8 +55,14 @@ class NSE(LayerwiseEdit):
         largest_residual: float | None = None,
         passes: int = 2,
         neuron_share: float = 1.0,
+        spread: str = "share",
         **kwargs: Any,
     ) -> None:
+        if spread != "share":
+            raise UserError(
+                "NSE measures in every pass what is left at the last layer, so values of the first one cannot be "
+                f"replayed: method.spread is expected to be 'share', but got {spread!r}"
+            )
         super().__init__(**kwargs)
         if not ridge > 0 or passes < 1 or not 0 < neuron_share <= 1:
             raise UserError(
@@ -93,7 +99,7 @@ class NSE(LayerwiseEdit):
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return one update per layer, of the rank of all requests written in all passes; none if none is written."""
         with self.unedited():
-            values = self.optimise(requests, ShiftSite(self.layers[-1], "block"))
+            values = self.optimise(requests, self.value_sites()[0])
         written: dict[str, LowRankUpdate] = {}
         residuals: list[list[float]] = [[] for _ in requests]
         passes = [0] * len(requests)

@@ -85,6 +85,14 @@ class SimIE(EditingModule):
         self.editor.prepare()
         self.facts = self.editor.facts
 
+    def constants(self) -> Mapping[str, float]:
+        """Return the editor's."""
+        return self.editor.constants()
+
+    def load_constants(self, constants: Mapping[str, float]) -> None:
+        """Give them to the editor."""
+        self.editor.load_constants(constants)
+
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return one update per matrix, and the details of the editor."""
         with self.unedited():

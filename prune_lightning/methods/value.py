@@ -46,6 +46,7 @@ class ValueOptions:
         anchor: Rescale each solved value: ``none``; ``mean``, to the mean norm of values solved on the unedited model;
             ``cap``, to that norm at most; ``own``, to the norm that the same shift gives on the unedited model.
         anchor_norm: That mean norm; ``None`` to measure it on the stream's first ``pilots`` requests before any edit.
+            Without an anchor, values are compared with it.
         pilots: Number of these requests. They are solved without prefixes.
         early_stop: Stop a request after so many steps in which the target is the most probable answer after every
             prefix; ``None`` to rely on ``stop_loss`` alone (ENCORE has 2 to 4).

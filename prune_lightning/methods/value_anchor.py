@@ -32,7 +32,7 @@ def written_values(values: Values, outputs: Tensor, multiplier: float) -> Tensor
     return outputs.double() + (values.target - values.reference).double() / multiplier
 
 
-def rescaled(values: Values, written: Tensor, anchor: Tensor, cap: bool, multiplier: float) -> Values:
+def rescaled(values: Values, written: Tensor, anchor: Tensor, kind: str, multiplier: float) -> Values:
     r"""Return the values with :math:`v^* \leftarrow a\,v^* / \lVert v^* \rVert`, and the ratio of the norms.
 
     ``norm_ratio``, :math:`\lVert v^* \rVert / a` before, is added to the details. Its growth announces a collapse.
@@ -41,11 +41,13 @@ def rescaled(values: Values, written: Tensor, anchor: Tensor, cap: bool, multipl
         values: Solved values.
         written: Their :func:`written_values`.
         anchor: :math:`a` of each value, shape ``(b,)``.
-        cap: Leave smaller values alone.
+        kind: ``none`` leaves the values alone, ``cap`` the smaller ones.
         multiplier: See :func:`written_values`.
     """
     ratio = written.norm(dim=1) / anchor
-    factor = 1 / (ratio.clamp_min(1) if cap else ratio)
-    target = values.target + (multiplier * (factor - 1)[:, None] * written).to(values.target)
     details = [{**detail, "norm_ratio": float(of)} for detail, of in zip(values.details, ratio, strict=True)]
+    if kind == "none":
+        return replace(values, details=details)
+    factor = 1 / (ratio.clamp_min(1) if kind == "cap" else ratio)
+    target = values.target + (multiplier * (factor - 1)[:, None] * written).to(values.target)
     return replace(values, target=target, details=details)

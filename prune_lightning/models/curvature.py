@@ -50,13 +50,25 @@ def probed(modules: Sequence[nn.Module], rows: int | None = None) -> Iterator[li
         yield zeros
 
 
+def summed_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the loss of a causal language model of ``transformers``, summed over the tokens that are predicted.
+
+    Its own loss is their mean. Label ``t`` is predicted at position ``t - 1``, so the first label of a row does not
+    count, and neither does -100.
+    """
+    if "labels" not in batch:
+        raise UserError("the curvature needs batches with `labels`, or a `loss` of your own")
+    mean: Tensor = module(**batch).loss
+    return mean * (batch["labels"][..., 1:] != -100).sum()
+
+
 class BatchCurvature:
     """The curvature of any module's loss over given batches, for any training.
 
     Args:
         batches: What the capability to preserve is measured on; iterated once. All positions count: leave out padding.
-        loss: ``loss(module, batch)``, a sum over tokens; by default ``module(**batch).loss`` of a ``transformers``
-            model.
+        loss: ``loss(module, batch)``, a sum over tokens: with means, short batches would count as much as long ones. By
+            default :func:`summed_loss`, that of a causal language model.
 
     Raises:
         UserError: There is no batch, or a named weight belongs to a module that the loss does not run.
@@ -64,7 +76,7 @@ class BatchCurvature:
 
     def __init__(self, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor] | None = None) -> None:
         self.batches = batches
-        self.loss = loss or (lambda module, batch: module(**batch).loss)
+        self.loss = loss or summed_loss
 
     def factors(self, module: nn.Module, names: Sequence[str]) -> dict[str, Factors]:
         """Run the module in evaluation mode on all batches; gradients of its parameters are not touched."""
