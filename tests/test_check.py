@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import SHARED
 from test_datasets import CASES, HALLUEDITBENCH, QAEDIT, RIPPLEEDITS, WIKIBIGEDIT, write_csv
 from test_fuzz import command_line
 from test_records import KNOWEDIT
@@ -68,6 +69,19 @@ def test_every_data_set_is_counted(data, rows, counts, tmp_path):
     else:
         path.write_text(json.dumps(rows))
     assert counts_of(tmp_path / "run", data, path) == counts
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not part of the project")
+@pytest.mark.parametrize(
+    ("data", "file", "counts"),
+    [
+        ("wikibigedit", "wikibigedit_1000.json", [1000, 1000, 0, 4, 1000, 0, 0, 0, 0, 100]),
+        ("qaedit", "qaedit_500.json", [500, 500, 0, 7, 500, 0, 0, 0, 0, 100]),
+        ("mquake", "mquake_hard_100.json", [400, 400, 0, 153, 0, 0, 400, 100, 200, 100]),
+    ],
+)
+def test_published_files_are_counted(data, file, counts, tmp_path):
+    assert counts_of(tmp_path / "run", data, SHARED / "data" / file) == counts
 
 
 @pytest.mark.parametrize("text", ["", "[]", " \n \n"])
