@@ -1,6 +1,14 @@
 # `make run` and `make test` do everything on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
+comma := ,
+# The language model of `restraints` and of the studies.
+MODEL ?= bundled
+# What has to be there for it; facts that it knows, since an edit of another replaces nothing; and MEND, which needs a
+# network trained for the model, as the bundled one has.
+READY := $(if $(filter smollm2,$(MODEL)),.venv/.smollm2,env)
+KNOWN := $(if $(filter-out bundled,$(MODEL)),data.keep=known)
+WITH_MEND := $(if $(filter bundled,$(MODEL)),$(comma)mend)
 
 .PHONY: env run docs notebooks test test-environments on-gpu mutants lint compare editors forgetting restraints smollm2 study pretrain clean
 
@@ -72,11 +80,10 @@ forgetting: env
 
 # The table and the figure of docs/restraints.md: editors x restraints, on the bundled model or another (MODEL=smollm2).
 # MEMIT both with and without the keys of earlier edits; UltraEdit has nothing that feedback could go to.
-MODEL ?= bundled
-AROUND = $(BIN)/python train.py -m experiment=restraints model=$(MODEL) data.num_edits=$(EDITS)
+AROUND = $(BIN)/python train.py -m experiment=restraints model=$(MODEL) $(KNOWN) data.num_edits=$(EDITS)
 PLAIN := none,prune,rect,revive,sphere
 EACH := $(PLAIN),prune_feedback,rect_feedback,revive_feedback,sphere_feedback
-restraints: env
+restraints: $(READY)
 	$(AROUND) method=memit method.accumulate_past_keys=true restraint=$(EACH) \
 		hydra.sweep.dir=runs/restraints/$(MODEL)/past_keys
 	$(AROUND) method=alphaedit,memit,rome,emmet restraint=$(EACH)
@@ -107,43 +114,51 @@ smollm2: .venv/.smollm2
 	$(BIN)/python -m prune_lightning.report.compare $(call DRAWN,rome,rome)
 
 # The studies of docs/studies: `make study NAME=prune`, rect, batch, butterfly or mirage. They are resumable.
-# MODEL=smollm2 takes another model; QAEDIT=FILE the paper's questions for mirage; SENTENCES=FILE its sentences for
-# butterfly.
+# MODEL=smollm2 takes another model, with facts that it knows; METHODS=rome,memit other editors; LAYERS=[5],[10] those of
+# the scan in batch; QAEDIT=FILE the paper's questions for mirage; SENTENCES=FILE its sentences for butterfly.
 NAME ?= prune
-MODEL ?= bundled
 RUN_STUDY = $(BIN)/python train.py -m experiment=study_$(1) model=$(MODEL) progress=false
 DRAW_STUDY = $(BIN)/python -m prune_lightning.report.studies --out docs/studies$(if $(filter-out bundled,$(MODEL)),/$(MODEL))
-study: env study-$(NAME)
+study: study-$(NAME)
 
 .PHONY: study-prune study-rect study-batch study-butterfly study-mirage
+study-prune study-rect study-batch study-butterfly study-mirage: $(READY)
+
+study-prune: METHODS ?= rome,memit$(WITH_MEND)
 study-prune:
-	$(call RUN_STUDY,prune) method=rome,memit,mend restraint=none
-	$(call RUN_STUDY,prune) method=rome,memit,mend restraint=prune restraint.base=1.2,2
+	$(call RUN_STUDY,prune) $(KNOWN) method=$(METHODS) restraint=none
+	$(call RUN_STUDY,prune) $(KNOWN) method=$(METHODS) restraint=prune restraint.base=1.2,2
 	$(DRAW_STUDY) prune runs/study_prune/$(MODEL)
 
+study-rect: METHODS ?= rome,memit$(WITH_MEND),kn
 study-rect:
-	$(call RUN_STUDY,rect) method=rome,memit,mend,kn restraint=none
-	$(call RUN_STUDY,rect) method=rome,memit,mend,kn restraint=rect restraint.keep=0.2,0.6
+	$(call RUN_STUDY,rect) $(KNOWN) method=$(METHODS) restraint=none
+	$(call RUN_STUDY,rect) $(KNOWN) method=$(METHODS) restraint=rect restraint.keep=0.2,0.6
 	$(DRAW_STUDY) rect runs/study_rect/$(MODEL)
 
+study-batch: METHODS ?= rome,memit,emmet
+study-batch: LAYERS ?= $(if $(filter smollm2,$(MODEL)),[2]$(comma)[5]$(comma)[10]$(comma)[20],[0]$(comma)[1]$(comma)[2]$(comma)[3])
 study-batch:
-	$(call RUN_STUDY,batch) method=rome,memit,emmet data.protocol=batch,sequential_batched data.batch_size=1,8,32
-	$(call RUN_STUDY,layers) method=memit,emmet method.layers=[0],[1],[2],[3]
+	$(call RUN_STUDY,batch) $(KNOWN) method=$(METHODS) data.protocol=batch,sequential_batched data.batch_size=1,8,32
+	$(call RUN_STUDY,layers) $(KNOWN) method=memit,emmet method.layers=$(LAYERS)
 	$(DRAW_STUDY) batch runs/study_batch/$(MODEL) runs/study_layers/$(MODEL)
 
 # Every edit alone, then those that collapse the model once more under guards.
 BUTTERFLY := runs/study_butterfly/$(MODEL)
+study-butterfly: METHODS ?= rome,r_rome
 study-butterfly:
-	$(call RUN_STUDY,butterfly) method=rome,r_rome data.subject_first=false,true $(if $(SENTENCES),evaluation.perplexity.path=$(SENTENCES))
+	$(call RUN_STUDY,butterfly) $(KNOWN) method=$(METHODS) data.subject_first=false,true \
+		$(if $(SENTENCES),evaluation.perplexity.path=$(SENTENCES))
 	$(DRAW_STUDY) butterfly $(BUTTERFLY) --hard $(BUTTERFLY)/hard.jsonl
 	if [ -s $(BUTTERFLY)/hard.jsonl ]; then $(call RUN_STUDY,butterfly) method=rome data=jsonl \
 		data.path=$(BUTTERFLY)/hard.jsonl data.unique_subjects=false callbacks=guards callbacks.guards.policy=rollback \
 		$(if $(SENTENCES),evaluation.perplexity.path=$(SENTENCES)); fi
 	$(DRAW_STUDY) butterfly $(BUTTERFLY)
 
+study-mirage: METHODS ?= ft_m,rome,memit
 study-mirage:
-	$(call RUN_STUDY,mirage) method=ft_m,rome,memit data.protocol=single,sequential
-	if [ -n "$(QAEDIT)" ]; then $(call RUN_STUDY,mirage) method=ft_m,rome,memit data.protocol=single,sequential \
+	$(call RUN_STUDY,mirage) $(KNOWN) method=$(METHODS) data.protocol=single,sequential
+	if [ -n "$(QAEDIT)" ]; then $(call RUN_STUDY,mirage) method=$(METHODS) data.protocol=single,sequential \
 		data=qaedit data.path=$(QAEDIT); fi
 	$(DRAW_STUDY) mirage runs/study_mirage/$(MODEL)
 

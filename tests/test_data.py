@@ -76,7 +76,10 @@ def test_zsre_targets_and_question_mark(tmp_path):
     true.setup()
     assert (alternative.requests[0].target_new, alternative.requests[0].target_old) == ("aircraft", "uniform")
     assert true.requests[0].target_new == "uniform"
-    assert alternative.requests[0].locality == (Probe("nq question: who sang it?", "Eve", "unrelated"),)
+    assert alternative.requests[0].locality == (Probe("who sang it?", "Eve", "unrelated"),)
+    published = ZsRE(path=path, nq_prefix=True)
+    published.setup()
+    assert published.requests[0].locality == (Probe("nq question: who sang it?", "Eve", "unrelated"),)
 
 
 def test_bad_rows_are_listed_by_line_and_skipped_or_fatal(tmp_path):

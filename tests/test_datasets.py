@@ -59,13 +59,22 @@ def test_a_data_set_of_the_hub_gives_the_requests_of_its_file(tmp_path):
 
 
 # -- one edit a record ------------------------------------------------------------------------------------------------
+WIKIBIGEDIT = [
+    {
+        **{"subject": "Ada Ek", "update": "Where was Ada Ek born?", "ans": "Oslo", "rephrase": "Ada Ek's birthplace?"},
+        **{"personas": "Arr, where be Ada Ek born?", "mhop": "Which country was Ada Ek born in?", "mhop_ans": "Norway"},
+        **{"loc": "Who wrote Faust?", "loc_ans": "Goethe", "tag": "x"},
+    },
+    {
+        **{"subject": "Bo Li", "prompt": "Where was Bo Li born?", "target_new": "Xi'an", "rephrase_prompt": "r?"},
+        **{"locality_prompt": "Who wrote Emma?", "locality_ground_truth": "Austen"},
+    },
+]
+
+
 def test_wikibigedit_in_both_schemas(tmp_path):
-    hub = {"subject": "Ada Ek", "update": "Where was Ada Ek born?", "ans": "Oslo", "rephrase": "Ada Ek's birthplace?"}
-    hub |= {"personas": "Arr, where be Ada Ek born?", "mhop": "Which country was Ada Ek born in?", "mhop_ans": "Norway"}
-    hub |= {"loc": "Who wrote Faust?", "loc_ans": "Goethe", "tag": "x"}
-    easy = {"subject": "Bo Li", "prompt": "Where was Bo Li born?", "target_new": "Xi'an", "rephrase_prompt": "r?"}
-    easy |= {"locality_prompt": "Who wrote Emma?", "locality_ground_truth": "Austen"}
-    first, second = read(WikiBigEdit, tmp_path / "wbe.json", [hub, easy]).requests
+    hub = WIKIBIGEDIT[0]
+    first, second = read(WikiBigEdit, tmp_path / "wbe.json", WIKIBIGEDIT).requests
     assert (first.prompt, first.target_new, first.paraphrases) == (hub["update"], "Oslo", (hub["rephrase"],))
     assert first.locality == (Probe("Who wrote Faust?", "Goethe", "unrelated"),)
     assert first.portability == (
@@ -76,27 +85,42 @@ def test_wikibigedit_in_both_schemas(tmp_path):
     assert second.locality == (Probe("Who wrote Emma?", "Austen"),)
 
 
+QAEDIT = {
+    **{"id": 9, "prompt": "who won the cup?", "subject": "cup", "target": "Ajax *", "rephrase": "Whose is the cup?"},
+    "locality": [{"loc": f"q{i}", "loc_ans": f"a{i}"} for i in range(5)],
+}
+
+
 def test_qaedit_takes_as_many_locality_questions_as_asked(tmp_path):
-    row = {"id": 9, "prompt": "who won the cup?", "subject": "cup", "target": "Ajax *", "rephrase": "Whose is the cup?"}
-    row["locality"] = [{"loc": f"q{i}", "loc_ans": f"a{i}"} for i in range(5)]
     path = tmp_path / "qa.json"
-    (request,) = read(QAEdit, path, [row]).requests
+    (request,) = read(QAEdit, path, [QAEDIT]).requests
     assert (request.case_id, request.target_new, len(request.locality)) == (9, "Ajax *", 5)
     (request,) = read(QAEdit, path, probes=1).requests
     assert request.locality == (Probe("q0", "a0", "unrelated"),)
     with pytest.raises(UserError, match=r"line 1: the key 'locality\[1\].loc_ans' is missing"):
-        read(QAEdit, path, [{**row, "locality": [row["locality"][0], {"loc": "q"}]}])
+        read(QAEdit, path, [{**QAEDIT, "locality": [QAEDIT["locality"][0], {"loc": "q"}]}])
+
+
+HALLUEDITBENCH = {
+    **{"subject": "Venus, the", "object": "marble", "question": "What is Venus, the\nmade of?", "output_m": "Bronze"},
+    **{"paraphrased_question": "p?", "locality_question": "l?", "yes_question": "y?", "no_question": "n?"},
+    **{"multiple_choice_with_letters": "A. Bronze  B. marble", "multiple_choice_labels": "B"},
+    **{"reversed_relation_question": "What is marble?", "question_2hop": "Who made the marble Venus?"},
+    "answer_2hop": "Gian",
+}
+
+
+def write_csv(path, *rows):
+    with path.open("w") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def test_hallueditbench_reads_a_folder_and_names_the_file_of_a_bad_row(tmp_path):
-    columns = ["subject", "object", "question", "output_m", "paraphrased_question", "locality_question"]
-    columns += ["yes_question", "no_question", "multiple_choice_with_letters", "multiple_choice_labels"]
-    columns += ["reversed_relation_question", "question_2hop", "answer_2hop"]
-    good = ["Venus, the", "marble", "What is Venus, the\nmade of?", "Bronze", "p?", "l?", "y?", "n?"]
-    good += ["A. Bronze  B. marble", "B", "What is marble?", "Who made the marble Venus?", "Gian"]
-    for name, rows in {"a.csv": [good], "b.csv": [[*good[:1], "wood", "no such thing?", *good[3:]]]}.items():
-        with (tmp_path / name).open("w") as file:
-            csv.writer(file).writerows([columns, *rows])
+    good = HALLUEDITBENCH
+    write_csv(tmp_path / "a.csv", good)
+    write_csv(tmp_path / "b.csv", good | {"object": "wood", "question": "no such thing?"})
     with pytest.raises(UserError, match=r"line 2: b\.csv: the subject 'Venus, the'"):
         read(HalluEditBench, tmp_path)
     stream = read(HalluEditBench, tmp_path, bad_rows="skip")
@@ -108,7 +132,7 @@ def test_hallueditbench_reads_a_folder_and_names_the_file_of_a_bad_row(tmp_path)
     assert asked == {
         "yes": ("y?", (("Yes",),)),
         "no": ("n?", (("No",),)),
-        "multiple_choice": (f"{good[2]} A. Bronze  B. marble", (("B",),)),
+        "multiple_choice": (f"{good['question']} A. Bronze  B. marble", (("B",),)),
         "reversed_relation": ("What is marble?", (("Venus, the",),)),
         "2_hop": ("Who made the marble Venus?", (("Gian",),)),
     }
@@ -119,23 +143,30 @@ def ripple(relation, prompt, subject, *names):
     return {"prompt": prompt, "answers": answers, "relation": relation, "subject_id": subject, "query_type": "regular"}
 
 
+TOWN = "The name of the country of citizenship of Duke of York is"
+MOTHER = ripple("MOTHER", "The name of the mother of Duke of York is", "Q1", ["Ann", "Anna", "A"])
+TEAM = ripple("TEAM", "The name of the sports team which Duke of York is a member of is", "Q1", ["Reds"], ["Blues"])
+RIPPLEEDITS = {
+    "example_type": "popular",
+    "edit": {
+        **{"prompt": f"{TOWN} United Arab Emirates.", "subject_id": "Q1", "relation": "CITIZENSHIP"},
+        "original_fact": {"prompt": f"{TOWN} United States.", "subject_id": "Q1"},
+    },
+    "Relation_Specifity": [{"test_queries": [TEAM, MOTHER], "test_condition": "AND", "condition_queries": [MOTHER]}],
+    "Forgetfulness": [],
+}
+
+
 def test_rippleedits_finds_subject_and_targets(tmp_path):
-    town = "The name of the country of citizenship of Duke of York is"
-    mother = ripple("MOTHER", "The name of the mother of Duke of York is", "Q1", ["Ann", "Anna", "A"])
-    team = ripple("TEAM", "The name of the sports team which Duke of York is a member of is", "Q1", ["Reds"], ["Blues"])
-    edit = {"prompt": f"{town} United Arab Emirates.", "subject_id": "Q1", "relation": "CITIZENSHIP"}
-    edit["original_fact"] = {"prompt": f"{town} United States.", "subject_id": "Q1"}
-    test = {"test_queries": [team, mother], "test_condition": "AND", "condition_queries": [mother]}
-    rows = [{"example_type": "popular", "edit": edit, "Relation_Specifity": [test], "Forgetfulness": []}]
-    stream = read(RippleEdits, tmp_path / "r.json", rows)
+    stream = read(RippleEdits, tmp_path / "r.json", [RIPPLEEDITS])
     (request,) = stream.requests
-    assert (request.prompt, request.subject) == (town, "Duke of York")
+    assert (request.prompt, request.subject) == (TOWN, "Duke of York")
     assert (request.target_new, request.target_old) == ("United Arab Emirates", "United States")
-    asked = Query(mother["prompt"], (("Ann", "Anna"),))
-    both = (Query(team["prompt"], (("Reds",), ("Blues",))), asked)
+    asked = Query(MOTHER["prompt"], (("Ann", "Anna"),))
+    both = (Query(TEAM["prompt"], (("Reds",), ("Blues",))), asked)
     expected = Question("Relation_Specificity", both, every=True, given=(asked,))
-    assert stream.groups() == (Group(0, ((town, "United Arab Emirates"),), (expected,)),)
-    test["test_condition"] = "XOR"
+    assert stream.groups() == (Group(0, ((TOWN, "United Arab Emirates"),), (expected,)),)
+    rows = [RIPPLEEDITS | {"Relation_Specifity": [{"test_queries": [TEAM], "test_condition": "XOR"}]}]
     with pytest.raises(UserError, match=r"`Relation_Specifity\[0\].test_condition` is expected to be AND or OR"):
         read(RippleEdits, tmp_path / "r.json", rows)
 

@@ -122,11 +122,16 @@ def test_sequences_share_no_beginnings_under_a_memory(tiny):
     assert trees(model, sequences, 64, 48) is None
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])  # NaN in rows padded on the left
+# Gemma 2 computes its softmax in fp32, where the mask of an fp64 model is minus infinity: a row that sees nothing but
+# padding on the left is NaN there. In the dtypes that are used it is not.
+DTYPES = {"gemma2": torch.float32}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", MEMORIES)
 def test_generation_says_what_the_scores_say(method, family, tiny):
     """Cached generation of rows of several lengths, padded on the left, and each token scored in a pass of its own."""
-    model = tiny(family)
+    model = tiny(family, DTYPES.get(family, torch.float64))
     module = edited(method, model, REQUESTS[:3])
     prompts = model.tokens.encode_all([r.prompt for r in REQUESTS[:3]] + OTHERS)
     together = decode(model, prompts, [4] * len(prompts))

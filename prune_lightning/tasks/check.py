@@ -70,8 +70,8 @@ def _fitting(
 def survey(
     stream: EditStream, requests: Sequence[EditRequest], rejected: Sequence[BadRow], kept: Sequence[Located]
 ) -> dict[str, Any]:
-    """Return the number of records, and the numbers of those that lack the fields of a score."""
-    subjects = {request.subject.lower() for request in requests}
+    """Return the number of records, of those that lack the fields of a score, and of groups and their questions."""
+    subjects, groups = {request.subject.lower() for request in requests}, stream.groups()
     return {
         "records": len(requests) + len(rejected),
         "usable": len(requests),
@@ -80,5 +80,7 @@ def survey(
         "without old target": sum(request.target_old is None for request in requests),
         "without paraphrases": sum(not request.paraphrases for request in requests),
         "without locality": sum(not request.locality for request in requests),
+        "groups with questions": len(groups),
+        "questions of groups": sum(len(group.questions) for group in groups),
         "taken by a run": min(len(kept), len(kept) if stream.num_edits is None else stream.num_edits),
     }

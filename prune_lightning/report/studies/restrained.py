@@ -15,6 +15,7 @@ from prune_lightning.report.studies.runs import by, last, option, tasks
 
 _CONDITION, _NORM, _CHANGE = "spectrum/condition_number", "spectrum/norm_ratio", "spectrum/relative_change"
 _SMALLEST = 1e-4  # of an axis of relative changes
+_WIDE = 10  # ratio of relative changes from which on an axis is logarithmic
 
 
 def prune(runs: Sequence[FinishedRun]) -> tuple[str, Figure]:
@@ -82,10 +83,9 @@ def rect(runs: Sequence[FinishedRun]) -> tuple[str, Figure]:
             y = [last(group, key) for group in of.values()]
             axes.plot(x, y, "-", color="0.75", zorder=1)
             axes.scatter(x, y, c=["black" if keep == 1 else "C0" for keep in of], zorder=2)
-            for keep, *place in zip(of, x, y, strict=True):
-                text = "alone" if keep == 1 else f"{keep:g}"
-                axes.annotate(text, place, xytext=(4, 5), textcoords="offset points", fontsize=8)
-            axes.set(xscale="log", ylim=(-0.05, 1.12), ylabel="" if number else title)
+            _name_points(axes, list(of), list(zip(x, y, strict=True)))
+            axes.set(ylim=(-0.12, 1.12), ylabel="" if number else title)
+            axes.set_xscale("log" if max(x) > _WIDE * min(x) else "linear")
             axes.margins(x=0.2)
             axes.grid(alpha=0.3)
         grid[0][number].set_title(method)
@@ -98,6 +98,17 @@ def rect(runs: Sequence[FinishedRun]) -> tuple[str, Figure]:
         for (method, keep), group in groups.items()
     ]
     return _headed(groups, markdown(heads, rows)) + keys.remark(), drawing
+
+
+def _name_points(axes: Axes, keeps: Sequence[float], places: Sequence[tuple[float, float]]) -> None:
+    """Write the kept shares above their points and ``alone`` below, with one text where points coincide."""
+    named: dict[tuple[float, float], list[float]] = {}
+    for keep, place in zip(keeps, places, strict=True):
+        named.setdefault(place, []).append(keep)
+    for place, here in named.items():
+        text = ", ".join("alone" if keep == 1 else f"{keep:g}" for keep in here)
+        offset = (4, -11) if here == [1] else (4, 5)
+        axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=8)
 
 
 def _headed(groups: dict[tuple[str, float], Group], table: str) -> str:
