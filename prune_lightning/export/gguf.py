@@ -128,7 +128,7 @@ def _names(architecture: str, stored: Collection[str], weights: Iterable[str], n
     found: dict[str, str] = {}
     for weight in weights:
         options = (weight, weight.partition(".")[2])  # for some models without the name of the whole model
-        name = next((name for o in options if (name := names.get_name(o, try_suffixes=(".weight",)))), None)
+        name = next(filter(None, (names.get_name(each, try_suffixes=(".weight",)) for each in options)), None)
         if name not in stored:
             raise UserError(f"the file has no tensor of its own for the edited weight {weight}; export `full`")
         found[weight] = name

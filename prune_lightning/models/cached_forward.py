@@ -159,7 +159,7 @@ class CachedForward:
             stack.enter_context(replace_output(self.model.block(self.layer), self._output(hidden)))
             for mlp, places in self._places(rows, offsets) if self._compact else ():
                 stack.enter_context(only_at(mlp, places))
-            return self.model.logits_at(*self._inputs, rows, offsets, **self._cached(), **self._options)
+            return self.model.logits_at(*self._inputs, rows, offsets, **(self._cached() | self._options))
 
     def _beyond(self, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run what follows the last block."""
@@ -197,7 +197,7 @@ class CachedForward:
         # The model computes masks and rotations itself, and passes them to its blocks.
         everything = [self.model.block(index) for index in range(self.model.num_layers)]
         with pass_through(everything, self._in_tuple), capture_keywords(above) as seen:
-            self.model.logits_at(*self._inputs, rows[:1], offsets[:1], **self._cached(), **self._options)
+            self.model.logits_at(*self._inputs, rows[:1], offsets[:1], **(self._cached() | self._options))
         if not all({"attention_mask", "position_embeddings"} <= set(kwargs) for kwargs in seen):
             return None
         places = Places.of(self._mask[:, self._before :], rows, offsets)
