@@ -231,8 +231,6 @@ def peak_of(*arguments):
 MIDDLE = {
     "memit": ((384, 2304, 6), ["method.layers=[1,2,3]"]),
     "memit with past keys": ((512, 1792, 10), ["method.layers=[2,3]", "method.accumulate_past_keys=true"]),
-    "memit in fp32": ((384, 2304, 6), ["method.layers=[1,2,3]", "model.second_moments.dtype=float32"]),
-    "alphaedit": ((512, 1792, 10), ["method.layers=[2,3]", "method=alphaedit"]),
 }
 
 

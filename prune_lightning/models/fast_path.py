@@ -61,7 +61,8 @@ class FastPath:
         """
         if kind in self._refused:
             return None
-        cause, result = "its logits are not those of the whole model", None
+        cause = "its logits are not those of the whole model"
+        result: T | None = None
         try:
             result = run()
         except (torch.OutOfMemoryError, UserError):
