@@ -77,6 +77,16 @@ def test_rect_places_retention_over_the_relative_change(tmp_path):
     assert row(table, "kn", "alone")[0] == "0.500"
     assert row(table, "kn", "0.2")[0] == "0.125"
     assert drawing.axes[0].collections[0].get_offsets().tolist() == [[0.125, 0.75], [0.5, 0.75]]
+    assert drawing.axes[0].get_xscale() == "linear"
+
+
+def test_rect_names_points_at_one_place_together(tmp_path):
+    for keep, change in ((None, 0.5), (0.2, 0.5), (0.6, 0.01)):
+        config = {"restraint": {"keep": keep} if keep else None}
+        run(tmp_path / f"kn-{keep}", "kn", [scores(5, 0.75, **{"spectrum/relative_change": change})], config)
+    _, drawing = rect(read_study([tmp_path]))
+    assert sorted(text.get_text() for text in drawing.axes[0].texts) == ["0.2, alone", "0.6"]
+    assert drawing.axes[0].get_xscale() == "log", "changes of 1 % and 50 % would be far apart on a linear axis"
 
 
 def test_batch_separates_protocols_and_layers(tmp_path):
