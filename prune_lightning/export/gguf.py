@@ -128,7 +128,7 @@ def _names(architecture: str, stored: Collection[str], weights: Iterable[str], n
     found: dict[str, str] = {}
     for weight in weights:
         options = (weight, weight.partition(".")[2])  # for some models without the name of the whole model
-        name = next(filter(None, (names.get_name(each, try_suffixes=(".weight",)) for each in options)), None)
+        name = next(filter(None, (names.get_name(each, try_suffixes=(".weight",)) for each in options)), "")
         if name not in stored:
             raise UserError(f"the file has no tensor of its own for the edited weight {weight}; export `full`")
         found[weight] = name
