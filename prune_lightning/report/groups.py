@@ -18,7 +18,7 @@ from prune_lightning.errors import UserError
 # Settings that change no score: file locations, display, batch sizes of computations.
 _WITHOUT_EFFECT = {
     *("seed", "task", "control", "ledger", "resume", "bisect_collapse", "progress", "logger"),
-    *("export", "export_merged"),
+    *("export", "export_merged", "model.edit.sources"),
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
     *("callbacks.spectrum", "evaluation.max_case_mb", "evaluation.answers", "all_scores"),
 }
