@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prune_lightning.methods.base import EditingModule
@@ -43,6 +45,14 @@ def alike(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 def _threads() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(autouse=True)
+def _no_job_is_left() -> Iterator[None]:
+    """Clear what Hydra keeps of a job that a test ran in this process: the choices of one are not those of the next."""
+    yield
+    HydraConfig.instance().cfg = None
+    GlobalHydra.instance().clear()
 
 
 @pytest.fixture
