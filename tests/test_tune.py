@@ -124,6 +124,19 @@ def test_a_bad_trial_is_stopped_at_a_rung(pilots):
     assert (outcome.stopped, outcome.edits) == (True, 2)
 
 
+def test_values_that_a_method_refuses_cost_a_trial_and_not_the_search(pilots):
+    before = weights_fingerprint(pilots.model)
+    config = settled(compose("experiment=tune", "evaluation=editing", "method=alphaedit", "restraint=none"))
+    found = Pilots(config, pilots.model, pilots.requests, rungs=2, phase=PhaseClock().named("tune"))
+    outcome = found.run({"method.null_threshold": 1e-30}, range(2))
+    assert (outcome.score, outcome.edits) == (0.0, 0)
+    assert "finds no null space" in outcome.failed
+    assert weights_fingerprint(pilots.model) == before
+    found.config.method.null_threshold = 1e-30  # now it is what the job was started with
+    with pytest.raises(UserError, match="finds no null space"):
+        found.run({}, range(2))
+
+
 # -- the search -------------------------------------------------------------------------------------------------------
 def quadratic(values, reached):
     """A trial whose score is highest at a clamp of 2 and in layer 9."""
@@ -179,6 +192,14 @@ def test_time_ends_a_search_and_an_endless_one_is_refused(tmp_path):
     assert len(go(search(tmp_path, max_edits=None, max_seconds=0.0)).table()) == 1, "the defaults are always tried"
     with pytest.raises(UserError, match="never end"):
         search(tmp_path / "endless", max_edits=None)
+
+
+def test_trials_that_fail_before_the_first_edit_use_up_the_budget(tmp_path):
+    found = search(tmp_path, max_edits=3)
+    while not found.over():
+        found.step(lambda values, reached: Outcome(failed="refused"))
+    assert [trial["edits"] for trial in found.table()] == [0, 0, 0]
+    assert found.edits == 3
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------

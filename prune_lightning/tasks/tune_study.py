@@ -74,8 +74,8 @@ class Search:
 
     @property
     def edits(self) -> int:
-        """Pilot edits so far."""
-        return sum(trial.user_attrs.get("edits", 0) for trial in self.study.trials)
+        """Pilot edits so far; a trial that failed before its first counts as one, so that every search ends."""
+        return sum(max(1, trial.user_attrs["edits"]) for trial in self._ended())
 
     @property
     def seconds(self) -> float:

@@ -15,6 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from prune_lightning.data.loader import EditLoader
+from prune_lightning.errors import UserError
 from prune_lightning.evaluation.counterfact import CounterFactScores
 from prune_lightning.evaluation.drift import Drift
 from prune_lightning.evaluation.easyedit import EasyEditScores
@@ -165,6 +166,7 @@ class Pilots:
             reached: See :data:`Reached`.
 
         Raises:
+            UserError: The method refuses the values that the job was started with, so that no trial would succeed.
             RuntimeError: The model could not be restored.
         """
         config = copy.deepcopy(self.config)
@@ -179,7 +181,9 @@ class Pilots:
         try:
             trainer = build_trainer(config, [*restraint, watch], [])
             trainer.fit(module, EditLoader(self._steps(places)))
-        except (NonFiniteChange, LinAlgError) as error:
+        except (NonFiniteChange, LinAlgError, UserError) as error:
+            if isinstance(error, UserError) and config == self.config:
+                raise
             watch.outcome.failed, watch.outcome.score = str(error), 0.0
         finally:
             module.run.restart()
