@@ -101,16 +101,17 @@ restraints: $(READY)
 
 # First ROME alone and with PRUNE, 20 edits; then the study, which may be interrupted: `make smollm2` resumes it. The table
 # and the figure of what is complete are written to docs/smollm2 after each part. The edits are facts of the bundled world
-# that the model knows, or those of COUNTERFACT=FILE.
+# that the model knows, or those of COUNTERFACT=FILE. METHODS=rome,r_rome takes other editors.
 EDITS ?= 100
 FACTS := $(if $(COUNTERFACT),counterfact,known)
 STUDY := $(BIN)/python train.py -m experiment=smollm2 hydra.sweep.dir=runs/smollm2/$(FACTS) \
 	$(if $(COUNTERFACT),data=counterfact data.path=$(COUNTERFACT) data.keep=all)
 DRAWN = runs/smollm2/$(FACTS)/$(1)-*-0 --out docs/smollm2/$(FACTS)/$(2)
+smollm2: METHODS ?= rome,memit,alphaedit
 smollm2: .venv/.smollm2
 	$(STUDY) method=rome restraint=none,prune data.num_edits=20
 	$(BIN)/python -m prune_lightning.report.compare $(call DRAWN,rome,rome)
-	$(STUDY) method=rome,memit,alphaedit restraint=none,prune,rect data.num_edits=$(EDITS)
+	$(STUDY) method=$(METHODS) restraint=none,prune,rect data.num_edits=$(EDITS)
 	$(BIN)/python -m prune_lightning.report.compare $(call DRAWN,*)
 	$(BIN)/python -m prune_lightning.report.compare $(call DRAWN,rome,rome)
 
