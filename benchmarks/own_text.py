@@ -62,7 +62,7 @@ def main() -> None:
             model = load_model(config)
             stream = instantiate(config.data)
             stream.fit(model.tokens)
-            pilots = Pilots(config, model, stream.requests, rungs=1, phase=PhaseClock().named("edit"))
+            pilots = Pilots(config, model, stream.requests, rungs=1, clock=PhaseClock())
             width = model.key_size(config.method.layers[0])
             for factor in map(float, args.tokens.split(",")):
                 size = {"max_tokens": round(factor * width), "sampled.tokens_per_key": factor}

@@ -176,10 +176,11 @@ class PhaseClock:
         now = self._now()
         spent, self._last = now - self._last, now
         self._stack[-1][0].seconds += spent
-        self._whole().active += spent
+        self.current.active += spent
 
-    def _whole(self) -> Phase:
-        """Return the running phase, or the phase of a running part."""
+    @property
+    def current(self) -> Phase:
+        """The running phase, or the phase of a running part."""
         return next(phase for phase, part in reversed(self._stack) if not part)
 
     def _advanced(self, phase: Phase) -> None:
@@ -192,7 +193,7 @@ class PhaseClock:
 
     def running(self, phase: Phase) -> bool:
         """Whether the phase, or a part of it, is running."""
-        return self._whole() is phase
+        return self.current is phase
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of all phases and parts up to now; they sum to :meth:`wall`."""

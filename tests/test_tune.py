@@ -90,7 +90,7 @@ def pilots():
     model = load_language_model(config.model.path)
     stream = BundledWorld(num_edits=4)
     stream.fit(model.tokens)
-    return Pilots(config, model, stream.requests, rungs=2, phase=PhaseClock().named("tune"))
+    return Pilots(config, model, stream.requests, rungs=2, clock=PhaseClock())
 
 
 def test_trial_without_a_change_has_no_efficacy_but_all_locality_and_no_drift(pilots):
@@ -127,7 +127,7 @@ def test_a_bad_trial_is_stopped_at_a_rung(pilots):
 def test_values_that_a_method_refuses_cost_a_trial_and_not_the_search(pilots):
     before = weights_fingerprint(pilots.model)
     config = settled(compose("experiment=tune", "evaluation=editing", "method=alphaedit", "restraint=none"))
-    found = Pilots(config, pilots.model, pilots.requests, rungs=2, phase=PhaseClock().named("tune"))
+    found = Pilots(config, pilots.model, pilots.requests, rungs=2, clock=PhaseClock())
     outcome = found.run({"method.null_threshold": 1e-30}, range(2))
     assert (outcome.score, outcome.edits) == (0.0, 0)
     assert "finds no null space" in outcome.failed

@@ -63,13 +63,14 @@ def run(config: DictConfig) -> None:
         space = Space.of(config, model.num_layers)
         _keep_statistics(config, folder, model, space, clock)
         with clock.phase("tune") as phase:
-            pilots = Pilots(config, model, requests, config.tune.rungs, phase)
+            pilots = Pilots(config, model, requests, config.tune.rungs, clock)
             search = _search(config, folder, space, pilots, requests)
             phase.expect(config.tune.max_edits or 0, done=search.edits)
             while not search.over():
                 _LOG.info(_line(len(search.table()), *search.step(_on_pilots(config, pilots))))
             phase.expect(phase.done)
-        with clock.phase("compare"):
+        with clock.phase("compare") as phase:
+            phase.expect(2 * config.tune.held_out)
             default, best, chosen = _compare(config, search.table(), search.finished()[0], pilots)
     _write(config, folder, pilots, search.table(), default, best, chosen)
 

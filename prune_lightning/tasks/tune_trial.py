@@ -22,7 +22,7 @@ from prune_lightning.evaluation.easyedit import EasyEditScores
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.contexts import sample_prefixes
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.phases import Phase
+from prune_lightning.phases import PhaseClock
 from prune_lightning.spectral import NonFiniteChange
 from prune_lightning.tasks.hparams import weights_fingerprint
 from prune_lightning.tasks.setup import build_trainer
@@ -110,10 +110,10 @@ class _Watch(L.Callback):
     """Scores a trial at its rungs, and ends it if asked."""
 
     def __init__(
-        self, scores: PilotScores, places: Sequence[int], rungs: Sequence[int], reached: Reached, phase: Phase
+        self, scores: PilotScores, places: Sequence[int], rungs: Sequence[int], reached: Reached, clock: PhaseClock
     ) -> None:
         self.scores, self.places, self.rungs = scores, places, sorted(rungs)
-        self.reached, self.phase, self.outcome = reached, phase, Outcome()
+        self.reached, self.clock, self.outcome = reached, clock, Outcome()
 
     @override
     def on_train_batch_end(
@@ -122,7 +122,7 @@ class _Watch(L.Callback):
         assert isinstance(pl_module, EditingModule)
         before, now = self.outcome.edits, pl_module.num_requests
         self.outcome.edits = now
-        self.phase.advance(now - before)
+        self.clock.current.advance(now - before)
         if not any(before < rung <= now for rung in self.rungs):
             return
         if now == len(self.places):
@@ -142,14 +142,14 @@ class Pilots:
         model: The unedited model.
         requests: The pilot edits, and those held out.
         rungs: Number of scores within a trial.
-        phase: Counts the edits.
+        clock: Its running phase counts the edits.
     """
 
     def __init__(
-        self, config: DictConfig, model: LanguageModel, requests: Sequence[EditRequest], rungs: int, phase: Phase
+        self, config: DictConfig, model: LanguageModel, requests: Sequence[EditRequest], rungs: int, clock: PhaseClock
     ) -> None:
         self.config, self.model, self.requests = copy.deepcopy(config), model, requests
-        self.num_rungs, self.phase = rungs, phase
+        self.num_rungs, self.clock = rungs, clock
         model.to(build_trainer(config, [], []).strategy.root_device)
         if config.method.get("contexts"):  # the same prefixes for all trials, sampled once
             prefixes = sample_prefixes(model, instantiate(config.method.contexts, _convert_="all"))
@@ -177,7 +177,7 @@ class Pilots:
         )
         restraint = [instantiate(config.restraint)] if config.restraint else []
         rungs = [math.ceil(len(places) * (i + 1) / self.num_rungs) for i in range(self.num_rungs)]
-        watch = _Watch(self.scores, places, rungs, reached, self.phase)
+        watch = _Watch(self.scores, places, rungs, reached, self.clock)
         try:
             trainer = build_trainer(config, [*restraint, watch], [])
             trainer.fit(module, EditLoader(self._steps(places)))
