@@ -128,12 +128,12 @@ class LowCurvature(Restraint):
 
     def filter_gradient(self, name: str, gradient: Tensor) -> Tensor:
         """Return the gradient of a method's own optimizer, projected under ``project="gradient"``."""
-        return self._project(name, gradient) if self.project == "gradient" else gradient
+        return self._project(name, gradient) if self.project == "gradient" and name in self.matrices else gradient
 
     # -- changes --------------------------------------------------------------------------------------------------
     def filter_change(self, name: str, change: Tensor) -> Tensor:
         """Return the change that a method's own optimizer has made, projected under ``project="update"``."""
-        return self._project(name, change) if self.project == "update" else change
+        return self._project(name, change) if self.project == "update" and name in self.matrices else change
 
     @override
     def restrain(self, matrix: RestrainedMatrix) -> None:

@@ -49,6 +49,14 @@ class EditingMethod:
     def load_constants(self, constants: Mapping[str, float]) -> None:
         """Use the :meth:`constants` of the run that is continued; called before :meth:`prepare`."""
 
+    @property
+    def builds_on_earlier(self) -> str | None:
+        """The setting by which an edit builds on the edits before it, and on what of them; ``None`` if none does.
+
+        A wrapper that has each edit computed on the unedited model, such as SimIE, refuses it.
+        """
+        return None
+
     @classmethod
     def unusable(cls, request: EditRequest) -> str | None:
         """Return why the method cannot write a request, or ``None`` if it can; called before the first edit."""

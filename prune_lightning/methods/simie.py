@@ -35,14 +35,21 @@ class SimIE(EditingModule):
     model, so that nothing that goes wrong in long streams can go wrong there. It is exact if no edited matrix comes
     before another one.
 
+    What the editor remembers of earlier edits, such as AlphaEdit's past keys, is not used: the regression keeps what
+    they do. A setting that asks for such a memory is refused.
+
     Args:
         language_model: The model to edit.
-        editor: Builds the editor from ``language_model=``. It must not need what it learnt from earlier edits.
+        editor: Builds the editor from ``language_model=``.
         ridge: :math:`\lambda`.
         relative: Whether ``ridge`` is in units of the mean squared key, :math:`\operatorname{tr}(K_1 K_1^\top) / (n
             t_1)` with the :math:`t_1` tokens of the first step; otherwise it is :math:`\lambda` itself, as published.
-        layers: Not used; the editor has its own.
+        layers: The editor's, if given.
         kwargs: See :class:`~.base.EditingModule`.
+
+    Raises:
+        UserError: The editor changes no weights or builds on earlier edits, a setting belongs elsewhere, or ``ridge``
+            is not positive.
     """
 
     takes_feedback: ClassVar[bool] = True
@@ -59,6 +66,14 @@ class SimIE(EditingModule):
         inner = editor(language_model=language_model)
         if not inner.in_weights:
             raise UserError(f"SimIE combines changes of weights, and {type(inner).__name__} changes none")
+        if inner.builds_on_earlier:
+            raise UserError(
+                f"SimIE has each edit computed on the unedited model, so nothing can build on {inner.builds_on_earlier}"
+            )
+        if layers is not None and tuple(layers) != inner.layers:
+            raise UserError(f"the layers of SimIE are its editor's: set method.editor.layers={list(layers)}")
+        if inner.run.non_finite != "skip":
+            raise UserError("the updates of SimIE's editor are not written: set non_finite in place of the editor's")
         super().__init__(language_model, inner.layers, **kwargs)
         if not ridge > 0:
             raise UserError(f"SimIE's `ridge` is expected to be positive, but got {ridge}")
@@ -79,6 +94,15 @@ class SimIE(EditingModule):
         """Return the editor's modules."""
         return self.editor.edited_modules()
 
+    @property
+    def builds_on_earlier(self) -> str | None:
+        """The method itself."""
+        return "SimIE, the combination of earlier edits"
+
+    def check(self) -> None:
+        """Check the editor."""
+        self.editor.check()
+
     def prepare(self) -> None:
         """Prepare the editor, which takes the weights of now as its original."""
         self.editor.edited_matrices()
@@ -95,6 +119,7 @@ class SimIE(EditingModule):
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return one update per matrix, and the details of the editor."""
+        self.editor.run.move_to(self.run.num_requests, self.run.num_steps)  # whose seed may depend on the position
         with self.unedited():
             self._keys = self._read_keys(requests)
             single, details = self.editor.compute_update(requests)
