@@ -116,9 +116,10 @@ def dense(editor, relative):
     """The one-time solution from single edits, each computed on a model of its own."""
     single, bracket, change, unit = simie(editor), 0, 0, None
     single.prepare()
-    for step, batch in enumerate(stream()):
-        single.editor.run.move_to(step * len(batch.requests), step)  # by which LoRA seeds each edit
+    for batch in stream():
         updates = single.editor.compute_update(batch.requests)[0]
+        # LoRA seeds each edit by its position.
+        single.editor.run.move_to(single.editor.num_requests + len(batch.requests), 0)
         ((name, keys),) = single._read_keys(batch.requests).items()
         unit = float((keys * keys).sum() / keys.numel()) if unit is None else unit
         bracket = bracket + keys @ keys.T
