@@ -90,8 +90,11 @@ class LowCurvature(Restraint):
         self._known |= {keys[name]: space for name, space in self._loaded.items() if name in keys}
         missing = [name for name, key in keys.items() if key not in self._known]
         if missing:
-            source = module.language_model if isinstance(module, EditingModule) else module
-            factors = self.statistics.factors(source, missing)
+            if isinstance(module, EditingModule):
+                with module.unedited():  # it may have edits already
+                    factors = self.statistics.factors(module.language_model, missing)
+            else:
+                factors = self.statistics.factors(module, missing)
             for name in missing:
                 outputs, inputs = factors[name]
                 self._known[keys[name]] = LowCurvatureSpace(outputs, inputs, self.share, self._dtype(name))

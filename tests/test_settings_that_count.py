@@ -12,8 +12,9 @@ from test_restraint import RandomEdits, edits, fit
 from test_restraint_conformance import Steps
 from test_spectral import dense_prune
 
-from prune_lightning.callbacks import PRUNE, RECT, LowCurvature, SpectralRestraint, SubspaceFilter
+from prune_lightning.callbacks import PRUNE, RECT, EditLedger, LowCurvature, SpectralRestraint, SubspaceFilter
 from prune_lightning.errors import UserError
+from prune_lightning.ledger import Ledger
 from prune_lightning.methods.alphaedit import AlphaEdit
 from prune_lightning.methods.fine_tuning import FineTuning
 from prune_lightning.methods.knowledge_neurons import SelectionOptions
@@ -149,3 +150,33 @@ def test_the_steps_of_an_inner_optimizer_are_filtered_for_the_chosen_matrices_al
     assert torch.allclose(free.abs(), torch.full_like(free, 0.01), rtol=1e-3)
     assert torch.equal(filtered, both[1])
     assert not torch.allclose(free, both[0], rtol=0.1)
+
+
+def test_a_resumed_run_recomputes_what_the_restraint_of_each_matrix_withholds(model, tmp_path, monkeypatch):
+    """If no correction is stored, as where they are of high rank, and there is no snapshot."""
+    monkeypatch.setattr("prune_lightning.ledger.events._KEPT_RANK", 0)
+
+    def restraints():
+        clip = SpectralRestraint(HardClip(), parameters="*.0.mlp.*")
+        return clip, PRUNE(20.0, parameters="*.1.mlp.*")
+
+    straight, module, resumed = (Steps(LanguageModel(*reference.tiny_model("gpt2")), [0, 1]) for _ in range(3))
+    fit(straight, edits(4), *restraints())
+    fit(module, edits(3), *restraints(), EditLedger(tmp_path))
+    for path in tmp_path.glob("snapshot_*"):
+        path.unlink()
+    fit(resumed, edits(4)[3:], *restraints(), EditLedger(tmp_path, ledger=Ledger.open(tmp_path)))
+    for ours, theirs in zip(resumed.edited_matrices().values(), straight.edited_matrices().values(), strict=True):
+        assert ours.withheld is not None
+        assert float((ours.weight() - theirs.weight()).norm() / theirs.delta().norm()) < 1e-12
+
+
+def test_low_curvature_is_that_of_the_original_also_if_there_are_edits_already(model):
+    module, first, second = RandomEdits(model, [1]), *(LowCurvature(CorpusCurvature(MOMENTS, 4)) for _ in range(2))
+    first.attach(module)
+    fit(module, edits(2))
+    edited = module.language_model.rewrite_module(1).weight.detach().clone()
+    second.attach(module)
+    assert torch.equal(module.language_model.rewrite_module(1).weight, edited)
+    (before,), (after,) = (list(each._spaces.values()) for each in (first, second))
+    assert all(torch.equal(before.state_dict()[part], after.state_dict()[part]) for part in ("left", "right", "mask"))
