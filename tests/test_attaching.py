@@ -494,7 +494,9 @@ def test_two_restraints_of_the_same_matrix_under_the_hugging_face_trainer(tiny, 
             expected.append(original + change)
 
         def on_step_end(self, args, state, control, model, **kwargs):
-            wrong.append(float((model.get_parameter(name).detach().T - expected[-1]).norm() / (expected[-1] - original).norm()))
+            wrong.append(
+                float((model.get_parameter(name).detach().T - expected[-1]).norm() / (expected[-1] - original).norm())
+            )
 
     def restraints():
         return [RECT(0.4, parameters=name), PRUNE(20.0, parameters=name)]

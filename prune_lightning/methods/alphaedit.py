@@ -83,7 +83,7 @@ class AlphaEdit(KeyProtectingEdit):
     @property
     def builds_on_earlier(self) -> str | None:
         """``refresh_every``."""
-        return None if self.refresh_every is None else "refresh_every, the keys of earlier edits"
+        return None if self.refresh_every is None else "refresh_every builds on the keys of earlier edits"
 
     def prepare(self) -> None:
         """Find the null space of each layer."""

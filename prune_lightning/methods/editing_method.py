@@ -51,9 +51,9 @@ class EditingMethod:
 
     @property
     def builds_on_earlier(self) -> str | None:
-        """The setting by which an edit builds on the edits before it, and on what of them; ``None`` if none does.
+        """How an edit builds on the edits before it, as a clause that begins with the setting; ``None`` if it does not.
 
-        A wrapper that has each edit computed on the unedited model, such as SimIE, refuses it.
+        A wrapper that has each edit computed on the unedited model, such as SimIE, refuses the setting.
         """
         return None
 

@@ -107,7 +107,7 @@ class FineTuning(EditingModule):
     @property
     def builds_on_earlier(self) -> str | None:
         """``anchor=original``."""
-        return "anchor=original, the change by earlier edits" if self.anchor == "original" else None
+        return "anchor=original counts the change by earlier edits" if self.anchor == "original" else None
 
     @classmethod
     def cost(

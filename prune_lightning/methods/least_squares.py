@@ -8,8 +8,8 @@ from torch import Tensor
 from prune_lightning.models.second_moment import Keep
 from prune_lightning.types import LowRankUpdate
 
-# Squared sine between keys, in the metric of the system, up to which they count as one: keys that an fp32 model computes
-# in different rows of a batch differ by 1e-7, more in directions of little variance.
+# Squared sine between keys, in the metric of the system, up to which they count as one. The same key that an fp32 model
+# computes in two rows of a batch differs by 1e-7, and by more in directions of little variance.
 _COINCIDE = 1e-10
 
 

@@ -135,7 +135,7 @@ class LoRA(EditingModule):
     @property
     def builds_on_earlier(self) -> str | None:
         """``keep``."""
-        return "keep=true, the adapters of earlier edits" if self.keep else None
+        return "keep=true builds on the adapters of earlier edits" if self.keep else None
 
     # -- one edit -------------------------------------------------------------------------------------------------
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:

@@ -66,7 +66,7 @@ class MEMIT(KeyProtectingEdit):
     @property
     def builds_on_earlier(self) -> str | None:
         """``accumulate_past_keys``."""
-        return "accumulate_past_keys=true, the keys of earlier edits" if self.accumulate_past_keys else None
+        return "accumulate_past_keys=true builds on the keys of earlier edits" if self.accumulate_past_keys else None
 
     def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
         """Return the keys of the batch, if past keys are to be protected."""

@@ -163,7 +163,7 @@ class MEND(TrainedEditor, EditingModule):
     @property
     def builds_on_earlier(self) -> str | None:
         """``restart_norm_stats``."""
-        return "restart_norm_stats=true, the moments over earlier edits" if self.restart_norm_stats else None
+        return "restart_norm_stats=true builds on the moments over earlier edits" if self.restart_norm_stats else None
 
     def _start_moments(self) -> None:
         if self.restart_norm_stats:

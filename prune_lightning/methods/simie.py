@@ -40,16 +40,16 @@ class SimIE(EditingModule):
 
     Args:
         language_model: The model to edit.
-        editor: Builds the editor from ``language_model=``.
+        editor: Builds the editor from ``language_model=``, and ``layers=`` if these are given.
         ridge: :math:`\lambda`.
         relative: Whether ``ridge`` is in units of the mean squared key, :math:`\operatorname{tr}(K_1 K_1^\top) / (n
             t_1)` with the :math:`t_1` tokens of the first step; otherwise it is :math:`\lambda` itself, as published.
-        layers: The editor's, if given.
+        layers: Layers that the editor edits; ``None`` for its own choice.
         kwargs: See :class:`~.base.EditingModule`.
 
     Raises:
-        UserError: The editor changes no weights or builds on earlier edits, a setting belongs elsewhere, or ``ridge``
-            is not positive.
+        UserError: The editor changes no weights, builds on earlier edits, or has a setting that belongs to SimIE, or
+            ``ridge`` is not positive.
     """
 
     takes_feedback: ClassVar[bool] = True
@@ -63,15 +63,11 @@ class SimIE(EditingModule):
         layers: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        inner = editor(language_model=language_model)
+        inner = editor(language_model=language_model, **({} if layers is None else {"layers": layers}))
         if not inner.in_weights:
             raise UserError(f"SimIE combines changes of weights, and {type(inner).__name__} changes none")
         if inner.builds_on_earlier:
-            raise UserError(
-                f"SimIE has each edit computed on the unedited model, so nothing can build on {inner.builds_on_earlier}"
-            )
-        if layers is not None and tuple(layers) != inner.layers:
-            raise UserError(f"the layers of SimIE are its editor's: set method.editor.layers={list(layers)}")
+            raise UserError(f"SimIE has each edit computed on the unedited model, but {inner.builds_on_earlier}")
         if inner.run.non_finite != "skip":
             raise UserError("the updates of SimIE's editor are not written: set non_finite in place of the editor's")
         super().__init__(language_model, inner.layers, **kwargs)
@@ -82,11 +78,20 @@ class SimIE(EditingModule):
         self._keys: Mapping[str, Tensor] = {}
 
     @classmethod
-    def cost(cls, model: Shapes, stream: StreamShape, *, editor: Any, **options: Any) -> Cost:
+    def cost(
+        cls,
+        model: Shapes,
+        stream: StreamShape,
+        *,
+        editor: Any,
+        layers: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Cost:
         """Return the editor's costs and those of an inverse per matrix, which grows by all tokens of a step."""
         if not hasattr(editor.func, "cost"):
             return Cost([], unknown=True)
-        found: Cost = editor.func.cost(model, stream, **editor.keywords)
+        own = {} if layers is None else {"layers": layers}
+        found: Cost = editor.func.cost(model, stream, **{**editor.keywords, **own})
         tokens = stream.prompt + stream.target
         return replace(protecting(found, 1, ceil(tokens * stream.batch), Keep()), rank=tokens)
 
@@ -97,7 +102,7 @@ class SimIE(EditingModule):
     @property
     def builds_on_earlier(self) -> str | None:
         """The method itself."""
-        return "SimIE, the combination of earlier edits"
+        return "SimIE builds on the combination of earlier edits"
 
     def check(self) -> None:
         """Check the editor."""

@@ -165,7 +165,7 @@ class UltraEdit(EditingModule):
     @property
     def builds_on_earlier(self) -> str | None:
         """The method itself."""
-        return "UltraEdit, the moments over earlier edits"
+        return "UltraEdit builds on the moments over earlier edits"
 
     def _micro_batches(self, pairs: Sequence[EncodedPair]) -> Iterator[tuple[dict[str, TokenRows], float, int]]:
         """Yield the rows of each matrix, the loss, and the number of requests of each micro-batch."""
