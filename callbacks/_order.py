@@ -49,15 +49,24 @@ class _Withholding(Protocol):
     def matrices(self) -> Mapping[str, object]: ...
 
 
-def check_one_withholds(one: _Withholding, others: Sequence[_Withholding]) -> None:
-    """Check that no two restraints withhold a part of the same matrix.
+def check_withheld_last(one: _Withholding, others: Sequence[_Withholding]) -> None:
+    """Check that the last restraint of a matrix is the only one that withholds a part of it.
+
+    What is withheld is a part of the sum of all steps. Another restraint would compute with that sum, too, and take it
+    away a second time.
 
     Raises:
-        UserError: ``one`` and an earlier one do; the message names both.
+        UserError: ``one`` restrains a matrix of which an earlier restraint withholds a part; the message names both.
     """
     for other in others:
-        if one.withholds and other.withholds and one.matrices.keys() & other.matrices.keys():
+        if not (other.withholds and one.matrices.keys() & other.matrices.keys()):
+            continue
+        first, second = type(other).__name__, type(one).__name__
+        if one.withholds:
             raise UserError(
-                f"{type(other).__name__} and {type(one).__name__} both withhold a part of the same matrices, and only "
-                "that of the latter would count: give one of them other `parameters`, or leave it out"
+                f"{first} and {second} both withhold a part of the same matrices, and only that of the latter would "
+                "count: give one of them other `parameters`, or leave it out"
             )
+        raise UserError(
+            f"callbacks: list {second} before {first}, which withholds a part of the sum that {second} computes with"
+        )

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from prune_lightning.sharding import sharded_like, whole
 from prune_lightning.types import LowRankUpdate
 
 from ._adapted import AdaptedMatrix, adapted_layers
+
+Matrix = TypeVar("Matrix")
 
 
 class SnapshotMatrix:
@@ -174,6 +177,20 @@ def as_patterns(parameters: str | Sequence[str] | None) -> list[str] | None:
             f"{kind_of(parameters)}"
         )
     return list(parameters)
+
+
+def chosen_matrices(matrices: Mapping[str, Matrix], patterns: Sequence[str] | None) -> dict[str, Matrix]:
+    """Return the matrices under edit that a restraint is to watch.
+
+    Raises:
+        UserError: A pattern matches none of them.
+    """
+    if patterns is None or not matrices:
+        return dict(matrices)
+    found = {pattern: [name for name in matrices if fnmatchcase(name, pattern)] for pattern in patterns}
+    if unknown := [pattern for pattern, names in found.items() if not names]:
+        raise UserError(f"restraint.parameters: no edited matrix matches {unknown[0]!r}: {near(unknown[0], matrices)}")
+    return {name: matrix for name, matrix in matrices.items() if any(name in names for names in found.values())}
 
 
 def matching_matrices(

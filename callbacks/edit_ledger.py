@@ -18,6 +18,7 @@ from prune_lightning.ledger import FinishRecord, Ledger, Rebuilt, StepRecord, ch
 from prune_lightning.ledger.sketch import StateSketch
 from prune_lightning.ledger.snapshots import HeldState, SnapshotCadence
 from prune_lightning.methods.base import EditingModule
+from prune_lightning.spectral import RestrainedMatrix
 from prune_lightning.types import EditBatch
 
 from ._editing import editing_module, keepers, last_report
@@ -116,10 +117,13 @@ class EditLedger(LightningCallback):
     def _resume(self, trainer: L.Trainer, module: EditingModule) -> None:
         assert self.ledger is not None
         restraints = _restraints(trainer)
-        restrain = restraints[-1].restrain if restraints else None
+
+        def restrain(matrix: RestrainedMatrix) -> None:
+            next(each for each in reversed(restraints) if matrix.name in each.matrices).restrain(matrix)
+
         with fail_together():  # every process reads it before it is truncated
             check_base(self.ledger, module)
-            self.rebuilt = rebuild(module, self.ledger, restrain=restrain, finished=False)
+            self.rebuilt = rebuild(module, self.ledger, restrain=restrain if restraints else None, finished=False)
         self._exact = self.rebuilt.exact
         _log.info("%s", self.rebuilt)
         on_rank_zero(self.ledger.cut)

@@ -21,14 +21,17 @@ from typing_extensions import override
 from prune_lightning.errors import UserError, kind_of
 from prune_lightning.fingerprint import fingerprint
 
+from ._order import check_withheld_last
 from .restraint import Restraint
 
-_FILE = "restraint.safetensors"
+_FILE = "restraint{}.safetensors"  # the first one without a number, the next ones with 2, 3, ...
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by `accelerate launch`
 
 
 class RestraintCallback(TrainerCallback):
     """Runs a restraint in a ``transformers.Trainer`` after each optimizer step and saves its state in the checkpoints.
+
+    Several of them process a step in the order of the list, and share the matrices that they have in common.
 
     Its metrics, ``restraint/*``, are in ``trainer.state.log_history`` and in what every reporter is given.
 
@@ -50,6 +53,7 @@ class RestraintCallback(TrainerCallback):
             raise UserError(f"RestraintCallback expects a restraint, e.g. PRUNE(), but got {kind_of(restraint)}")
         self.restraint = restraint
         self.resume_from = Path(resume_from) if resume_from else None
+        self._before: list[Restraint] = []
 
     def __getattr__(self, name: str) -> Any:
         """Refuse Lightning's Trainer, which asks for hooks that a Hugging Face callback does not have."""
@@ -70,22 +74,23 @@ class RestraintCallback(TrainerCallback):
             raise UserError("under the Hugging Face Trainer a restraint works on one device or under DDP, not sharded")
         if args.load_best_model_at_end and self.restraint.schedule == "end":
             raise UserError("load_best_model_at_end would put an unrestrained model in place of the restrained one")
+        self._before = self._log_first(inspect.currentframe())
         if state.global_step:
-            path = (self.resume_from or _checkpoint(args, state)) / _FILE
+            path = (self.resume_from or _checkpoint(args, state)) / self._file
             if not path.exists():
                 raise UserError(
                     f"{path} is missing: the checkpoint was written without this restraint, or lies elsewhere "
                     "(RestraintCallback(..., resume_from=FOLDER))"
                 )
             weights = self._load(path)
-            self.restraint.attach(kwargs["model"], state.global_step)
+            self.restraint.attach(kwargs["model"], state.global_step, self._before)
             for name, matrix in self.restraint.matrices.items():
                 if weights.get(name) != fingerprint(matrix.weight()):
                     self.restraint.reset()
                     raise UserError(f"{path} belongs to another checkpoint: {name} differs")
         else:
-            self.restraint.attach(kwargs["model"])
-        self._log_first(inspect.currentframe())
+            self.restraint.attach(kwargs["model"], others=self._before)
+        check_withheld_last(self.restraint, self._before)
 
     @override
     def on_pre_optimizer_step(
@@ -123,20 +128,28 @@ class RestraintCallback(TrainerCallback):
         kept = self.restraint.state_dict()
         tensors = {f"{name}//{key}": t.contiguous() for name, m in kept.pop("matrices").items() for key, t in m.items()}
         kept["weights"] = {name: fingerprint(matrix.weight()) for name, matrix in self.restraint.matrices.items()}
-        save_file(tensors, _checkpoint(args, state) / _FILE, metadata={"rest": json.dumps(kept)})
+        save_file(tensors, _checkpoint(args, state) / self._file, metadata={"rest": json.dumps(kept)})
 
-    def _log_first(self, frame: FrameType | None) -> None:
+    @property
+    def _file(self) -> str:
+        return _FILE.format(f"_{len(self._before) + 1}" if self._before else "")
+
+    def _log_first(self, frame: FrameType | None) -> list[Restraint]:
         """Move in front of the reporters: they are called in order, and the Trainer puts its own before the user's.
 
         The Trainer gives a callback no way to the list that it is in; it is with the handler that has called.
+
+        Returns:
+            The restraints before this one.
         """
         handler = frame.f_back.f_locals.get("self") if frame and frame.f_back else None
         if not isinstance(handler, CallbackHandler):
-            return
+            return []
         leading = list(itertools.takewhile(lambda other: isinstance(other, RestraintCallback), handler.callbacks))
         if self not in leading:  # restraints keep their order among themselves
             handler.callbacks.remove(self)
             handler.callbacks.insert(len(leading), self)
+        return [other.restraint for other in leading[: leading.index(self) if self in leading else len(leading)]]
 
     def _load(self, path: Path) -> dict[str, str]:
         matrices: dict[str, dict[str, torch.Tensor]] = {}

@@ -90,8 +90,11 @@ class LowCurvature(Restraint):
         self._known |= {keys[name]: space for name, space in self._loaded.items() if name in keys}
         missing = [name for name, key in keys.items() if key not in self._known]
         if missing:
-            source = module.language_model if isinstance(module, EditingModule) else module
-            factors = self.statistics.factors(source, missing)
+            if isinstance(module, EditingModule):
+                with module.unedited():  # it may have edits already
+                    factors = self.statistics.factors(module.language_model, missing)
+            else:
+                factors = self.statistics.factors(module, missing)
             for name in missing:
                 outputs, inputs = factors[name]
                 self._known[keys[name]] = LowCurvatureSpace(outputs, inputs, self.share, self._dtype(name))
@@ -128,12 +131,12 @@ class LowCurvature(Restraint):
 
     def filter_gradient(self, name: str, gradient: Tensor) -> Tensor:
         """Return the gradient of a method's own optimizer, projected under ``project="gradient"``."""
-        return self._project(name, gradient) if self.project == "gradient" else gradient
+        return self._project(name, gradient) if self.project == "gradient" and name in self.matrices else gradient
 
     # -- changes --------------------------------------------------------------------------------------------------
     def filter_change(self, name: str, change: Tensor) -> Tensor:
         """Return the change that a method's own optimizer has made, projected under ``project="update"``."""
-        return self._project(name, change) if self.project == "update" else change
+        return self._project(name, change) if self.project == "update" and name in self.matrices else change
 
     @override
     def restrain(self, matrix: RestrainedMatrix) -> None:

@@ -30,9 +30,9 @@ from prune_lightning.value_types import check_value
 
 from ._lightning import LightningCallback
 from ._logging import log_metrics
-from ._order import Place, check_one_withholds, check_order
+from ._order import Place, check_order, check_withheld_last
 from ._restraint_rule import RestraintRule
-from ._snapshot import Originals, SnapshotMatrix, as_patterns, matching_matrices
+from ._snapshot import Originals, SnapshotMatrix, as_patterns, chosen_matrices, matching_matrices
 from ._timing import part_of_phase
 
 
@@ -50,9 +50,9 @@ class Restraint(RestraintRule, LightningCallback, ABC):
     Another module has its own originals; an editing module keeps them itself.
 
     Args:
-        parameters: Patterns (``fnmatch``) of parameter names, or one, for modules that are not editing modules;
-            ``None`` for the weights of all their Linear, Conv1D and LoRA layers that are trained. Of a LoRA layer the
-            matrix is the merged weight, its original the base layer's weight.
+        parameters: Patterns (``fnmatch``) of parameter names, or one; ``None`` for all edited matrices, and on other
+            modules for the weights of all Linear, Conv1D and LoRA layers that are trained. Of a LoRA layer the matrix
+            is the merged weight, its original the base layer's weight.
         schedule: ``each`` step, ``every_n`` steps, or at the ``end``.
         every_n: Steps between two restraints under ``every_n``.
         feedback: Have later edits make up for what is withheld from the weights now, so that the sum of all updates is
@@ -64,7 +64,8 @@ class Restraint(RestraintRule, LightningCallback, ABC):
         pending: Whether some steps are not restrained yet.
 
     Raises:
-        UserError: An unknown schedule, or feedback of what is only withheld at the end.
+        UserError: An unknown schedule, ``every_n`` under another schedule, or feedback of what is only withheld at the
+            end.
     """
 
     place: ClassVar[Place] = Place.RESTRAINT
@@ -79,6 +80,8 @@ class Restraint(RestraintRule, LightningCallback, ABC):
     ) -> None:
         one_of("restraint.schedule", schedule, ("each", "every_n", "end"))
         check_value("restraint.every_n", every_n, Count)
+        if every_n != 1 and schedule != "every_n":
+            raise UserError(f"restraint.every_n={every_n} needs restraint.schedule=every_n, but that is {schedule}")
         if feedback and schedule == "end":
             raise UserError("restraint.feedback: with restraint.schedule=end nothing is withheld before the end")
         self.parameters, self.schedule, self.every_n = as_patterns(parameters), schedule, every_n
@@ -120,7 +123,7 @@ class Restraint(RestraintRule, LightningCallback, ABC):
         self.matrices = {}
         if isinstance(module, HasEditedMatrices):
             module.feed_back(self.feedback)
-            self.matrices = dict(module.edited_matrices())
+            self.matrices = chosen_matrices(module.edited_matrices(), self.parameters)
             module.register_restraint(self)
             if not self.matrices:
                 rank_zero_warn(
@@ -237,7 +240,7 @@ class Restraint(RestraintRule, LightningCallback, ABC):
         before = itertools.takewhile(lambda callback: callback is not self, trainer.callbacks)  # type: ignore[attr-defined]
         others = [other for other in before if isinstance(other, Restraint)]
         self.attach(pl_module, trainer.global_step, others)
-        check_one_withholds(self, others)
+        check_withheld_last(self, others)
 
     @override
     @part_of_phase("restraint")

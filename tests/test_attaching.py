@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from prune_lightning.callbacks.hugging_face import RestraintCallback
 from test_other_loops import train
+from test_rect import by_definition
 from test_restraint import BASE, RandomEdits, Regression, edits, fit, regression_batches
 from test_spectral import dense_law, dense_prune
 from torch import nn
@@ -27,6 +28,7 @@ from prune_lightning.callbacks import (
     Guards,
     SpectralRestraint,
     SpectrumMonitor,
+    SubspaceFilter,
 )
 from prune_lightning.errors import UserError
 from prune_lightning.spectral import HardClip, Logarithm, ScaleFreeLogarithm, sigma_max
@@ -476,3 +478,35 @@ def test_two_restraints_keep_their_order(tiny, tmp_path):
         trainer.train()
         assert trainer.callback_handler.callbacks[:2] == pair
         assert all(callback.restraint.matrices for callback in pair)
+
+
+def test_two_restraints_of_the_same_matrix_under_the_hugging_face_trainer(tiny, tmp_path):
+    """A step of RECT is what the optimizer did, whatever PRUNE took away before; each has its own checkpoint."""
+    name = "transformer.h.1.mlp.c_proj.weight"
+    original = tiny("gpt2").model.get_parameter(name).detach().T.clone()
+    expected, wrong = [original], []
+
+    class ByHand(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            step = -args.learning_rate * model.get_parameter(name).grad.T
+            kept = step * by_definition(step, expected[-1], 0.4)
+            change = dense_prune(expected[-1] + kept - original, 20.0, sigma_max(original))
+            expected.append(original + change)
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            wrong.append(
+                float((model.get_parameter(name).detach().T - expected[-1]).norm() / (expected[-1] - original).norm())
+            )
+
+    def restraints():
+        return [RECT(0.4, parameters=name), PRUNE(20.0, parameters=name)]
+
+    straight = train(tiny("gpt2").model, tmp_path, pair := restraints(), steps=4, save=2, watch=[ByHand()])
+    assert pair[1].metrics["restraint/num_changed"] > 0
+    assert len(wrong) == 4
+    assert max(wrong) < 1e-9
+    resumed = train(tiny("gpt2").model, tmp_path, restraints(), steps=4, resume=tmp_path / "checkpoint-2")
+    # The optimizer's own rounding: Trainer and checkpoint sum in the same order, but not in the same memory.
+    assert torch.allclose(resumed.get_parameter(name), straight.get_parameter(name), rtol=0, atol=1e-9)
+    with pytest.raises(UserError, match="list PRUNE before SubspaceFilter"):
+        train(tiny("gpt2").model, tmp_path, [SubspaceFilter(parameters=name), PRUNE(parameters=name)], steps=1)

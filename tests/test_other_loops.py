@@ -42,7 +42,7 @@ def test_lightning_example_keeps_more_with_prune_and_draws(tmp_path, monkeypatch
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def train(model, folder, restraint, steps, save=None, resume=None):
+def train(model, folder, restraint, steps, save=None, resume=None, watch=()):
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(96).view(8, 12) + 20]
     arguments = TrainingArguments(
         str(folder),
@@ -58,7 +58,8 @@ def train(model, folder, restraint, steps, save=None, resume=None):
         save_steps=save or 500,
         seed=0,
     )
-    callbacks = [RestraintCallback(restraint)] if restraint else []
+    restraints = restraint if isinstance(restraint, list) else [restraint] if restraint else []
+    callbacks = [*watch, *(RestraintCallback(each) for each in restraints)]
     Trainer(model.requires_grad_(True), arguments, train_dataset=rows, callbacks=callbacks).train(
         resume_from_checkpoint=str(resume) if resume else None
     )

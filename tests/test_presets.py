@@ -222,6 +222,22 @@ def test_misspelt_value_in_a_models_yaml_is_found(tmp_path, capsys):
     assert "did you mean 'value.steps'" in said
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("rome: {layers: [1]}", "model.edit.rome.layers is not read by method=rome: set model.edit.layers.single or"),
+        ("r_rome: {value: {clamp: 2}}", "set model.edit.rome.value.clamp or method.value.clamp"),
+        ("ft_m: {steps: 3}", "model.edit.ft_m.steps is not read by method=ft_m: set method.steps"),
+    ],
+)
+def test_value_in_a_models_yaml_that_its_method_does_not_read_is_found(section, said, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(f"defaults: [bundled, _self_]\nedit: {{{section}}}\n")
+    words = f"method={section.partition(':')[0]}", "model=mine", "--config-dir", str(tmp_path)
+    assert command_line(tmp_path / "run", *QUICK, *words) == 2
+    assert said in capsys.readouterr().err
+
+
 # -- a path alone -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("words", "option"),

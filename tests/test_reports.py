@@ -143,6 +143,25 @@ def test_only_runs_that_differ_in_the_seed_are_averaged(tmp_path):
         compare.read_groups([first, configured(tmp_path, 8, rome, seed=0, progress=False)])
 
 
+def test_entries_of_a_model_that_the_method_does_not_read_tell_no_runs_apart(tmp_path):
+    """Such as the section of a method that a later version of the model's YAML has added."""
+    rome, reads = {"method": "rome", "restraint": "none"}, {"method__layers": "${oc.select:model.edit.rome.layers,[0]}"}
+    older = configured(tmp_path, 1, rome, seed=0, **reads)
+    later = {"model__edit": {"grace": {"layers": [2]}}, "model__control": True}
+    same = [older, configured(tmp_path, 2, rome, seed=1, **reads, **later)]
+    assert labelled(same) == {("rome", "none"): [0, 1]}
+    read = {"model__edit": {"rome": {"layers": [1]}}}
+    assert labelled([*same, configured(tmp_path, 3, rome, seed=2, **reads, **read)]) == {
+        ("rome (model.edit.rome.layers=null)", "none"): [0, 1],
+        ("rome (model.edit.rome.layers=[1])", "none"): [2],
+    }
+    text = [configured(tmp_path, i, rome, seed=i, model__second_moments={"ridge": i}, **reads) for i in (4, 5)]
+    assert len(labelled(text)) == 2, "the method refers to the second moments"
+    alone = {"method__second_moments": None, **reads}
+    text = [configured(tmp_path, i, rome, seed=i, model__second_moments={"ridge": i}, **alone) for i in (6, 7)]
+    assert labelled(text) == {("rome", "none"): [6, 7]}
+
+
 def test_two_models_share_no_band(tmp_path):
     """One name stands for what differs between models, and is given wherever runs of several models are compared."""
     small = {"method": "rome", "restraint": "prune", "model": "small", "data": "bundled"}

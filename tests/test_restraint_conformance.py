@@ -202,7 +202,9 @@ def test_as_configured(name, tiny):
 @pytest.mark.parametrize("guard", [True, False])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_prune_under_every_schedule(schedule, guard, accumulate, tiny):
-    callback = restraint("prune", f"schedule={schedule}", "every_n=3", f"guard={guard}", f"accumulate={accumulate}")
+    every_n = 3 if schedule == "every_n" else 1
+    settings = f"schedule={schedule}", f"every_n={every_n}", f"guard={guard}", f"accumulate={accumulate}"
+    callback = restraint("prune", *settings)
     originals, watch = run(tiny, callback)
     for place, (layer, original) in enumerate(zip(LAYERS, originals, strict=True)):
         expected, final = spectral(original, layer, LAWS["prune"], guard, SCHEDULES[schedule], accumulate)

@@ -118,6 +118,8 @@ def dense(editor, relative):
     single.prepare()
     for batch in stream():
         updates = single.editor.compute_update(batch.requests)[0]
+        # LoRA seeds each edit by its position.
+        single.editor.run.move_to(single.editor.num_requests + len(batch.requests), 0)
         ((name, keys),) = single._read_keys(batch.requests).items()
         unit = float((keys * keys).sum() / keys.numel()) if unit is None else unit
         bracket = bracket + keys @ keys.T

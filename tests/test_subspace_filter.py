@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_oracles import GivenMoments, relative
 from test_restraint import RandomEdits, Regression, edits, fit, regression_batches
+from test_spectral import dense_prune
 from torch.utils.data import DataLoader
 
 from prune_lightning.callbacks import PRUNE, SubspaceFilter
@@ -20,7 +21,14 @@ from prune_lightning.methods.memit import MEMIT
 from prune_lightning.methods.value import ValueOptions
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.loading import load_language_model
-from prune_lightning.spectral import AccumulatedChange, FactoredMatrix, NonFiniteChange, Subspace, leading_directions
+from prune_lightning.spectral import (
+    AccumulatedChange,
+    FactoredMatrix,
+    NonFiniteChange,
+    Subspace,
+    leading_directions,
+    sigma_max,
+)
 from prune_lightning.types import DenseUpdate, EditRequest, LowRankUpdate
 
 ROUNDING = 1e-12  # of a few products of well-conditioned fp64 matrices with up to 40 columns
@@ -225,7 +233,25 @@ def test_arguments_lora_and_a_second_restraint_that_withholds_are_refused():
     for pair in ((SubspaceFilter(), PRUNE(accumulate="raw")), (PRUNE(accumulate="raw"), SubspaceFilter())):
         with pytest.raises(UserError, match="both withhold"):
             fit(Regression(), regression_batches(1), *pair)
-    fit(Regression(), regression_batches(1), SubspaceFilter(), PRUNE(accumulate="restrained"))
+    with pytest.raises(UserError, match="list PRUNE before SubspaceFilter, which withholds a part of the sum"):
+        fit(Regression(), regression_batches(1), SubspaceFilter(), PRUNE(accumulate="restrained"))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_a_filter_follows_prune_on_the_restrained_sum(strength, tiny):
+    """The law is applied to the sum and stays; of that the filter takes its part out of the weight."""
+    callbacks = PRUNE(1.3, accumulate="restrained"), SubspaceFilter(0.3, strength=strength)
+    module = RandomEdits(tiny("llama"), [1])
+    weight = module.language_model.rewrite_module(1).weight
+    original, change = weight.detach().clone(), 0
+    fit(module, edits(4), *callbacks)
+    for count in range(4):
+        module.run.move_to(count, count)
+        (update,) = module.compute_update([None])[0].values()
+        change = dense_prune(change + update.dense(), 1.3, sigma_max(original))
+    assert callbacks[0].metrics["restraint/num_changed"] > 0
+    expected = dense_filter(original, 0.3, strength, "both")(change)
+    assert float((weight.detach() - original - expected).norm() / expected.norm()) < 1e-10
 
 
 def test_an_edit_stream_with_prune_in_front_is_refused(tiny):

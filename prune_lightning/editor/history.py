@@ -71,7 +71,8 @@ class History:
             return False
         if restraint is None:
             return True
-        return self.base is not None and restraint.accumulate != "restrained" and not restraint.feedback
+        keeps_sum = restraint.accumulate != "restrained" and restraint.parameters is None
+        return self.base is not None and keeps_sum and not restraint.feedback
 
     @contextmanager
     def at(self, edits: int | None = None, base: float | None = None) -> Iterator[None]:

@@ -80,6 +80,11 @@ class AlphaEdit(KeyProtectingEdit):
         keep, found = options["second_moments"].keep, super().cost(model, stream, **options)
         return protecting(found, 3 if refresh_every else 2, stream.batch, keep)
 
+    @property
+    def builds_on_earlier(self) -> str | None:
+        """``refresh_every``."""
+        return None if self.refresh_every is None else "refresh_every builds on the keys of earlier edits"
+
     def prepare(self) -> None:
         """Find the null space of each layer."""
         super().prepare()

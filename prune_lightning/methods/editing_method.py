@@ -49,6 +49,14 @@ class EditingMethod:
     def load_constants(self, constants: Mapping[str, float]) -> None:
         """Use the :meth:`constants` of the run that is continued; called before :meth:`prepare`."""
 
+    @property
+    def builds_on_earlier(self) -> str | None:
+        """How an edit builds on the edits before it, as a clause that begins with the setting; ``None`` if it does not.
+
+        A wrapper that has each edit computed on the unedited model, such as SimIE, refuses the setting.
+        """
+        return None
+
     @classmethod
     def unusable(cls, request: EditRequest) -> str | None:
         """Return why the method cannot write a request, or ``None`` if it can; called before the first edit."""

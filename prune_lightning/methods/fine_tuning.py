@@ -104,6 +104,11 @@ class FineTuning(EditingModule):
 
     filters_steps: ClassVar[bool] = True
 
+    @property
+    def builds_on_earlier(self) -> str | None:
+        """``anchor=original``."""
+        return "anchor=original counts the change by earlier edits" if self.anchor == "original" else None
+
     @classmethod
     def cost(
         cls,

@@ -54,6 +54,8 @@ class SelectionOptions:
                 raise UserError(f"selection: `{name}` is expected to be in [0, 1), but got {getattr(self, name)}")
         if self.wanted is not None and not (len(self.wanted) == 2 and 1 <= self.wanted[0] <= self.wanted[1]):
             raise UserError(f"selection: `wanted` is expected to be [fewest, most], but got {list(self.wanted)}")
+        if not self.refine and (self.wanted is not None or self.share != type(self).share):
+            raise UserError("selection: `share` and `wanted` choose among several prompts' neurons: set `refine=true`")
 
 
 def coarse_set(attributions: Mapping[int, Tensor], threshold: float) -> set[Neuron]:

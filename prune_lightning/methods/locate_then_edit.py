@@ -61,6 +61,12 @@ class LocateThenEdit(EditingModule):
         one_of("method.value.anchor", self.value.anchor, ANCHORS)
         if self.value.anchor == "own" and self.value.anchor_norm is not None:
             raise UserError("method.value.anchor=own finds the norm of each value by itself: leave out anchor_norm")
+        measured = self.value.anchor in ("mean", "cap") and self.value.anchor_norm is None
+        if self.value.pilots != ValueOptions.pilots and not measured:
+            raise UserError(
+                "method.value.pilots is for a norm that is measured: set method.value.anchor=mean or cap, without "
+                "anchor_norm"
+            )
         self.contexts = contexts or ContextOptions()
         self.second_moments, self.tokens_per_feature = second_moments, tokens_per_feature
         self.prefixes: tuple[str, ...] = ("",)

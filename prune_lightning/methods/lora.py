@@ -132,6 +132,11 @@ class LoRA(EditingModule):
             found |= {f"{path}.weight": module for path, module in inside.items()}
         return found
 
+    @property
+    def builds_on_earlier(self) -> str | None:
+        """``keep``."""
+        return "keep=true builds on the adapters of earlier edits" if self.keep else None
+
     # -- one edit -------------------------------------------------------------------------------------------------
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return the merged adapters; under ``keep``, their difference to what was written before."""

@@ -63,6 +63,11 @@ class MEMIT(KeyProtectingEdit):
             return regression_update(residual, keys, self.protected[layer].solve(keys), damping=1.0)
         return regression_update(residual, keys, self.moments[layer].solve(keys), damping=self.ridge)
 
+    @property
+    def builds_on_earlier(self) -> str | None:
+        """``accumulate_past_keys``."""
+        return "accumulate_past_keys=true builds on the keys of earlier edits" if self.accumulate_past_keys else None
+
     def observe(self, requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
         """Return the keys of the batch, if past keys are to be protected."""
         return super().observe(requests) if self.accumulate_past_keys else {}

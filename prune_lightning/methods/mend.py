@@ -160,6 +160,11 @@ class MEND(TrainedEditor, EditingModule):
         """Use these moments from now on."""
         self.remember(memory)
 
+    @property
+    def builds_on_earlier(self) -> str | None:
+        """``restart_norm_stats``."""
+        return "restart_norm_stats=true builds on the moments over earlier edits" if self.restart_norm_stats else None
+
     def _start_moments(self) -> None:
         if self.restart_norm_stats:
             self.network.reset_moments()

@@ -35,14 +35,21 @@ class SimIE(EditingModule):
     model, so that nothing that goes wrong in long streams can go wrong there. It is exact if no edited matrix comes
     before another one.
 
+    What the editor remembers of earlier edits, such as AlphaEdit's past keys, is not used: the regression keeps what
+    they do. A setting that asks for such a memory is refused.
+
     Args:
         language_model: The model to edit.
-        editor: Builds the editor from ``language_model=``. It must not need what it learnt from earlier edits.
+        editor: Builds the editor from ``language_model=``, and ``layers=`` if these are given.
         ridge: :math:`\lambda`.
         relative: Whether ``ridge`` is in units of the mean squared key, :math:`\operatorname{tr}(K_1 K_1^\top) / (n
             t_1)` with the :math:`t_1` tokens of the first step; otherwise it is :math:`\lambda` itself, as published.
-        layers: Not used; the editor has its own.
+        layers: Layers that the editor edits; ``None`` for its own choice.
         kwargs: See :class:`~.base.EditingModule`.
+
+    Raises:
+        UserError: The editor changes no weights, builds on earlier edits, or has a setting that belongs to SimIE, or
+            ``ridge`` is not positive.
     """
 
     takes_feedback: ClassVar[bool] = True
@@ -56,9 +63,13 @@ class SimIE(EditingModule):
         layers: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        inner = editor(language_model=language_model)
+        inner = editor(language_model=language_model, **({} if layers is None else {"layers": layers}))
         if not inner.in_weights:
             raise UserError(f"SimIE combines changes of weights, and {type(inner).__name__} changes none")
+        if inner.builds_on_earlier:
+            raise UserError(f"SimIE has each edit computed on the unedited model, but {inner.builds_on_earlier}")
+        if inner.run.non_finite != "skip":
+            raise UserError("the updates of SimIE's editor are not written: set non_finite in place of the editor's")
         super().__init__(language_model, inner.layers, **kwargs)
         if not ridge > 0:
             raise UserError(f"SimIE's `ridge` is expected to be positive, but got {ridge}")
@@ -67,17 +78,35 @@ class SimIE(EditingModule):
         self._keys: Mapping[str, Tensor] = {}
 
     @classmethod
-    def cost(cls, model: Shapes, stream: StreamShape, *, editor: Any, **options: Any) -> Cost:
+    def cost(
+        cls,
+        model: Shapes,
+        stream: StreamShape,
+        *,
+        editor: Any,
+        layers: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Cost:
         """Return the editor's costs and those of an inverse per matrix, which grows by all tokens of a step."""
         if not hasattr(editor.func, "cost"):
             return Cost([], unknown=True)
-        found: Cost = editor.func.cost(model, stream, **editor.keywords)
+        own = {} if layers is None else {"layers": layers}
+        found: Cost = editor.func.cost(model, stream, **{**editor.keywords, **own})
         tokens = stream.prompt + stream.target
         return replace(protecting(found, 1, ceil(tokens * stream.batch), Keep()), rank=tokens)
 
     def edited_modules(self) -> Mapping[str, nn.Module]:
         """Return the editor's modules."""
         return self.editor.edited_modules()
+
+    @property
+    def builds_on_earlier(self) -> str | None:
+        """The method itself."""
+        return "SimIE builds on the combination of earlier edits"
+
+    def check(self) -> None:
+        """Check the editor."""
+        self.editor.check()
 
     def prepare(self) -> None:
         """Prepare the editor, which takes the weights of now as its original."""
@@ -95,6 +124,7 @@ class SimIE(EditingModule):
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
         """Return one update per matrix, and the details of the editor."""
+        self.editor.run.move_to(self.run.num_requests, self.run.num_steps)  # whose seed may depend on the position
         with self.unedited():
             self._keys = self._read_keys(requests)
             single, details = self.editor.compute_update(requests)

@@ -55,7 +55,7 @@ class UltraEdit(EditingModule):
         kwargs: See :class:`~.base.EditingModule`.
 
     Raises:
-        UserError: A number out of range, or a module that is not ``LAYER.NAME``.
+        UserError: A number out of range, ``whiten`` with ``inflated_variance``, or a module that is not ``LAYER.NAME``.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class UltraEdit(EditingModule):
                 "UltraEdit expects a positive `rate` and `ridge`, and a `micro_batch` of at least 1, but got "
                 f"{rate}, {ridge} and {micro_batch}"
             )
+        if whiten and inflated_variance:
+            raise UserError("method.whiten is StableEdit's, whose variances are not inflated: set one of the two")
         self.rate, self.ridge, self.micro_batch, self.token_budget = rate, ridge, micro_batch, token_budget
         self._names = names
         self._shapes = matrix_shapes(self.edited_modules())
@@ -159,6 +161,11 @@ class UltraEdit(EditingModule):
         self._observed = self.memory()
         self.load_memory(before)  # until the update is written
         return updates, [{"loss": loss} for _, loss in sorted(zip(order, losses, strict=True))]
+
+    @property
+    def builds_on_earlier(self) -> str | None:
+        """The method itself."""
+        return "UltraEdit builds on the moments over earlier edits"
 
     def _micro_batches(self, pairs: Sequence[EncodedPair]) -> Iterator[tuple[dict[str, TokenRows], float, int]]:
         """Yield the rows of each matrix, the loss, and the number of requests of each micro-batch."""

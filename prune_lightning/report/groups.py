@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +19,13 @@ from prune_lightning.errors import UserError
 # Settings that change no score: file locations, display, batch sizes of computations.
 _WITHOUT_EFFECT = {
     *("seed", "task", "control", "ledger", "resume", "bisect_collapse", "progress", "logger"),
-    *("export", "export_merged", "model.edit.sources"),
+    *("export", "export_merged", "model.control", "model.edit.sources"),
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
     *("callbacks.spectrum", "evaluation.max_case_mb", "evaluation.answers", "all_scores"),
 }
 _WITHOUT_EFFECT_ANYWHERE = {"cache", "shipped", "save_every", "token_budget"}
 _CHOICES = ("model", "data")  # summary entries that each stand for many settings
+_LOADED = {"path", "dtype", "gpu_dtype", "revision", "family"}  # of `model`; all else there is read by `${model.KEY}`
 
 _Key: TypeAlias = tuple[tuple[str, str], ...]
 
@@ -96,8 +98,9 @@ class _Run:
 def read_groups(folders: Sequence[Path]) -> list[Group]:
     """Read run folders and group the runs whose configurations differ in the seed alone.
 
-    Two configurations are the same if their ``.hydra/config.yaml`` are equal, except for the seed and for settings that
-    change no score (file locations, display, batch sizes of computations). Groups of the same method or restraint are
+    Two configurations are the same if their ``.hydra/config.yaml`` are equal, except for the seed, for settings that
+    change no score (file locations, display, batch sizes of computations), and for entries of the model's YAML that
+    nothing in the run refers to, such as the layers of another method. Groups of the same method or restraint are
     labelled with the settings that distinguish them, e.g. ``prune (base=10)``. The label names model and data where the
     runs differ in them. If a run has no configuration file, all runs are compared by the model, data and restraint in
     their summaries.
@@ -150,8 +153,23 @@ def _read(folders: Sequence[Path]) -> list[_Run]:
         sys.stderr.write(f"no .hydra/config.yaml in {missing[0]}: runs are compared by their summaries only\n")
         options = {"model": "model", "data": "data", "protocol": "protocol", "restraint": "restraint_options"}
         configs = [{key: run.summary.get(entry) for key, entry in options.items()} for run in runs]
-    settings = [_settings(config) for config in configs]
+    settings = [_settings(_without_unread(config)) for config in configs]
     return [_Run(run.folder, run.summary, each) for run, each in zip(runs, settings, strict=True)]
+
+
+def _without_unread(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration without the entries of the model's YAML that nothing refers to."""
+    model = config.get("model")
+    if not isinstance(model, dict):
+        return config
+    named = set(re.findall(r"\bmodel\.([\w.]+)", json.dumps(config)))
+
+    def read(node: Any, key: str) -> Any:
+        if key in named or key in _LOADED:
+            return node
+        return {name: read(entry, f"{key}.{name}") for name, entry in node.items()} if isinstance(node, dict) else None
+
+    return {**config, "model": {name: read(entry, name) for name, entry in model.items()}}
 
 
 def _settings(config: Any, prefix: str = "") -> dict[str, str]:

@@ -164,10 +164,13 @@ class FactoredMatrix:
         length = torch.linalg.vector_norm(left, dim=0)
         unit = left / torch.where(length > 0, length, 1.0)
         of_left, of_right = self.left.split(unit), self.right.split(right * length)
-        norm = torch.linalg.matrix_norm(self._grown(of_left.coordinates, of_right.coordinates))
+        grown = self._grown(of_left.coordinates, of_right.coordinates)
+        norm = torch.linalg.matrix_norm(grown)
         counts = [split.new.sum().to(norm) for split in (of_left, of_right)]
         num_left, num_right, self._norm = torch.stack([*counts, norm]).tolist()
-        self.core = self._grown(self.left.extend(of_left, int(num_left)), self.right.extend(of_right, int(num_right)))
+        within = self.left.extend(of_left, int(num_left)), self.right.extend(of_right, int(num_right))
+        # The core has only the directions that count; as a rule these are all.
+        self.core = grown if grown.shape == (len(self.left), len(self.right)) else self._grown(*within)
         if self.rank >= self._checked_at:
             self._checked_at *= 2
             self._reorthogonalise()

@@ -24,6 +24,7 @@ from prune_lightning.tasks.setup import choice, first_process
 
 SOURCES = ("published", "tuned", "default")
 _LAYERS = re.compile(r"model\.edit\.layers\.(\w+)")
+_READ = re.compile(r"model\.edit\.([\w.]+)")
 _OWN_CORPUS = "model.second_moments.corpus.path="
 _LOG = logging.getLogger(__name__)
 
@@ -92,14 +93,21 @@ def _dtype(config: DictConfig, loaded: PretrainedConfig | None) -> str:
 
 
 def _check_section(config: DictConfig) -> None:
-    """Raise if the model's section for the method has an unknown option, e.g. a misspelt one."""
+    """Raise if the model's section for the method has an option that the method has not, or does not read there."""
     if not HydraConfig.initialized():
         return
     section = (config.model.get("edit") or {}).get(name := choice("method")) or {}
-    options = [key for key, _ in leaves(OmegaConf.to_container(config.method, resolve=False))]  # type: ignore[arg-type]
+    options = dict(leaves(OmegaConf.to_container(config.method, resolve=False)))  # type: ignore[arg-type]
+    files = [path for folder in _config_folders() for path in (folder / "method").rglob("*.yaml")]
+    read = set(_READ.findall("".join(path.read_text("utf-8") for path in files)))
     for key, _ in leaves(OmegaConf.to_container(OmegaConf.create(section))):  # type: ignore[arg-type]
         if key not in options:
             raise UserError(f"model.edit.{name}.{key}: method={name} has no option {key!r}: {near(key, options)}")
+        if not any(f"{name}.{key}.".startswith(f"{known}.") for known in read):
+            instead = [f"model.edit.{other}" for other in _READ.findall(str(options[key]))]
+            raise UserError(
+                f"model.edit.{name}.{key} is not read by method={name}: set " + " or ".join([*instead, f"method.{key}"])
+            )
 
 
 def _unresolved(node: DictConfig) -> str:
