@@ -77,9 +77,15 @@ def device_of(wanted: str | torch.device | None) -> torch.device:
     """Return a device; the accelerator by default, if there is one."""
     if wanted is not None:
         try:
-            return torch.empty(0, device=wanted).device
+            return torch.empty(0, device=torch.device(wanted)).device
         except (RuntimeError, AssertionError) as error:  # no such device, or a build of PyTorch without it
-            raise UserError(f"the device {str(wanted)!r} cannot be used: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            hint = (
+                "give cpu, cuda, cuda:1, mps or another of PyTorch's"
+                if reason.startswith("Expected one of")
+                else reason
+            )
+            raise UserError(f"the device {str(wanted)!r} cannot be used: {hint}") from error
     # A build of PyTorch for CUDA names its accelerator where there is none, too.
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
