@@ -7,11 +7,14 @@ reader, or a process after a crash, finds the old file or the new one, never a p
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,30 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder next to the target, which takes its place at the end of the block.
+
+    After an error, the folder is deleted, and the target is as it was.
+
+    Args:
+        target: The folder to write or to replace; its parent must exist.
+    """
+    folder, aside = (target.parent / f".{target.name}.{os.getpid()}.{word}" for word in ("partial", "replaced"))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        if target.exists():
+            target.rename(aside)
+        folder.rename(target)
+    finally:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the renames in a folder permanent, if the file system and the operating system support it."""
     try:
@@ -135,6 +162,12 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+def disk_error(error: OSError | SafetensorError) -> str:
+    """Return what went wrong with the disk, for a message."""
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return "the disk is full" if full else str(error)
 
 
 def _os_error(error: SafetensorError, path: Path) -> OSError:

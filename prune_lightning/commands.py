@@ -5,6 +5,7 @@ Nothing here imports torch, which takes seconds, before a verb needs it: `--help
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import typer
 from prune_lightning import __version__
 from prune_lightning.errors import UserError, plain_warnings
 from prune_lightning.verbs import jobs, playing
-from prune_lightning.verbs.opening import existing, is_run, opened
+from prune_lightning.verbs.opening import check_new, existing, is_run, opened
 from prune_lightning.verbs.options import Device, Method, Restraint, Run, Settings, Tokens, nested
 
 _EPILOG = (
@@ -42,6 +43,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command(epilog="prune-lightning edit bundled facts.jsonl --to out")
 def edit(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Hub name, folder, GGUF, preset; or a RUN to continue.")
     ],
@@ -61,18 +63,25 @@ def edit(
     from prune_lightning.editor.facts import requests_of
 
     given = _facts(facts, {"subject": subject, "prompt": prompt, "target_new": target})
-    requests_of(given)  # what is wrong with them is said before the model is loaded
+    requests = requests_of(given)  # what is wrong with them is said before the model is loaded
+    check_new(context, model)
+    kept = shlex.quote(str(to or model)) if to or is_run(model) else None
     with opened(model, device, to, method, restraint, batch_size, chat_template, nested(settings)) as editor:
         earlier = len(editor)
-        typer.echo(repr(editor.edit(given)))
+        try:
+            typer.echo(repr(editor.edit(given)))
+        except KeyboardInterrupt:
+            where = f" after {len(editor) - earlier} of {len(requests)} facts, which are in {kept}" if kept else ""
+            typer.echo(f"interrupted{where}", err=True)
+            raise typer.Exit(130) from None
         numbers = range(earlier + 1, len(editor) + 1)
         typer.echo(str(editor.compare(edits=numbers[:_SHOWN])))
         if lost := editor.holds(numbers).count(False):
             typer.echo(f"Edits that do not hold: {lost} of {len(numbers)}. Try another --method, or the verb `tune`.")
-        if to is None and not is_run(model):
-            typer.echo("Nothing was kept: --to FOLDER keeps the edits.")
+        if kept:
+            typer.echo(f"The edits are in {kept}: prune-lightning ask {kept} PROMPT")
         else:
-            typer.echo(f"The edits are in {editor.folder}: prune-lightning ask {editor.folder} PROMPT")
+            typer.echo("Nothing was kept: --to FOLDER keeps the edits.")
 
 
 @app.command(epilog='prune-lightning ask out "The capital of France is"')

@@ -18,7 +18,7 @@ class UserError(ValueError):
 def one_of(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise a :class:`UserError` if ``value``, given for the option ``name``, is not one of the choices."""
     if value not in set(choices):
-        raise UserError(f"unknown {name} {value!r}: {near(value, choices)}")
+        raise UserError(f"unknown {name} {value!r}: {near(str(value), choices)}")
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -57,14 +57,17 @@ def near(name: str, options: Iterable[str], count: int = 3) -> str:
 
     >>> near("memmit", ["rome", "memit"])
     "did you mean 'memit'?"
+    >>> near("ROME", ["rome", "memit"])
+    "did you mean 'rome'?"
     >>> near("xyz", ["rome", "memit"])
     "choose from 'memit', 'rome'"
     """
     choices = sorted(set(options))
-    found = difflib.get_close_matches(name, choices, n=count, cutoff=0.6)
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.6)]
     if found:
         return "did you mean " + " or ".join(f"'{match}'" for match in found) + "?"
-    return "choose from " + ", ".join(f"'{choice}'" for choice in choices[:20])
+    return "choose from " + ", ".join(f"'{choice}'" for choice in choices[:30]) + (", ..." if len(choices) > 30 else "")
 
 
 def near_path(path: Path, folders: bool = False) -> str:

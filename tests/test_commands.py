@@ -46,6 +46,8 @@ def test_a_fact_goes_the_whole_way(tmp_path: Path):
     assert "retention" not in listed  # nothing was scored
     with pytest.raises(UserError, match="holds edits already"):
         run("edit", "bundled", *FACT, "--to", out)
+    with pytest.raises(UserError, match="is continued as they were written: omit --method, --set"):
+        run("edit", out, *FACT, "--method", "rome", "--set", "seed=1")
     with pytest.raises(UserError, match=r"no file '.*factz\.csv'; did you mean 'facts\.csv'"):
         run("edit", "a model that is not looked for", str(tmp_path / "factz.csv"))
     with pytest.raises(UserError, match="give a file of facts, or one fact"):

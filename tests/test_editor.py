@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import BUNDLED, ROOT
+from conftest import BUNDLED, ROOT, load_path
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +19,7 @@ from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.editor.facts import requests_of
 from prune_lightning.editor.models import device_of
 from prune_lightning.errors import UserError
+from prune_lightning.methods.rome import ROME
 from prune_lightning.models.loading import load_language_model
 
 FRANCE = {"subject": "France", "prompt": "The capital of France is", "target_new": "Rome"}
@@ -56,6 +58,8 @@ def test_asks_and_compares_before_and_after(editor):
     with pytest.raises(UserError, match="either prompts or numbers"):
         editor.compare("x", edits=[1])
     assert "<td style='text-align:left'>Rome.</td>" in found._repr_html_()
+    with pytest.warns(UserWarning, match=r"a prompt of 30\d tokens is cut to its last 236: the model's context is 256"):
+        editor.ask("Paris is a city. " * 60 + FRANCE["prompt"])
     with editor.base() as model:
         assert model is editor._session.language_model.model
         assert editor.ask(FRANCE["prompt"]).startswith("Paris")
@@ -65,7 +69,7 @@ def test_asks_and_compares_before_and_after(editor):
 def test_an_edit_that_a_later_one_replaces_does_not_hold(editor):
     editor.edit([FRANCE, {**FRANCE, "target_new": "London"}, {**ITALY, "target_new": " Paris"}])
     assert editor.holds() == [False, True, True]
-    assert editor.holds([3]) == [True]
+    assert editor.holds([3]) == editor.holds(3) == [True]
     assert [row[-1] for row in editor.compare(edits=[1, 2]).cells()] == ["✗ Rome", "✓ London"]
     with editor.base():
         assert editor.holds() == [False, False, False]
@@ -116,6 +120,9 @@ def test_undo_of_an_earlier_edit_is_as_if_it_had_never_been_written(editor):
         assert differ(weights(editor), weights(other), original) < 1e-4
     with pytest.raises(UserError, match="there are no edits \\[3\\]: 2 are in place"):
         editor.undo(edits=[3])
+    for numbers in (0, ["1"]):
+        with pytest.raises(UserError, match="there are no edits"):
+            editor.undo(edits=numbers)
     with pytest.raises(UserError, match="3 edits cannot be taken back"):
         editor.undo(3)
     editor.undo(edits=[1])  # no step is left as it was
@@ -229,6 +236,18 @@ def test_facts_come_from_a_file_or_from_memory(tmp_path):
         (("bundled", "romee"), {}, "unknown method 'romee': did you mean 'rome'"),
         (("bundled", "rome", "prun"), {}, "unknown restraint 'prun': did you mean 'prune'"),
         (("bundled", "rome"), {"options": {"method": {"layer": [3]}}}, "unknown option 'method.layer'"),
+        (("bundled", "ROME"), {}, "unknown method 'ROME': did you mean 'rome'"),
+        (("bundled", "rome", None), {}, "unknown restraint None: did you mean 'none'"),
+        (("bundled", "rome"), {"options": {"method": {"layers": [77]}}}, "^layer 77 is outside"),
+        (
+            ("bundled", "rome"),
+            {"options": {"restraint": {"base": 0.5}}},
+            "^restraint.base is expected to be a number above 1",
+        ),
+        (("bundled", "rome"), {"options": {"method": {"value": {"steps": "many"}}}}, "steps is expected to be a whole"),
+        (("bundled", "rome"), {"options": {"method.layers": [3]}}, "'method.layers': write"),
+        (("bundled", "rome"), {"device": "gpu"}, "the device 'gpu' cannot be used"),
+        ((None, "rome"), {}, "the model is expected to be a name"),
         (("./missing",), {}, "no folder './missing'"),
     ],
 )
@@ -242,8 +261,10 @@ def test_a_bad_fact_writes_nothing(editor):
     before = weights(editor)
     with pytest.raises(UserError, match="line 2"):
         editor.edit([ITALY, {"subject": "Spain"}])
+    with pytest.raises(UserError, match=r"^these facts cannot be used:\n  line 2: `prompt`: the target .* is longer"):
+        editor.edit([ITALY, {**SPAIN, "target_new": "word " * 600}])
     assert equal(weights(editor), before)
-    assert len(editor) == 1
+    assert editor.holds() == [True]
 
 
 def test_model_needs_its_tokenizer():
@@ -258,3 +279,78 @@ def test_the_accelerator_is_taken_only_where_there_is_one(there, expected, monke
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
     assert device_of(None) == torch.device(expected)
     assert device_of("cpu") == torch.device("cpu")
+
+
+class Stops:
+    """Raises when the target of a step is the given one."""
+
+    def __init__(self, monkeypatch, target, error):
+        compute = ROME.compute_update
+
+        def stopping(module, requests):
+            if requests[0].target_new == target:
+                raise error
+            return compute(module, requests)
+
+        monkeypatch.setattr(ROME, "compute_update", stopping)
+
+
+def test_after_an_interrupt_the_facts_before_it_stay(editor, monkeypatch):
+    editor.edit(FRANCE)
+    with monkeypatch.context() as patch:
+        Stops(patch, "Oslo", KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            editor.edit([ITALY, SPAIN])
+    assert [request.subject for request in editor.edits] == ["France", "Italy"]
+    assert editor.holds() == [True, True]
+    assert len(editor.edit(SPAIN).written) == 1
+    assert editor.holds() == [True, True, True]
+
+
+def test_an_undo_that_is_interrupted_loses_no_edit(editor, tmp_path, monkeypatch):
+    editor.edit([FRANCE, ITALY, SPAIN])
+    before = weights(editor)
+    with monkeypatch.context() as patch:
+        Stops(patch, "Oslo", KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            editor.undo(edits=1)
+    assert [request.subject for request in editor.edits] == ["France", "Italy", "Spain"]
+    assert equal(weights(editor), before)
+    assert sorted(path.name for path in editor.folder.iterdir() if path.is_dir()) == ["ledger"]
+    with Editor.open(editor.folder, progress=False) as opened:
+        assert equal(weights(opened), before)
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(load_path(), tmp_path / "my model")
+    with Editor("./my model", "ft_m", "none", folder="out put", progress=False) as editor:
+        editor.edit(FRANCE)
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        editor.edit(ITALY)
+        expected = weights(editor)
+        editor.save("saved")
+    monkeypatch.chdir("/")
+    for folder in (tmp_path / "out put", tmp_path / "elsewhere" / "saved"):
+        with Editor.open(folder, progress=False) as opened:
+            assert equal(weights(opened), expected)
+
+
+def test_a_loaded_model_has_one_editor():
+    model = AutoModelForCausalLM.from_pretrained(load_path()).train()
+    tokenizer = AutoTokenizer.from_pretrained(load_path())
+    with pytest.raises(UserError, match="layer 77 is outside"):
+        Editor(model, "rome", tokenizer=tokenizer, options={"method": {"layers": [77]}})
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with Editor(model, "ft_m", tokenizer=tokenizer, progress=False), pytest.raises(UserError, match="another editor"):
+        Editor(model, "ft_m", tokenizer=tokenizer)
+
+
+def test_an_opened_editor_goes_on_in_batches(tmp_path):
+    with Editor("bundled", "ft_m", "none", folder=tmp_path, batch_size=2, progress=False) as editor:
+        editor.edit(FRANCE)
+    with Editor.open(tmp_path, progress=False) as opened:
+        opened.edit([ITALY, SPAIN])
+        assert opened._session.ledger.sizes == [1, 2]

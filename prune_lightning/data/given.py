@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from prune_lightning.data.rows import BadRow
+from prune_lightning.data.rows import BadRow, listed
 from prune_lightning.data.stream import EditStream
+from prune_lightning.errors import UserError
 from prune_lightning.types import EditRequest
 
 
@@ -25,3 +26,7 @@ class GivenRequests(EditStream):
     def records(self) -> Iterator[EditRequest | BadRow]:
         """Yield the requests."""
         yield from self.given
+
+    def _refuse(self, rows: Sequence[BadRow]) -> None:
+        if rows:
+            raise UserError(listed("these facts cannot be used", rows))

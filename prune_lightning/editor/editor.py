@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from prune_lightning.editor.history import History
 from prune_lightning.editor.models import HeldModel, recipe_for
 from prune_lightning.editor.results import Edited
 from prune_lightning.editor.saving import save_record
-from prune_lightning.editor.session import EditSession, quiet
+from prune_lightning.editor.session import EditSession, as_numbers
+from prune_lightning.editor.surroundings import quiet
 from prune_lightning.errors import UserError
 from prune_lightning.export.exporting import ExportReport, export
 from prune_lightning.export.sources import ExportSource, Provenance
@@ -74,12 +74,7 @@ class Editor(Asking):
     ) -> None:
         recipe = recipe_for(model, method, restraint, {"seed": seed, **(options or {})}, device)
         held = HeldModel(recipe, None if isinstance(model, (str, Path)) else model, tokenizer, device)
-        self._begin(recipe, held, folder, progress)
-        self._session.stream_options = {
-            "protocol": "sequential" if batch_size == 1 else "sequential_batched",
-            "batch_size": batch_size,
-            "chat_template": chat_template,
-        }
+        self._begin(recipe, held, folder, progress, batch_size=batch_size, chat_template=chat_template)
 
     @classmethod
     def open(
@@ -103,12 +98,12 @@ class Editor(Asking):
         Raises:
             UserError: There is no ledger, or it belongs to another model.
         """
-        folder = Path(folder).expanduser()
+        folder = Path(folder).expanduser().absolute()
         ledger = Ledger.open(folder / LEDGER).verified()
         editor = cls.__new__(cls)
         recipe = Recipe.recorded(ledger)
-        editor._begin(recipe, HeldModel(recipe, model, tokenizer, device), folder, progress, ledger)
-        editor._session.restore()
+        stream = {name: ledger.base[name] for name in ("batch_size", "chat_template") if name in ledger.base}
+        editor._begin(recipe, HeldModel(recipe, model, tokenizer, device), folder, progress, ledger, **stream)
         return editor
 
     def _begin(
@@ -118,13 +113,22 @@ class Editor(Asking):
         folder: str | Path | None,
         progress: bool,
         ledger: Ledger | None = None,
+        **stream: Any,
     ) -> None:
+        """Begin on a model, which is given back if something is wrong; ``stream`` goes to the session."""
         self.recipe, self._held = recipe, held
         self._temporary = tempfile.TemporaryDirectory(prefix="prune-lightning-") if folder is None else None
-        self.folder = Path(self._temporary.name if self._temporary else folder or "").expanduser()
+        self.folder = Path(self._temporary.name if self._temporary else folder or "").expanduser().absolute()
         self._saved, self._closed = False, False
-        self._session = EditSession(recipe, held.language_model, self.folder / LEDGER, ledger, progress)
-        self._history = History(self._session)
+        try:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise UserError(f"{folder} is a file: give a folder for the edits")
+            self._session = EditSession(recipe, held.language_model, self.folder / LEDGER, ledger, progress, **stream)
+            self._session.restore()
+            self._history = History(self._session)
+        except BaseException:
+            held.give_back()
+            raise
 
     # -- editing --------------------------------------------------------------------------------------------------
     def edit(self, facts: Facts) -> Edited:
@@ -134,19 +138,20 @@ class Editor(Asking):
             facts: One fact, several, or a file; see :data:`~prune_lightning.editor.facts.Facts`.
 
         Raises:
-            UserError: A fact cannot be used; then none is written.
+            UserError: A fact cannot be used; then none is written. Or the record cannot be written, e.g. since the disk
+                is full: then the facts before that stay, as after an interrupt.
         """
         session = self._open()
         return session.write(requests_of(facts, first_id=len(session.requests)))
 
-    def undo(self, count: int = 1, *, edits: Sequence[int] = ()) -> list[EditRequest]:
+    def undo(self, count: int = 1, *, edits: int | Sequence[int] = ()) -> list[EditRequest]:
         """Take back edits. The model is then as if they had never been written.
 
         The last edits are removed from the record. If others follow, those are written again.
 
         Args:
             count: How many of the last edits to take back.
-            edits: Numbers of the edits to take back instead, from 1.
+            edits: Number of the edit to take back instead, or numbers of several, from 1.
 
         Returns:
             The edits that were taken back.
@@ -156,11 +161,12 @@ class Editor(Asking):
         """
         session = self._open()
         total = len(session.requests)
-        if not edits and not 1 <= count <= total:
-            raise UserError(f"{count} edits cannot be taken back: {total} are in place")
-        numbers = sorted(set(edits)) or list(range(total - count + 1, total + 1))
-        taken = session.numbered(numbers)
-        session.rewrite([r for number, r in enumerate(session.requests, start=1) if number not in set(numbers)])
+        numbers = as_numbers(edits)
+        if not numbers and (not isinstance(count, int) or not 1 <= count <= total):
+            raise UserError(f"{count!r} edits cannot be taken back: {total} are in place")
+        numbers = numbers or range(total - count + 1, total + 1)
+        taken = session.numbered(sorted(set(numbers)))
+        session.rewrite([r for number, r in enumerate(session.requests, start=1) if number not in numbers])
         return taken
 
     @property
@@ -200,8 +206,7 @@ class Editor(Asking):
             UserError: The folder exists, or the written model differs from the live one.
         """
         if self._open().module.in_weights:
-            report = self.export("full", folder, overwrite=overwrite)
-            shutil.copytree(self.folder / LEDGER, Path(folder).expanduser() / LEDGER)
+            report = self._export("full", folder, overwrite, record=self.folder / LEDGER)
         else:
             report = save_record(self.folder / LEDGER, folder, self.recipe.model["path"], overwrite)
         self._saved = True
@@ -219,13 +224,18 @@ class Editor(Asking):
         Raises:
             UserError: An unknown format, the folder exists, or the written model differs from the live one.
         """
+        return self._export(format, folder, overwrite, merged)
+
+    def _export(
+        self, format: str, folder: str | Path, overwrite: bool, merged: bool = False, record: Path | None = None
+    ) -> ExportReport:
         session, recipe = self._open(), self.recipe
         if not session.requests:
             raise UserError("there are no edits to write: call edit() first")
         names = recipe.model["path"], recipe.model["revision"], recipe.method, recipe.restraint
         source = ExportSource.from_module(session.module, Provenance(*names, tuple(session.written())))
         with quiet():
-            return export(source, folder, format, overwrite=overwrite, merged=merged)
+            return export(source, folder, format, overwrite=overwrite, merged=merged, record=record)
 
     # -- the end --------------------------------------------------------------------------------------------------
     def close(self) -> None:

@@ -55,6 +55,8 @@ def _rows(facts: Facts) -> Iterator[tuple[int, Any]]:
         yield from _file(Path(facts).expanduser())
     elif isinstance(facts, (EditRequest, Mapping)):
         yield 1, facts
+    elif not isinstance(facts, Iterable):
+        raise UserError(f"expected a fact, a list of facts or a file, but got {shown(facts)}")
     else:
         for number, fact in enumerate(facts, start=1):
             known = isinstance(fact, (EditRequest, Mapping))

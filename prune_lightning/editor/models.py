@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_lightning.editor.session import quiet
-from prune_lightning.errors import UserError
+from prune_lightning.editor.surroundings import quiet
+from prune_lightning.errors import UserError, kind_of
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.tasks.choices import preset_for
 from prune_lightning.tasks.recipe import Recipe, composed
@@ -26,6 +29,8 @@ class HeldModel:
         device: Device of a model that is loaded; the accelerator by default, if there is one.
     """
 
+    _live: ClassVar[WeakSet[HeldModel]] = WeakSet()
+
     def __init__(
         self,
         recipe: Recipe,
@@ -40,21 +45,47 @@ class HeldModel:
         elif tokenizer is None:
             raise UserError("a loaded model needs its tokenizer: Editor(model, tokenizer=tokenizer)")
         else:
-            self._flags, self._training = [p.requires_grad for p in model.parameters()], model.training
-            self.language_model = LanguageModel(model, tokenizer)
+            self._refuse_second(model)
+            self._flags, self._training, self._model = (
+                [p.requires_grad for p in model.parameters()],
+                model.training,
+                model,
+            )
+            try:
+                self.language_model = LanguageModel(model, tokenizer)
+            except BaseException:
+                self.give_back()
+                raise
+        self._live.add(self)
+
+    def _refuse_second(self, model: PreTrainedModel) -> None:
+        """Raise an error if another editor holds a model: it would take the edited weights for the original ones."""
+        gc.collect()  # an editor that nobody refers to is gone
+        if any(held.language_model.model is model for held in self._live):
+            raise UserError("another editor holds this model: edit it with that one, or close() that one first")
 
     def give_back(self) -> None:
         """Restore what a caller's model was set to, apart from its weights."""
+        self._live.discard(self)
         if self._flags:
-            model = self.language_model.model.train(self._training)
-            for parameter, flag in zip(model.parameters(), self._flags, strict=True):
+            self._model.train(self._training)
+            for parameter, flag in zip(self._model.parameters(), self._flags, strict=True):
                 parameter.requires_grad_(flag)
 
 
 def device_of(wanted: str | torch.device | None) -> torch.device:
     """Return a device; the accelerator by default, if there is one."""
     if wanted is not None:
-        return torch.device(wanted)
+        try:
+            return torch.empty(0, device=torch.device(wanted)).device
+        except (RuntimeError, AssertionError) as error:  # no such device, or a build of PyTorch without it
+            reason = str(error).splitlines()[0]
+            hint = (
+                "give cpu, cuda, cuda:1, mps or another of PyTorch's"
+                if reason.startswith("Expected one of")
+                else reason
+            )
+            raise UserError(f"the device {str(wanted)!r} cannot be used: {hint}") from error
     # A build of PyTorch for CUDA names its accelerator where there is none, too.
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
@@ -79,6 +110,8 @@ def recipe_for(
     Raises:
         UserError: An unknown name or option.
     """
+    if not isinstance(model, (str, Path, nn.Module)):
+        raise UserError(f"the model is expected to be a name, a path or a transformers model, but got {kind_of(model)}")
     config = None if isinstance(model, (str, Path)) else model.config
     path = str(model) if config is None else str(config._name_or_path or "in memory")
     preset, located = preset_for(path)

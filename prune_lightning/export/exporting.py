@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
-from prune_lightning.atomic_files import write_json
+from prune_lightning.atomic_files import disk_error, replaced_folder, write_json
 from prune_lightning.errors import UserError
 from prune_lightning.export.card import write_card
 from prune_lightning.export.formats import RANKED, Format, format_named
@@ -68,6 +68,7 @@ def export(
     rank: int | None = None,
     overwrite: bool = False,
     merged: bool = False,
+    record: Path | None = None,
 ) -> ExportReport:
     """Export an edited model.
 
@@ -82,6 +83,7 @@ def export(
         overwrite: Whether to replace an earlier export.
         merged: Merge a memory beside the weights into them. It then answers every prompt; the report says how far this
             moves the prompts that were left to the original weights.
+        record: A folder that is copied into the export.
 
     Raises:
         UserError: The edits are not in the weights, the target exists, the format or rank is invalid, or the reloaded
@@ -94,8 +96,8 @@ def export(
     if merged:
         routed = next_token_logits(source.language_model, prompts_for(source.provenance.requests))
         with source.merged() as whole:
-            return _exported(whole, Path(target).expanduser(), chosen, format_name, rank, overwrite, routed)
-    return _exported(source, Path(target).expanduser(), chosen, format_name, rank, overwrite)
+            return _exported(whole, Path(target).expanduser(), chosen, format_name, rank, overwrite, routed, record)
+    return _exported(source, Path(target).expanduser(), chosen, format_name, rank, overwrite, record=record)
 
 
 def _exported(
@@ -106,6 +108,7 @@ def _exported(
     rank: int | None,
     overwrite: bool,
     routed: Tensor | None = None,
+    record: Path | None = None,
 ) -> ExportReport:
     """Export a model whose edits are in its weights.
 
@@ -117,6 +120,7 @@ def _exported(
         rank: See :func:`export`.
         overwrite: See :func:`export`.
         routed: Logits with the memory that was merged into the weights.
+        record: See :func:`export`.
     """
     prompts = prompts_for(source.provenance.requests)
     live = next_token_logits(source.language_model, prompts)
@@ -137,6 +141,8 @@ def _exported(
         write_card(folder, format_name, source, {**details, **figures})
         about = {"base_model": source.provenance.base_model, "weights": source.weights_metadata()}
         write_json(folder / MANIFEST, {"format": format_name, **about, **details, **figures, "tolerance": allowed})
+        if record is not None:
+            shutil.copytree(record, folder / record.name)
         megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     return ExportReport(
         format_name, str(target), megabytes, len(prompts), tolerance=allowed, details=details, **figures
@@ -178,25 +184,21 @@ def _compare(
 
 @contextmanager
 def beside(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a temporary folder next to the target; rename it at the end of the block, or delete it after an error."""
+    """Yield a temporary folder next to the target; rename it at the end of the block, or delete it after an error.
+
+    Raises:
+        UserError: The target exists and may not be replaced, or cannot be written.
+    """
     if target.exists() and not overwrite:
         raise UserError(f"{str(target)!r} exists; give another folder, or overwrite=true")
     if target.exists() and not (target / MANIFEST).is_file():
         raise UserError(f"{str(target)!r} is no earlier export (it has no {MANIFEST}); it is not overwritten")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder, aside = (target.parent / f".{target.name}.{os.getpid()}.{word}" for word in ("partial", "replaced"))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     try:
-        yield folder
-        if target.exists():
-            target.rename(aside)
-        folder.rename(target)
-    finally:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_folder(target) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{str(target)!r} cannot be written: {disk_error(error)}") from error
 
 
 def as_json(report: ExportReport) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class BackgroundWriter:
         Raises:
             Exception: Its error, once.
         """
-        latest, self._latest = self._latest, None
-        if latest is not None:
-            latest.result()
+        if self._latest is None:
+            return
+        try:
+            self._latest.result()
+        finally:
+            if self._latest.done():  # otherwise the wait was interrupted
+                self._latest = None

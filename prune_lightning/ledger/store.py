@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from prune_lightning.atomic_files import SUFFIX, write_bytes, write_json
+from prune_lightning.atomic_files import SUFFIX, disk_error, write_bytes, write_json
 from prune_lightning.errors import UserError
 from prune_lightning.ledger.background import BackgroundWriter
 from prune_lightning.ledger.files import StepFiles, content_checksum, end_of
@@ -225,10 +224,8 @@ class DiskErrors:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (OSError, SafetensorError)):
-            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-            reason = "the disk is full" if full else str(error)
             folder = self.ledger.folder
             raise UserError(
-                f"the ledger in {folder} cannot be written: {reason}. The last good edit is "
+                f"the ledger in {folder} cannot be written: {disk_error(error)}. The last good edit is "
                 f"{self.ledger.num_requests}; fix this, then resume={folder.parent} continues from there"
             ) from error

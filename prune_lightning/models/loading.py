@@ -73,6 +73,12 @@ def located(path: str) -> tuple[str, bool]:
     return (str(folder), True) if folder.is_dir() else (path, False)
 
 
+def anchored(path: str) -> str:
+    """Return a path that names the same model from any working folder: a local one is made absolute."""
+    folder = local_path(path)
+    return path if path.startswith("pkg://") or not folder.exists() else str(folder.absolute())
+
+
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """Load only a model's configuration; see :func:`load_language_model`.
 

@@ -51,7 +51,12 @@ def build(node: DictConfig, key: str, **further: Any) -> Any:
     """
     check_component(node, key)
     check(_plain(node), key, frozenset(further))
-    return instantiate(node, _convert_="all", **further)
+    try:
+        return instantiate(node, _convert_="all", **further)
+    except HydraException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise
 
 
 def check_component(node: Any, key: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from transformers import PretrainedConfig
@@ -18,9 +17,10 @@ from prune_lightning.errors import UserError, near, one_of
 from prune_lightning.ledger import Ledger
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.loading import load_language_model
+from prune_lightning.models.loading import anchored, load_language_model
 from prune_lightning.phases import PhaseClock
 from prune_lightning.tasks.choices import config_folder, options_of
+from prune_lightning.tasks.components import build
 from prune_lightning.tasks.presets import model_arguments, settled
 from prune_lightning.tasks.setup import choice
 
@@ -51,7 +51,8 @@ class Recipe:
         method: Any = OmegaConf.to_container(config.method, resolve=True)
         restraint: Any = OmegaConf.to_container(config.restraint, resolve=True) if config.restraint else None
         names = choice("method"), choice("restraint")
-        return cls(model_arguments(config), *names, method, restraint, int(config.seed))
+        model = model_arguments(config)
+        return cls({**model, "path": anchored(model["path"])}, *names, method, restraint, int(config.seed))
 
     @classmethod
     def recorded(cls, ledger: Ledger) -> Recipe:
@@ -76,13 +77,13 @@ class Recipe:
     def build(self, model: LanguageModel, clock: PhaseClock | None = None, non_finite: str = "skip") -> EditingModule:
         """Return the method on a model."""
         options = {"language_model": model, "non_finite": non_finite, "clock": clock}
-        module = instantiate(dict(self.method_options), **options, _convert_="all")
+        module = build(OmegaConf.create(dict(self.method_options)), "method", **options)
         assert isinstance(module, EditingModule)
         return module
 
     def build_restraint(self) -> Any:
         """Return a new restraint, or ``None``."""
-        return instantiate(dict(self.restraint_options)) if self.restraint_options else None
+        return build(OmegaConf.create(dict(self.restraint_options)), "restraint") if self.restraint_options else None
 
 
 @contextmanager
@@ -118,6 +119,8 @@ def _merged(config: DictConfig, options: Mapping[str, Any]) -> DictConfig:
     try:
         merged = OmegaConf.merge(config, dict(options))
     except ConfigKeyError as error:
+        if "." in str(error.key):
+            raise UserError(f"unknown option {error.key!r}: write it nested, as {_nested(str(error.key))}") from error
         scope, _, key = str(error.full_key).rpartition(".")
         siblings = OmegaConf.select(config, scope) if scope else config
         raise UserError(f"unknown option {error.full_key!r}: {near(key, map(str, siblings))}") from error
@@ -125,6 +128,11 @@ def _merged(config: DictConfig, options: Mapping[str, Any]) -> DictConfig:
         raise UserError(f"options: {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _nested(key: str) -> str:
+    first, _, rest = key.partition(".")
+    return f'{{"{first}": {_nested(rest)}}}' if rest else f'{{"{first}": ...}}'
 
 
 def guard_options() -> dict[str, Any]:

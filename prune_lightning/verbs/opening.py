@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from prune_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +18,23 @@ if TYPE_CHECKING:
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds edits."""
     return (Path(folder).expanduser() / "ledger" / "base.json").is_file()
+
+
+def check_new(context: typer.Context, model: str) -> None:
+    """Raise an error if options of a new editor are given for a folder of edits, which has its own.
+
+    Args:
+        context: The verb's call.
+        model: The model, or a folder of edits.
+
+    Raises:
+        UserError: They would not be used.
+    """
+    names = ("method", "restraint", "batch_size", "chat_template", "settings")
+    given = [name for name in names if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"]
+    if given and is_run(model):
+        options = ", ".join("--set" if name == "settings" else f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"{model} holds edits and is continued as they were written: omit {options}")
 
 
 @contextmanager

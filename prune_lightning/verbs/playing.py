@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prune_lightning.errors import UserError
-from prune_lightning.verbs.opening import existing, is_run, opened
+from prune_lightning.verbs.opening import check_new, existing, is_run, opened
 from prune_lightning.verbs.options import Device, Method, Restraint, Settings, nested
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def play(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="[RUN|MODEL]", help="A folder of edits, or a model.")] = "bundled",
     to: Annotated[Path | None, typer.Option(help="Folder that keeps the edits; by default nothing is kept.")] = None,
     method: Method = "rome",
@@ -36,6 +37,7 @@ def play(
     from prune_lightning.playground.serving import LOOPBACK, check_gradio, served
 
     check_gradio()
+    check_new(context, model)
     with _editor(model, to, method, restraint, chat_template, settings, device) as editor:
         with served(editor, to is not None, host, port, browser) as address:
             typer.echo(f"The playground is at {address} (Ctrl+C ends it).")
