@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
-from weakref import WeakSet
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.tasks.choices import preset_for
 from prune_lightning.tasks.recipe import Recipe, composed
 
+_HOLDER = "_prune_lightning_holder"
+
 
 class HeldModel:
     """A model on its device, with what is needed to give a caller's model back.
@@ -28,8 +30,6 @@ class HeldModel:
         tokenizer: The tokenizer of the caller's model.
         device: Device of a model that is loaded; the accelerator by default, if there is one.
     """
-
-    _live: ClassVar[WeakSet[HeldModel]] = WeakSet()
 
     def __init__(
         self,
@@ -45,29 +45,31 @@ class HeldModel:
         elif tokenizer is None:
             raise UserError("a loaded model needs its tokenizer: Editor(model, tokenizer=tokenizer)")
         else:
-            self._refuse_second(model)
-            self._flags, self._training, self._model = (
-                [p.requires_grad for p in model.parameters()],
-                model.training,
-                model,
-            )
+            self._hold(model)
             try:
                 self.language_model = LanguageModel(model, tokenizer)
             except BaseException:
                 self.give_back()
                 raise
-        self._live.add(self)
 
-    def _refuse_second(self, model: PreTrainedModel) -> None:
-        """Raise an error if another editor holds a model: it would take the edited weights for the original ones."""
-        gc.collect()  # an editor that nobody refers to is gone
-        if any(held.language_model.model is model for held in self._live):
+    def _hold(self, model: PreTrainedModel) -> None:
+        """Mark a caller's model as held, and note what it is set to.
+
+        Raises:
+            UserError: Another editor holds it; this one would take the edited weights for the original ones.
+        """
+        if model.__dict__.get(_HOLDER, lambda: None)():
+            gc.collect()  # an editor that nobody refers to may be left
+        if model.__dict__.get(_HOLDER, lambda: None)():
             raise UserError("another editor holds this model: edit it with that one, or close() that one first")
+        setattr(model, _HOLDER, ref(self))
+        self._model, self._training = model, model.training
+        self._flags = [parameter.requires_grad for parameter in model.parameters()]
 
     def give_back(self) -> None:
         """Restore what a caller's model was set to, apart from its weights."""
-        self._live.discard(self)
         if self._flags:
+            self._model.__dict__.pop(_HOLDER, None)
             self._model.train(self._training)
             for parameter, flag in zip(self._model.parameters(), self._flags, strict=True):
                 parameter.requires_grad_(flag)
