@@ -215,8 +215,9 @@ def test_rows_decide_which_cases_take_part():
         {"case": 1, "a": math.nan, "b": None, "weight": 3.0},
         {"case": 2, "a": 1.0, "text": "?"},
     ]
-    found = resampled(rows, ["a", "b", "text", "c"])
-    assert sorted(found) == ["a", "b"]
+    rows = [{**row, "d": value} for row, value in zip(rows, (20.0, math.inf, 21.0), strict=True)]
+    found = resampled(rows, ["a", "b", "text", "c", "d"])
+    assert sorted(found) == ["a", "b"], "a perplexity that is infinite once has no finite mean"
     assert found["a"][0] == pytest.approx(2 / 5)
     assert found["b"][0] == 1.0
 
