@@ -50,12 +50,8 @@ class CounterFactScores(EditingMeasurement):
 
     def derived(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """Return S of the scores, and of the accuracies."""
-        return {
-            f"harmonic_{form}": float(
-                harmonic_mean(torch.tensor([means[f"{k}_{form}"] for k in CounterFactScore.KINDS]))
-            )
-            for form in ("score", "accuracy")
-        }
+        kinds = {form: [means[f"{kind}_{form}"] for kind in CounterFactScore.KINDS] for form in ("score", "accuracy")}
+        return {f"harmonic_{form}": float(harmonic_mean(torch.tensor(values))) for form, values in kinds.items()}
 
     def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
         """Score every prompt of the cases and add them to the metric."""
