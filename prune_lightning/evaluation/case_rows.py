@@ -70,10 +70,10 @@ class CaseRows:
         if self.path and rows:
             self._write(self.path, measurement, num_requests, rows)
 
-    def drop(self, num_requests: int) -> None:
-        """Remove the rows of a count, before it is evaluated again."""
+    def retain(self, counts: Collection[int]) -> None:
+        """Remove the rows of all other counts, which were or will be evaluated again."""
         if self.path:
-            kept = [line for line in _lines(self.path) if line["num_requests"] != num_requests]
+            kept = [line for line in _lines(self.path) if line["num_requests"] in counts]
             self.path.write_text("", "utf-8")
             self._written = 0
             self._append(self.path, kept)

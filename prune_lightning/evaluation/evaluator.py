@@ -137,9 +137,13 @@ class Evaluator:
         """Drop the latest evaluation, before the model is evaluated again at the same count."""
         count = int(self.curve.pop()["num_requests"])
         self.intervals.pop()
-        self.rows.drop(count)
+        self.retain_rows()
         if self.stream:
             self.stream.drop(count)
+
+    def retain_rows(self) -> None:
+        """Remove the rows of evaluations that are not in the curve."""
+        self.rows.retain({int(entry["num_requests"]) for entry in self.curve})
 
     # -- an evaluation --------------------------------------------------------------------------------------------
     def evaluate(
