@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,8 +24,9 @@ from rich.table import Table
 from timing import clock
 
 from prune_lightning.data.bundled import BundledWorld
-from prune_lightning.evaluation.decoding import decode
+from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.retrieval import general_sentences
+from prune_lightning.models.generating import generation_settings
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.requests import EditRequest
 from prune_lightning.tasks.recipe import Recipe, composed
@@ -38,24 +41,42 @@ METHODS = {
 }
 
 
-def best(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Return the median of the seconds that ``work`` takes."""
-    return median(clock(work, device)[0] for _ in range(repeats))
+def asking(model: LanguageModel, prompts: Sequence[Sequence[int]], new: int) -> Callable[[], None]:
+    """Return what generates ``new`` tokens behind each prompt, one prompt at a time, also behind an end token.
+
+    Both with and without a memory it is the model's own ``generate``, so that the difference is what the memory costs.
+    """
+
+    def work() -> None:
+        for prompt in prompts:
+            ((ids, _),) = model.asked([(prompt, len(prompt))])
+            row = torch.tensor([list(ids)[new - model.tokens.max_length :]], device=model.device)
+            model.model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=new, min_new_tokens=new)
+
+    return work
 
 
-def measured(model: LanguageModel, prompts: list[list[int]], new: int, repeats: int) -> dict[str, float]:
-    """Return milliseconds per prompt with its first token, and per further token."""
+def measured(module: EditingModule, prompts: Sequence[Sequence[Sequence[int]]], new: int) -> dict[str, Any]:
+    """Return milliseconds per prompt with its first token, and per further token, with and without the memory.
 
-    def asking(count: int) -> Callable[[], Any]:
-        return lambda: [decode(model, [ids], [count]) for ids in prompts]
-
-    asking(2)()
-    first, all_of_them = (best(asking(count), model.device, repeats) for count in (1, new))
-    tokens = sum(len(decode(model, [ids], [new])[0].ids) for ids in prompts) - len(prompts)
+    Args:
+        module: The method, with its edits.
+        prompts: Two lists for each repetition, all different: a memory may know what it was asked before.
+        new: Tokens behind each prompt.
+    """
+    model, seconds = module.language_model, defaultdict[tuple[str, int], list[float]](list)
+    with torch.no_grad(), generation_settings(model):
+        for number, chosen in enumerate(prompts):
+            count = new if number % 2 else 1
+            for name, place in (("with", nullcontext()), ("without", module.unedited())):
+                with place:
+                    spent, _ = clock(asking(model, chosen, count), model.device)
+                if number > 1:  # the first ones warm up
+                    seconds[name, count].append(spent)
+    middle = {key: 1e3 * median(found) / len(prompts[0]) for key, found in seconds.items()}
     return {
-        "ms_per_prompt": 1e3 * first / len(prompts),
-        "ms_per_token": 1e3 * (all_of_them - first) / max(1, tokens),
-        "tokens": float(tokens),
+        name: {"ms_per_prompt": middle[name, 1], "ms_per_token": (middle[name, new] - middle[name, 1]) / (new - 1)}
+        for name in ("with", "without")
     }
 
 
@@ -89,18 +110,15 @@ def times(name: str, requests: list[EditRequest], options: argparse.Namespace) -
     model = recipe.language_model()
     module = recipe.build(model)
     module.prepare()
-    asked = [request.prompt for request in requests[: options.prompts]]
-    prompts = model.tokens.encode_all([*asked, *general_sentences()[: options.prompts]])
+    asked = [request.prompt for request in requests[: options.prompts]] + general_sentences()[: options.prompts]
+    prompts = [model.tokens.encode_all([f"({i}) {text}" for text in asked]) for i in range(2 * options.repeats + 2)]
     rows, written = [], 0
     for count in sorted(options.entries):
         for begin in range(written, count, 50):
             module.edit(requests[begin : min(begin + 50, count)])
             module.run.settle()
         written = count
-        found = measured(model, prompts, options.new_tokens, options.repeats)
-        with module.unedited():
-            without = measured(model, prompts, options.new_tokens, options.repeats)
-        rows.append({"method": name, "entries": count, "with": found, "without": without})
+        rows.append({"method": name, "entries": count, **measured(module, prompts, options.new_tokens)})
     return rows
 
 

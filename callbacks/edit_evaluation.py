@@ -240,6 +240,7 @@ class EditEvaluation(LightningCallback):
             self.evaluator.curve += state.get("scores", [])
             self.evaluator.intervals += state.get("intervals", [])
         self._reported = len(self.curve)
+        self.evaluator.retain_rows()  # not those of a final evaluation, which is repeated
 
     # -- summary --------------------------------------------------------------------------------------------------
     def remarks(self) -> list[str]:

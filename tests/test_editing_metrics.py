@@ -22,7 +22,9 @@ from prune_lightning.data.zsre import ZsRE
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.counterfact import CounterFactScores
 from prune_lightning.evaluation.easyedit import EasyEditScores
+from prune_lightning.evaluation.evaluator import Evaluator
 from prune_lightning.evaluation.generation import GenerationQuality
+from prune_lightning.evaluation.measurement import Measured
 from prune_lightning.evaluation.prompts import spread
 from prune_lightning.evaluation.wild import WildGeneration
 from prune_lightning.evaluation.zsre import ZsREScores
@@ -263,6 +265,22 @@ def test_a_model_that_is_no_number_fails_everything(bundled, cases):
         assert scores == worst, measurement.name
         assert failures is None or failures > 0
     assert CounterFactScores().measure(bundled, cases).scores["num_nonfinite"] == 4 * (1 + 2 + 5)
+
+
+@pytest.mark.parametrize("measurement", [CounterFactScores(), ZsREScores()], ids=["counterfact", "zsre"])
+def test_of_a_weighted_sample_the_harmonic_mean_is_that_of_the_weighted_means(measurement, cases, bundled):
+    evaluator, weights = Evaluator([measurement]), {0: 7.0, 1: 1.0, 2: 2.0, 3: 1.0}
+    for i in (0, 3):  # what the model says already
+        cases[i] = replace(cases[i], target_new=cases[i].target_old, target_old=cases[i].target_new)
+    measurement.take_reference(bundled, cases)
+    found = evaluator.evaluate(bundled, cases, weights, 11, [measurement], lambda: Measured({}), 1)
+    plain = measurement.measure(bundled, cases)
+    names = {"edit/counterfact": ("efficacy_score", "generalization_score", "locality_score", "harmonic_score")}
+    *kinds, harmonic = names.get(measurement.name, ("efficacy", "generalization", "specificity", "harmonic"))
+    means = [sum(weights[row["case"]] * row[kind] for row in plain.cases) / 11 for kind in kinds]
+    assert [found[f"{measurement.name}/{kind}"] for kind in kinds] == pytest.approx(means)
+    assert means != pytest.approx([plain.scores[kind] for kind in kinds])
+    assert found[f"{measurement.name}/{harmonic}"] == pytest.approx(3 / sum(1 / mean for mean in means))
 
 
 def test_fluency_and_consistency(cases, bundled):

@@ -22,6 +22,7 @@ from prune_lightning.evaluation.measurement import Measurement, Stream
 from prune_lightning.evaluation.miniature import MiniatureAbilities
 from prune_lightning.evaluation.retention import Retention
 from prune_lightning.metrics import MeanRouge
+from prune_lightning.metrics.bootstrap import interval
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.types import EditRequest
 
@@ -211,6 +212,21 @@ def test_interval_of_retention_compares_the_same_draws():
     means = {"ability/tasks/a": 0.5 + 0.5 * (before["ability/tasks/a"] - 0.5)}  # half is kept in each draw
     retained.add([measurement], {"ability/tasks/a": 0.65}, means)
     assert means["ability/tasks/retention"] == pytest.approx(np.full(1001, 0.5))
+
+
+def test_interval_of_retention_stays_near_it_where_a_draw_of_the_unedited_model_is_at_chance():
+    measurement, retained = Tasks(a=0.5, b=0.5), Retention()
+    draws = {name: np.full(1001, 0.7) for name in ("ability/tasks/a", "ability/tasks/b")}
+    draws["ability/tasks/a"][1:21] = draws["ability/tasks/b"][21:41] = 0.5  # 2 % of the draws of each
+    scores = dict.fromkeys(draws, 0.7)
+    retained.decide([measurement], scores, draws)
+    assert retained.facts()["ability/tasks"]["tasks"] == {"a": 0.5, "b": 0.5}
+    now, means = dict.fromkeys(draws, 0.6), {name: np.full(1001, 0.6) for name in draws}
+    retained.add([measurement], now, means)
+    found = means["ability/tasks/retention"]
+    assert found[0] == now["ability/tasks/retention"] == pytest.approx(0.5)
+    assert found[1:41] == pytest.approx(np.full(40, ((0.1 + 0.5 * 0.2) / 0.2 + 0.5) / 2))
+    assert interval(found[1:]) == pytest.approx((0.5, 0.75))
 
 
 def test_chance_of_the_bundled_tasks_is_that_of_an_answer_without_its_prompt():

@@ -11,6 +11,7 @@ import torch
 from conftest import BUNDLED, quiet_trainer
 from prune_lightning.callbacks.sentinel import Sentinel
 from prune_lightning.callbacks.update_guards import KeyGuard, NormGuard, ValueGuard
+from test_fuzz import command_line
 from test_restraint import RandomEdits
 
 from prune_lightning.callbacks import PRUNE, RECT, EditLedger, EditLog, Guards, SubspaceFilter
@@ -305,3 +306,14 @@ def test_settings_that_make_no_sense_are_refused():
 def test_requests_that_cannot_be_edits_do_not_reach_the_guards(broken):
     with pytest.raises(UserError):
         EditRequest(**({"case_id": 1, "subject": "Ann", "prompt": "Ann is", "target_new": "old"} | broken))
+
+
+def test_the_control_run_leaves_out_what_a_guard_refused(tmp_path):
+    """It is compared with the run, so it writes the same edits."""
+    options = ["evaluation=editing", "progress=false", "data.num_edits=2", "method.value.steps=1", "restraint=prune"]
+    options += ["callbacks.guards.value.policy=skip", "callbacks.guards.value.least_probability=0.9999"]
+    assert command_line(tmp_path, *options) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["guards"]["refused"] == 2
+    for final in (summary["final"], summary["control"]["final"]):
+        assert final["spectrum/relative_change"] == 0.0

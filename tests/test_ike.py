@@ -14,6 +14,7 @@ from prune_lightning.evaluation.scoring import score_encoded, score_pairs
 from prune_lightning.methods.ike import IKE, shown_as
 from prune_lightning.methods.retrieval import HiddenStates, SharedWords, SubjectWords, general_sentences
 from prune_lightning.models.hooks import capture
+from prune_lightning.models.packing import trees
 from prune_lightning.types import EditRequest
 
 JAPAN = EditRequest(0, "Japan", "The capital of Japan is", "Rome")
@@ -71,6 +72,36 @@ def test_a_later_answer_takes_the_place_of_the_earlier(bundled_shared):
     assert len(module.side) == 2
     assert "Japan is Bern" in asked(bundled_shared, JAPAN.prompt)
     assert "Italy is Oslo" in asked(bundled_shared, ITALY.prompt)
+    module.run.restore()
+
+
+def test_what_was_asked_before_a_fact_is_asked_anew(bundled_shared):
+    module = editor(bundled_shared, JAPAN)
+    assert asked(bundled_shared, ITALY.prompt) == ITALY.prompt
+    module.edit([ITALY])
+    assert asked(bundled_shared, ITALY.prompt).startswith("New Fact: The capital of Italy is Oslo")
+    held = module.side.state_dict()
+    module.run.restore()
+    assert asked(bundled_shared, ITALY.prompt) == ITALY.prompt
+    module.side.load_state_dict(held)
+    ids, (pair,) = bundled_shared.tokens.encode(ITALY.prompt), bundled_shared.asked([(list(range(3, 120)), 110)])
+    assert pair == (list(range(3, 120)), 110), "another prompt"
+    for answer in ([], [5], [6, 7]):
+        (row, length), (alone, _) = bundled_shared.asked([([*ids, *answer], len(ids)), (ids, len(ids))])
+        assert (list(row), length) == ([*alone, *answer], len(alone))
+    module.run.restore()
+
+
+def test_rows_share_what_stands_before_several_prompts(bundled_shared):
+    """Unlike other memories, facts in the text leave the model as it is."""
+    module = editor(bundled_shared, JAPAN, ITALY, demonstrations=DEMONSTRATIONS)
+    sequences = [[1, 2, 3, 4, 5, number] for number in range(8)]
+    assert trees(bundled_shared, sequences, 64, 48) is not None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in bundled_shared.model.modules())
+    encoded = bundled_shared.tokens.encode_pairs([(r.prompt, x) for r in (JAPAN, ITALY) for x in ("Rome", "Bern")])
+    together = score_encoded(bundled_shared, encoded)
+    alone = score_encoded(bundled_shared, encoded, trees=False)
+    assert torch.allclose(together.nll, alone.nll, rtol=1e-5)
     module.run.restore()
 
 

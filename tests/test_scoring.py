@@ -10,13 +10,14 @@ from transformers import PreTrainedTokenizerFast
 
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
+from prune_lightning.evaluation.generation import GenerationQuality
 from prune_lightning.evaluation.scoring import greedy_continuations, score_encoded, score_pairs, token_nll
 from prune_lightning.metrics import CorpusPerplexity, CounterFactScore, ExactMatch
 from prune_lightning.metrics.functional import retention
 from prune_lightning.models import batching
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.token_tree import grow
-from prune_lightning.models.tokenization import Tokens
+from prune_lightning.models.tokenization import EncodedPair, Tokens
 from prune_lightning.types import EditRequest
 
 PAIRS = [
@@ -94,6 +95,22 @@ def test_nan_model_fails_every_score(bundled):
     assert float(metric.compute()["efficacy_score"]) == 0.0
     assert int(metric.compute()["num_nonfinite"]) == len(PAIRS)
     assert retention({"a": float("nan")}, {"a": 0.9}, {"a": 0.25}) == 0.0
+
+
+def test_a_pair_whose_last_token_is_not_finite_has_no_hits(bundled_shared):
+    tokens, prompt = bundled_shared.tokens, "The capital of Japan is"
+    ids = tokens.encode(prompt)
+    pair = EncodedPair([*ids, *decode(bundled_shared, [ids], [2])[0].ids], len(ids))
+    assert score_encoded(bundled_shared, [pair]).num_hits.tolist() == [2]
+
+    def broken(module, args, output):
+        return output.index_fill(0, torch.tensor([1]), math.nan)
+
+    handle = bundled_shared.model.get_output_embeddings().register_forward_hook(broken)
+    found = score_encoded(bundled_shared, [pair])
+    handle.remove()
+    assert found.nonfinite.tolist() == [True]
+    assert (found.num_hits.tolist(), found.predicted.tolist()) == ([0], [[-1, -1]])
 
 
 def test_editing_score_by_hand():
@@ -203,6 +220,22 @@ def styled(style):
         bos = tokenizer.token_to_id("<s>")
         tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", bos)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_words_of_a_generated_text_stay_apart(tiny, style):
+    """A SentencePiece tokenizer decodes a continuation by itself without the blank at its beginning."""
+    tokenizer, family = styled(style), "gpt2" if style == "gpt2" else "llama"
+    model = LanguageModel(tiny(family, torch.float32).model, tokenizer)
+    (word,) = model.tokens.encode_pair("Seven plus two equals", "a").target
+    head = model.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _, args, output: output.index_fill(-1, torch.tensor([word]), 1e6))
+    request = EditRequest(0, "Japan", "Japan is", "a", generation_prompts=("The capital of Japan is",))
+    measurement = GenerationQuality(max_tokens=len(model.tokens.encode("The capital of Japan is")) + 3)
+    measurement.take_reference(model, {0: request})
+    ((text,),) = [row["texts"] for row in measurement.measure(model, {0: request}).cases]
+    handle.remove()
+    assert text == "The capital of Japan is a a a"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -16,13 +16,15 @@ from conftest import ROOT, quiet_trainer
 from scipy import stats
 from stream_entries import ENTRIES, filled
 
-from prune_lightning.callbacks import EditEvaluation, EditLog
+from prune_lightning.callbacks import EditEvaluation, EditLedger, EditLog
 from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.case_rows import CaseRows, resampled
 from prune_lightning.evaluation.case_sampler import CaseSampler
 from prune_lightning.evaluation.measurement import EditingMeasurement, Measured
-from prune_lightning.evaluation.stream import StreamScores, success
+from prune_lightning.evaluation.stream import StreamScores, Success, success
+from prune_lightning.json_files import nan_to_null
+from prune_lightning.ledger import Ledger
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.metrics import AbilityCurve, RetentionMatrix
 from prune_lightning.metrics.bootstrap import interval, resampled_means
@@ -215,8 +217,9 @@ def test_rows_decide_which_cases_take_part():
         {"case": 1, "a": math.nan, "b": None, "weight": 3.0},
         {"case": 2, "a": 1.0, "text": "?"},
     ]
-    found = resampled(rows, ["a", "b", "text", "c"])
-    assert sorted(found) == ["a", "b"]
+    rows = [{**row, "d": value} for row, value in zip(rows, (20.0, math.inf, 21.0), strict=True)]
+    found = resampled(rows, ["a", "b", "text", "c", "d"])
+    assert sorted(found) == ["a", "b"], "a perplexity that is infinite once has no finite mean"
     assert found["a"][0] == pytest.approx(2 / 5)
     assert found["b"][0] == 1.0
 
@@ -288,13 +291,27 @@ class Half(EditingMeasurement):
         return {"half": job}
 
 
-def follow(module, tmp_path, **options):
+def follow(module, tmp_path, *callbacks, num_edits=9, done=(), **options):
     scores = StreamScores()
     log = EditLog(tmp_path / "edits.jsonl", scores)
     evaluation = EditEvaluation([2, 4, 6], [Half()], scores, cases_file=tmp_path / "cases.jsonl", **options)
-    stream = BundledWorld(num_edits=9, protocol="sequential_batched", batch_size=2)
-    quiet_trainer(log, evaluation).fit(module, datamodule=stream)
+    stream = BundledWorld(num_edits=num_edits, protocol="sequential_batched", batch_size=2, done=done)
+    quiet_trainer(log, evaluation, *callbacks).fit(module, datamodule=stream)
     return evaluation
+
+
+@pytest.mark.parametrize(("num_edits", "counts"), [(5, [0, 2, 4, 5]), (9, [0, 2, 4, 7, 9])])
+def test_the_rows_of_a_final_evaluation_that_is_repeated_go(num_edits, counts, tiny, tmp_path):
+    """Of a run that was killed before its end was recorded, and of one that is extended."""
+    follow(Edits(tiny("gpt2", torch.float32)), tmp_path, EditLedger(tmp_path / "ledger"), num_edits=5)
+    (tmp_path / "ledger" / "finish.json").unlink()
+    ledger = Ledger.open(tmp_path / "ledger")
+    resumed = EditLedger(tmp_path / "ledger", ledger=ledger)
+    found = follow(Edits(tiny("gpt2", torch.float32)), tmp_path, resumed, num_edits=num_edits, done=ledger.sizes)
+    assert [entry["num_requests"] for entry in found.curve] == counts
+    rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    halves = [(row["num_requests"], row["case"]) for row in rows if row["measurement"] == "edit/half"]
+    assert sorted(halves) == [(count, case) for count in counts for case in range(count or num_edits)]
 
 
 def test_identity_edits_leave_everything_as_it_was(tiny, tmp_path):
@@ -330,6 +347,20 @@ def test_a_model_that_turns_nan_fails_from_there_on(tiny, tmp_path):
     for count, entry in by_count.items():
         metric.update(count, entry["edit/half/retention"])
     assert float(metric.compute()["edits_to_collapse"]) == 4
+
+
+def test_a_score_that_is_no_number_is_a_failure_after_a_resume_too(tiny):
+    model, cases = tiny("gpt2", torch.float32), {}
+    straight, resumed = StreamScores(), StreamScores()
+    for scores in (straight, resumed):
+        scores.begin(model, cases, [1, 2, 3], [])
+    straight.just_after([0], 1, Success([math.nan], [math.nan]))
+    straight.just_after([1], 2, Success([math.nan], [1.0]))  # the old target's alone
+    straight.just_after([2], 3, Success([None], [1.0]))  # which is not known
+    resumed.restore(json.loads(json.dumps(nan_to_null(straight.fresh()))))
+    for form, acquired in (("score", 0.0), ("accuracy", 2 / 3)):
+        assert straight.figures(form)["acquisition"] == pytest.approx(acquired)
+        assert resumed.figures(form) == pytest.approx(straight.figures(form), nan_ok=True)
 
 
 def test_scores_just_before_and_after_are_not_taken_twice(tiny, tmp_path, monkeypatch):

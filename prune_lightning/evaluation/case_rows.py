@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -69,10 +70,10 @@ class CaseRows:
         if self.path and rows:
             self._write(self.path, measurement, num_requests, rows)
 
-    def drop(self, num_requests: int) -> None:
-        """Remove the rows of a count, before it is evaluated again."""
+    def retain(self, counts: Collection[int]) -> None:
+        """Remove the rows of all other counts, which were or will be evaluated again."""
         if self.path:
-            kept = [line for line in _lines(self.path) if line["num_requests"] != num_requests]
+            kept = [line for line in _lines(self.path) if line["num_requests"] in counts]
             self.path.write_text("", "utf-8")
             self._written = 0
             self._append(self.path, kept)
@@ -108,21 +109,22 @@ def _named(keys: Sequence[tuple[str, int]]) -> str:
 def resampled(rows: Rows, names: Collection[str]) -> dict[str, Floats]:
     """Return, by score, one array with its mean over the cases, followed by its means over resampled cases.
 
-    A non-finite value is a failure and counts as 0. Rows without the score, or with ``None``, are left out.
+    NaN is a failure and counts as 0. A score with an infinite value, such as a perplexity, is left out: its mean is
+    infinite. Rows without the score, or with ``None``, are left out, too.
 
     Args:
         rows: Rows of one measurement; ``weight`` is the number of cases that a row represents, 1 by default.
-        names: Names of its scores; those that no row has are left out of the result.
+        names: Names of its scores; those that no row has are left out.
     """
     columns: dict[tuple[int, ...], list[str]] = {}
     for name in names:
         having = tuple(i for i, row in enumerate(rows) if isinstance(row.get(name), (bool, int, float)))
-        if having:
+        if having and not any(math.isinf(rows[i][name]) for i in having):
             columns.setdefault(having, []).append(name)
     result: dict[str, Floats] = {}
     for having, together in columns.items():
         values = np.array([[float(rows[i][name]) for name in together] for i in having])
-        values = np.where(np.isfinite(values), values, 0.0)
+        values = np.where(np.isnan(values), 0.0, values)
         weight = np.array([float(rows[i].get("weight", 1.0)) for i in having])
         means = resampled_means(values, weight)
         whole = (weight @ values) / weight.sum()

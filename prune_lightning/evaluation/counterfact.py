@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from prune_lightning.evaluation.measurement import Cases, EditingMeasurement, Headline
 from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.metrics import CounterFactScore
+from prune_lightning.metrics.functional import harmonic_mean
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.text.separators import TextPair
 from prune_lightning.types import EditRequest
@@ -46,6 +47,11 @@ class CounterFactScores(EditingMeasurement):
     def metric(self) -> CounterFactScore:
         """Return a fresh metric."""
         return CounterFactScore()
+
+    def derived(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """Return S of the scores, and of the accuracies."""
+        kinds = {form: [means[f"{kind}_{form}"] for kind in CounterFactScore.KINDS] for form in ("score", "accuracy")}
+        return {f"harmonic_{form}": float(harmonic_mean(torch.tensor(values))) for form, values in kinds.items()}
 
     def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
         """Score every prompt of the cases and add them to the metric."""

@@ -15,6 +15,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.models.batching import TOKEN_BUDGET, by_length
 from prune_lightning.models.generating import generation_settings
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.packing import shares_beginnings
 from prune_lightning.models.prefilled import Prefilled, prefills
 
 PREFILLED = "prompts with shared beginnings"
@@ -164,7 +165,7 @@ def decode(
             drawn = TopK(sampling.k, [sampling.seeds[i] for i in group]) if sampling else None
             rows = _Rows(model, max(map(len, cut)), [limits[i] for i in group], stops, drawn)
             # A memory has to know where each prompt ends, which only whole rows show.
-            shares = model.memory is None and model.fast_path.holds(PREFILLED, partial(prefills, model))
+            shares = shares_beginnings(model) and model.fast_path.holds(PREFILLED, partial(prefills, model))
             generated = (_continued if shares else _generated)(model, cut, rows, ends)
             for row, i in enumerate(group):
                 results[i] = rows.continuation(row, generated[row], ends)

@@ -103,10 +103,7 @@ class Drift(Measurement):
                     metric.update(kl, same)
                     agreement = float((same & kl.isfinite()).double().mean())
                     rows.append({"case": len(rows), "kl": float(kl.double().mean()), "agreement": agreement})
-        scores = {name: float(value) for name, value in metric.compute().items()} | self._changes()
-        if scores["num_nonfinite"]:
-            rows = [{name: value for name, value in row.items() if name != "kl"} for row in rows]
-        return Measured(scores, rows)
+        return Measured({name: float(value) for name, value in metric.compute().items()} | self._changes(), rows)
 
     def _encoded(self, model: LanguageModel) -> Tensor:
         """Return the text in rows of one length, each after the model's special tokens."""

@@ -137,9 +137,13 @@ class Evaluator:
         """Drop the latest evaluation, before the model is evaluated again at the same count."""
         count = int(self.curve.pop()["num_requests"])
         self.intervals.pop()
-        self.rows.drop(count)
+        self.retain_rows()
         if self.stream:
             self.stream.drop(count)
+
+    def retain_rows(self) -> None:
+        """Remove the rows of evaluations that are not in the curve."""
+        self.rows.retain({int(entry["num_requests"]) for entry in self.curve})
 
     # -- an evaluation --------------------------------------------------------------------------------------------
     def evaluate(
@@ -207,7 +211,7 @@ class Evaluator:
         due: Sequence[Measurement],
     ) -> Scores:
         """Combine the parts of each measurement, collect the rows, and compute the intervals."""
-        by_place = {m.name for m in due if isinstance(m, EditingMeasurement)}
+        by_place = {m.name: m for m in due if isinstance(m, EditingMeasurement)}
         sampled = any(weight != 1 for weight in weights.values())
         scores: Scores = {}
         means: dict[str, Floats] = {}
@@ -217,10 +221,11 @@ class Evaluator:
             figures = {key: value for part in found for key, value in part.scores.items()}
             if sampled and name in by_place:
                 rows = [{**row, "weight": weights[row["case"]]} for row in rows]
-            self.rows.add(name, num_requests, rows, asked=weights.keys() if name in by_place | {"stream"} else None)
+            self.rows.add(name, num_requests, rows, asked=weights.keys() if name in {*by_place, "stream"} else None)
             per_case = resampled(rows, figures.keys())
             if sampled and name in by_place:
                 figures |= {key: float(values[0]) for key, values in per_case.items()}
+                figures |= by_place[name].derived(figures)
             scores |= {f"{name}/{key}": value for key, value in figures.items()}
             means |= {f"{name}/{key}": values for key, values in per_case.items()}
             self.num_cases |= {f"{name}/{key}": sum(_is_number(row.get(key)) for row in rows) for key in per_case}

@@ -97,8 +97,11 @@ class GenerationQuality(SampledMeasurement):
         limits = [max(0, self.max_tokens - len(ids)) for ids in prompts]
         draws = TopK(self.top_k, [random.Random(f"{self.seed}/{c}/{i}").getrandbits(63) for c, i, _ in asked])
         texts: dict[int, list[str]] = {case: [] for case in cases}
-        for (case, _, prompt), continuation in zip(asked, decode(model, prompts, limits, sampling=draws), strict=True):
-            texts[case].append(prompt + continuation.text if continuation.finite else "")
+        found = decode(model, prompts, limits, sampling=draws)
+        for (case, _, _), ids, continuation in zip(asked, prompts, found, strict=True):
+            # Together: of a continuation by itself, SentencePiece tokenizers drop the blank at its beginning.
+            text = model.tokens.decode([*ids, *continuation.ids])
+            texts[case].append(text if continuation.finite else "")
         for case, request in cases.items():
             metric.update(texts[case], case, request.references)
         return [{**row, "texts": texts[int(row["case"])]} for row in metric.rows(cases)]

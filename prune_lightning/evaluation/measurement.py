@@ -170,6 +170,14 @@ class EditingMeasurement(Measurement):
     def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
         """Score cases, add them to the metric, and return their rows."""
 
+    def derived(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """Return the scores that are computed from other scores, such as a harmonic mean; none by default.
+
+        Args:
+            means: Scores that are means over cases, each case weighted by the number of cases that it represents.
+        """
+        return {}
+
     def jobs(self, model: LanguageModel, cases: Cases) -> Mapping[str, Callable[[], Measured]]:
         """Return the one job."""
         return {self.name: partial(self._measure, model, cases)}

@@ -56,11 +56,7 @@ class Retention:
             chance = {f"{name}/{task}": level for task, level in self.tasks.get(name, {}).items()}
             scores[f"{name}/retention"] = retention(scores, self._before, chance)
             if chance and all(key in means and key in self._resampled for key in chance):
-                # The same cases are drawn for both models, so that chance in the draw cancels.
-                shares = [
-                    (means[key] - level) / np.maximum(self._resampled[key] - level, 1e-12)
-                    for key, level in chance.items()
-                ]
+                shares = [_share(means[key], self._resampled[key], level) for key, level in chance.items()]
                 means[f"{name}/retention"] = np.mean(np.maximum(shares, 0.0), axis=0)
 
     def num_cases(self, found: Mapping[str, int]) -> dict[str, int]:
@@ -86,3 +82,20 @@ class Retention:
             f"The retention of {name} leaves out {', '.join(out)}: not clearly above chance before the first edit."
             for name, out in self.left_out.items()
         ]
+
+
+def _share(now: Floats, before: Floats, chance: float) -> Floats:
+    """Return the share of a task that is kept, and in each draw the share to first order around it.
+
+    The same cases are drawn for both models, so that chance in the draw cancels. To first order, since a draw in which
+    the unedited model is hardly better than chance has a quotient without meaning.
+
+    Args:
+        now: The score, and its means over resampled cases.
+        before: The same of the unedited model.
+        chance: The chance level, below the score of the unedited model.
+    """
+    ability = before[0] - chance
+    share = (now[0] - chance) / ability
+    kept: Floats = (now - chance - share * (before - before[0])) / ability
+    return kept

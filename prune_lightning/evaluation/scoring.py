@@ -19,7 +19,7 @@ from prune_lightning.models.tokenization import EncodedPair
 from prune_lightning.text.separators import Pair, as_pair
 
 NOTHING = -1
-"""Fills :attr:`PairScores.predicted` after the target's end, and where the logits are not finite."""
+"""Fills :attr:`PairScores.predicted` after the target's end, and where the likelihood is not finite."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,12 @@ def score_encoded(
             )
             with model.prompts(batch.prompts):
                 logits = model.logits_at(**batch.inputs, rows=rows, positions=places).to(exact)
-            normaliser, choice = logits.logsumexp(-1), logits.argmax(-1)
-            losses = normaliser[index] - logits[index, labels]
-            choice = choice.masked_fill(~torch.isfinite(normaliser), NOTHING)[index]
+            losses, choice = logits.logsumexp(-1)[index] - logits[index, labels], logits.argmax(-1)[index]
             total.index_add_(0, owners, losses)
-            hits.index_add_(0, owners, ((choice == labels) & torch.isfinite(losses)).long())
+            hits.index_add_(0, owners, (choice == labels).long())
             predicted[owners, steps] = choice
+    broken = ~torch.isfinite(total)  # also where only the last tokens are
+    hits, predicted = hits.masked_fill(broken, 0), predicted.masked_fill(broken[:, None], NOTHING)
     retokenised = torch.tensor([pair.retokenised for pair in pairs], dtype=torch.bool, device=model.device)
     return PairScores(total / lengths, hits, lengths, predicted, retokenised)
 

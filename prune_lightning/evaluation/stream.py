@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -177,7 +178,7 @@ class StreamScores:
 
     def just_after(self, cases: Sequence[int], num_requests: int, found: Success) -> None:
         """Add the scores of cases that have just been written."""
-        self._immediate = self._add(num_requests, cases, found)
+        self._add(num_requests, cases, found)
 
     def score(self, model: LanguageModel, cases: Cases, num_requests: int, weights: Mapping[int, float]) -> Measured:
         """Score cases written so far; those that have just been written are not scored again.
@@ -230,11 +231,15 @@ class StreamScores:
     def restore(self, scores: Sequence[Mapping[str, Any]]) -> None:
         """Add the scores that :meth:`fresh` returned in an earlier run; non-finite ones are failures."""
         for found in scores:
-            self._add(found["num_requests"], found["cases"], Success(found["score"], found["accuracy"]))
+            score = [None if value is None else float(value) for value in found["score"]]
+            accuracy = [math.nan if value is None else float(value) for value in found["accuracy"]]
+            self._add(found["num_requests"], found["cases"], Success(score, accuracy))
         self._fresh = []
 
     def _add(self, num_requests: int, cases: Sequence[int], found: Success) -> dict[int, dict[str, float]]:
-        self._fresh.append({"num_requests": num_requests, "cases": list(cases), **asdict(found)})
+        # In JSON, NaN becomes null, which stands for a score that is not known.
+        plain = {form: ["nan" if value != value else value for value in values] for form, values in vars(found).items()}
+        self._fresh.append({"num_requests": num_requests, "cases": list(cases), **plain})
         rows: dict[int, dict[str, float]] = {i: {} for i in cases}
         given: Mapping[str, Sequence[float | None]] = {"score": found.score, "accuracy": found.accuracy}
         for form, values in given.items():
@@ -245,6 +250,7 @@ class StreamScores:
                 index, value_ = torch.tensor(known).unbind(1)
                 commit = torch.tensor([self._commits[i] for i, _ in known])
                 self.matrices[form].update(num_requests, commit, index, value_)
+        self._immediate = {i: rows[i] for i in cases if self._commits[i] == num_requests} or self._immediate
         return rows
 
 

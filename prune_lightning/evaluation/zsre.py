@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torchmetrics import Metric
 
 from prune_lightning.evaluation.measurement import Cases, EditingMeasurement, Headline
 from prune_lightning.evaluation.prompts import edit_pair, locality_pairs, paraphrase_pairs, score_kinds
 from prune_lightning.metrics import TokenMatch
+from prune_lightning.metrics.functional import harmonic_mean
 from prune_lightning.models.language_model import LanguageModel
 
 
@@ -36,9 +38,15 @@ class ZsREScores(EditingMeasurement):
     }
     short: ClassVar[Sequence[str]] = ("harmonic",)
 
+    KINDS: ClassVar[Sequence[str]] = ("efficacy", "generalization", "specificity")
+
     def metric(self) -> TokenMatch:
         """Return a fresh metric."""
-        return TokenMatch(("efficacy", "generalization", "specificity"), harmonic=True)
+        return TokenMatch(self.KINDS, harmonic=True)
+
+    def derived(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """Return the harmonic mean."""
+        return {"harmonic": float(harmonic_mean(torch.tensor([means[kind] for kind in self.KINDS])))}
 
     def update(self, metric: Metric, model: LanguageModel, cases: Cases) -> list[dict[str, Any]]:
         """Score every prompt of the cases and add them to the metric."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from prune_lightning.types import EditRequest, MemoryUpdate
 from prune_lightning.value_types import check_values
 
 SIMILARITIES = ("subject", "words", "hidden")
+_KEPT = 2**14  # prompts
 Demonstration = Sequence[str]
 """A new fact, a prompt, and its answer."""
 
@@ -55,6 +58,8 @@ class FactMemory(SideMemory):
         count: Number of demonstrations before the facts.
     """
 
+    only_asks: ClassVar[bool] = True
+
     def __init__(
         self,
         language_model: LanguageModel,
@@ -66,17 +71,25 @@ class FactMemory(SideMemory):
     ) -> None:
         self.similarity, self.threshold, self.facts, self.count = similarity, threshold, facts, count
         self.demonstrations = [tuple(each) for each in demonstrations]
-        self._wording, self._shown = SharedWords(), [f"{fact} {asked}" for fact, asked, _ in self.demonstrations]
+        self._wording = SharedWords()
+        self._behind = lru_cache(_KEPT)(self._behind_facts)  # an evaluation asks every prompt many times
         super().__init__("facts", language_model)
+
+    @cached_property
+    def _shown(self) -> list[Mapping[str, float]]:
+        """What demonstrations are compared by: the words of the fact and of the prompt."""
+        return [self._wording.read(f"{fact} {asked}") for fact, asked, _ in self.demonstrations]
 
     # -- the state ------------------------------------------------------------------------------------------------
     def clear(self) -> None:
         """Forget all facts."""
         self.texts: list[Fact] = []
         self._read: list[Any] = []
+        self._behind.cache_clear()
 
     def include(self, tensors: Mapping[str, Tensor]) -> None:
         """Add facts; a prompt that is known gets the later answer."""
+        self._behind.cache_clear()
         for fact in unpacked(tensors):
             known = next((i for i, other in enumerate(self.texts) if other.prompt == fact.prompt), None)
             if known is not None:
@@ -100,16 +113,15 @@ class FactMemory(SideMemory):
         """Return the facts close to a prompt, each with its similarity, the closest last."""
         self._read += [self.similarity.read_fact(fact.prompt, fact.subject) for fact in self.texts[len(self._read) :]]
         found = self.similarity.compare(self.similarity.read(prompt), self._read)
-        order = sorted(range(len(found)), key=lambda i: (found[i], i))[-self.facts :]
-        return [(self.texts[i].whole, found[i]) for i in order if found[i] >= self.threshold]
+        close = sorted((similarity, i) for i, similarity in enumerate(found) if similarity >= self.threshold)
+        return [(self.texts[i].whole, similarity) for similarity, i in close[-self.facts :]]
 
     def contexts(self, prompt: str) -> Iterator[str]:
         """Yield the text before a prompt, with ever fewer demonstrations; nothing if no fact is close."""
         facts = [fact for fact, _ in self.retrieved(prompt)]
         if not facts:
             return
-        read = self._wording.read
-        scores = self._wording.compare(read(f"{facts[-1]} {prompt}"), [read(text) for text in self._shown])
+        scores = self._wording.compare(self._wording.read(f"{facts[-1]} {prompt}"), self._shown)
         order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
         asked = "\n".join(f"New Fact: {fact}" for fact in facts) + "\nPrompt: "
         for count in range(min(self.count, len(order)), -1, -1):
@@ -121,17 +133,22 @@ class FactMemory(SideMemory):
         It stays as it is if no fact is close, or if not even the facts fit.
         """
         ids, length = row
-        tokens, answer = self.language_model.tokens, list(ids[length:])
-        text = str(tokens.tokenizer.decode(list(ids[:length]), clean_up_tokenization_spaces=False))
+        longer, answer = self._behind(tuple(ids[:length]), len(ids) - length), ids[length:]
+        return ([*longer, *answer], len(longer)) if longer else row
+
+    def _behind_facts(self, ids: tuple[int, ...], room: int) -> Sequence[int]:
+        """Return a prompt behind its facts, so that ``room`` more tokens fit; nothing if it is asked as it is."""
+        tokens = self.language_model.tokens
+        text = str(tokens.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
         text = text[tokens.own_start(text) :]
         head, prompt, tail = self._unframed(text)
+        # Some are not what their text gives, such as a prompt that was cut.
+        is_text = bool(text.strip()) and tokens.encode(text) == list(ids)
         for context in self.contexts(prompt) if prompt.strip() else ():
-            longer = tokens.encode(head + context + prompt + tail)
-            if tokens.encode(text) != list(ids[:length]):  # not what its text gives, such as a prompt that was cut
-                longer = [*tokens.encode(context), *ids[:length]]
-            if len(longer) + len(answer) <= tokens.max_length:
-                return [*longer, *answer], len(longer)
-        return row
+            longer = tokens.encode(head + context + prompt + tail) if is_text else [*tokens.encode(context), *ids]
+            if len(longer) + room <= tokens.max_length:
+                return array("l", longer)
+        return ()
 
     def _unframed(self, text: str) -> tuple[str, str, str]:
         """Return the chat template before a prompt, the prompt, and the template behind it."""

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import resources
+from itertools import repeat
+from operator import mul
 from typing import Any
 
 import torch
@@ -68,7 +70,8 @@ class SharedWords(Similarity):
 
     def compare(self, query: Mapping[str, float], texts: Sequence[Mapping[str, float]]) -> list[float]:
         """Return the cosine with each text."""
-        return [sum(weight * text.get(word, 0.0) for word, weight in query.items()) for text in texts]
+        words, weights = tuple(query), tuple(query.values())
+        return [sum(map(mul, weights, map(text.get, words, repeat(0.0)))) for text in texts]
 
 
 class SubjectWords(SharedWords):
@@ -85,10 +88,11 @@ class SubjectWords(SharedWords):
     def compare(self, query: Mapping[str, float], texts: Sequence[Any]) -> list[float]:
         """Return the share of each subject, the wording in its third digit."""
         wording = super().compare(query, [prompt for prompt, _ in texts])
-        return [
-            0.999 * sum(weight**2 for word, weight in subject.items() if word in query) + 0.001 * close
-            for (_, subject), close in zip(texts, wording, strict=True)
+        shares = [
+            0.0 if query.keys().isdisjoint(subject) else sum(w**2 for word, w in subject.items() if word in query)
+            for _, subject in texts
         ]
+        return [0.999 * share + 0.001 * close for share, close in zip(shares, wording, strict=True)]
 
 
 def _words(text: str) -> set[str]:

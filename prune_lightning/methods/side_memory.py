@@ -130,12 +130,12 @@ class SideMemory(EditedPart, PromptMemory):
 
     def write(self) -> None:
         """Put the hooks into the model if there is something in the memory, and take them out otherwise."""
-        if len(self) and not self._handles:
-            model = self.language_model
-            self._handles = [model.reader.attach(model.model), *self.hooks()]
-            model.memory = self
-        elif not len(self):
+        model = self.language_model
+        if not len(self):
             self._detach()
+        elif not self._handles and model.memory is not self:
+            self._handles = [] if self.only_asks else [model.reader.attach(model.model), *self.hooks()]
+            model.memory = self
 
     def _detach(self) -> None:
         for handle in self._handles:

@@ -34,6 +34,11 @@ class Packed:
         return self.row[sequences, positions], self.place[sequences, positions]
 
 
+def shares_beginnings(model: LanguageModel) -> bool:
+    """Whether equal tokens are computed alike in all sequences: no memory changes them in one and not in another."""
+    return model.memory is None or model.memory.only_asks
+
+
 def trees(model: LanguageModel, sequences: Sequence[Sequence[int]], length: int, tokens: int) -> list[TreeRow] | None:
     """Return rows in which sequences share prefixes; ``None`` if they are unsupported or not faster.
 
@@ -43,7 +48,7 @@ def trees(model: LanguageModel, sequences: Sequence[Sequence[int]], length: int,
         length: Tokens per row.
         tokens: Number of tokens of plain rows, to compare with.
     """
-    if model.memory is not None:  # it may change the same tokens in one sequence and not in another
+    if not shares_beginnings(model):
         return None
     rows = grow(sequences, length)
     if sum(len(row.ids) for row in rows) > PAYS * tokens or max(map(len, sequences)) > model.tree_depth:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,13 @@ class PromptMemory:
     """Changes the answers to some prompts, each by itself.
 
     What it does to a row depends on the row's prompt alone, and is the same for all tokens of the answer. So sequences
-    cannot share the tokens of a common beginning as long as a model has a memory.
+    cannot share the tokens of a common beginning as long as a model has a memory, unless that changes the text alone.
+
+    Attributes:
+        only_asks: Whether it only changes what the model is asked, and not what the model computes for it.
     """
+
+    only_asks: ClassVar[bool] = False
 
     def asked(self, row: Row) -> Row:
         """Return what the model is asked instead of a row; by default the row itself.

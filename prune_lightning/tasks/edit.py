@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ from prune_lightning.tasks.setup import (
     settle_trainer,
     usable_by,
 )
+from prune_lightning.types import EditStep
 
 
 def run(config: DictConfig) -> None:
@@ -254,14 +256,28 @@ def _collapses(config: DictConfig, job: Job) -> dict[str, int]:
 
 
 def _control(config: DictConfig, job: Job, run_log: RunLog) -> EditEvaluation:
-    """Edit the same stream again without the restraint, up to the same edit."""
-    steps = job.module.run.num_steps
-    job.module.run.restart()
+    """Write the same edits again without the restraint: up to the same one, and without those that were refused."""
+    run, refused = job.module.run, _refused(job.log)
+    steps = run.num_steps
+    run.restart()
     scores = None if job.stream.protocol.from_base else StreamScores(job.stream.superseded())
     clock = job.module.clock
     measurements = [m for m in job.evaluation.measurements if not isinstance(m, Answers)]
     evaluation = _evaluation(config, measurements, stream=scores, earlier=job.evaluation, clock=clock)
     trainer = build_trainer(config, [EditLog(None, scores), evaluation, run_log], [], max_steps=steps)
+
+    def veto(step: EditStep) -> str | None:
+        return "refused in the run" if run.num_requests + 1 in refused else None
+
+    run.register_veto(veto)
     with clock.phase("edit"):
         fit(trainer, job.module, job.stream.from_start())
+    run.remove_veto(veto)
     return evaluation
+
+
+def _refused(log: EditLog) -> set[int]:
+    """Return the numbers of the requests that were not written."""
+    assert log.path is not None
+    lines = (json.loads(line) for line in log.path.read_text("utf-8").splitlines())
+    return {line["num_requests"] for line in lines if not line["applied"]}
