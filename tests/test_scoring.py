@@ -289,6 +289,8 @@ def test_trees_hold_every_sequence_once():
     rows = grow(sequences, length=4)
     assert sorted(index for one in rows for index in one.paths) == list(range(5))
     assert all(len(one.ids) <= 4 for one in rows)
+    level = grow([[token] * 3 for token in range(6)], length=12)
+    assert [len(one.ids) for one in level] == [9, 9], "two rows are needed, and neither is padded to the other"
 
 
 def test_retokenised_pairs_are_counted(tiny):
