@@ -22,10 +22,13 @@ QUICK = ("data.num_edits=2", "evaluation=editing", "control=false", "method.valu
 
 
 def killed(*arguments: str, after: Path) -> list[str]:
-    """Start a job, kill it and its processes once a run has written its first line, and return the lines."""
+    """Start a job, kill it and its processes once a run has logged its second edit, and return the log's lines.
+
+    A step is logged before it enters the ledger, so that one edit at least can be restored.
+    """
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     with Popen(command, cwd=ROOT, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True) as process:
-        while not (after.is_file() and after.read_text().count("\n")):
+        while not (after.is_file() and after.read_text().count("\n") > 1):
             assert process.poll() is None, "the sweep ended by itself"
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
