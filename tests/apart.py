@@ -38,6 +38,7 @@ WAITING = {
 }
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 ACROSS = {"aten::_to_copy", "aten::copy_"}
+JOINING = {"aten::cat", "aten::stack"}  # which take no number of the CPU either
 
 
 class ApartTensor(Tensor):
@@ -166,7 +167,7 @@ class Apart(TorchDispatchMode):
             if any(index.dtype in (torch.bool, torch.uint8) or index.device.type == "cpu" for index in indices):
                 self._wait(name)
             return
-        if any(tensor.ndim for tensor in strange):
+        if any(tensor.ndim or name in JOINING for tensor in strange):
             raise RuntimeError(f"{name}: expected all tensors on one device, but some are on the CPU")
         if name in WAITING or (name == "aten::repeat_interleave" and kwargs.get("output_size") is None):
             self._wait(name)

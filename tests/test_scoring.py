@@ -322,6 +322,33 @@ def test_trees_hold_every_sequence_once():
     rows = grow(sequences, length=4)
     assert sorted(index for one in rows for index in one.paths) == list(range(5))
     assert all(len(one.ids) <= 4 for one in rows)
+    level = grow([[token] * 3 for token in range(6)], length=12)
+    assert [len(one.ids) for one in level] == [9, 9], "two rows are needed, and neither is padded to the other"
+
+
+def test_a_model_that_stays_as_it_is_scores_a_pair_once(tiny):
+    model = tiny("llama")
+    ran = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: ran.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    first, second = SHARING[:3], [SHARING[5], SHARING[2], SHARING[2], SHARING[0]]
+    alone = [score_pairs(model, pairs) for pairs in (first, second)]
+    with model.unchanged():
+        for pairs, expected in zip((first, second), alone, strict=True):
+            with model.unchanged():
+                kept = score_pairs(model, pairs)
+            assert torch.allclose(kept.nll, expected.nll, atol=1e-12, rtol=0)
+            width = expected.predicted.shape[1]
+            assert torch.equal(kept.predicted[:, :width], expected.predicted)
+            assert (kept.predicted[:, width:] == -1).all()
+        ran.clear()
+        again = score_pairs(model, [*first, *second])
+        assert not ran
+        assert torch.equal(again.num_hits, torch.cat([one.num_hits for one in alone]))
+    with torch.no_grad():
+        model.model.get_output_embeddings().weight.mul_(2)
+    assert not torch.allclose(score_pairs(model, first).nll, alone[0].nll, atol=1e-3)
 
 
 def test_retokenised_pairs_are_counted(tiny):

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from subprocess import DEVNULL, Popen
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -14,32 +21,70 @@ from test_train import train
 QUICK = ("data.num_edits=2", "evaluation=editing", "control=false", "method.value.steps=2")
 
 
-def test_a_sweep_in_processes_of_their_own_is_skipped_once_complete(tmp_path):
+def killed(*arguments: str, after: Path) -> list[str]:
+    """Start a job, kill it and its processes once a run has logged its second edit, and return the log's lines.
+
+    A step is logged before it enters the ledger, so that one edit at least can be restored.
+    """
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    with Popen(command, cwd=ROOT, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True) as process:
+        while not (after.is_file() and after.read_text().count("\n") > 1):
+            assert process.poll() is None, "the sweep ended by itself"
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    return after.read_text().splitlines()
+
+
+def test_a_sweep_in_processes_of_their_own_goes_on_where_it_was_killed_and_is_skipped_once_complete(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    command = ("-m", "experiment=sweep", "hydra/launcher=local", "restraint=none", *QUICK)
-    written = []
+    command = ("-m", "experiment=sweep", "hydra/launcher=local", "restraint=none", *QUICK, "data.num_edits=20")
+    command, run, written = (*command, f"hydra.sweep.dir={tmp_path}"), tmp_path / "rome-none-0", []
+    before = killed(*command, after=run / "edits.jsonl")
+    assert len(before) < 20
     for _ in range(2):
-        done = train(*command, f"hydra.sweep.dir={tmp_path}")
+        done = train(*command)
         assert done.returncode == 0, done.stderr
-        written.append((tmp_path / "rome-none-0" / "summary.json").read_bytes())
+        written.append((run / "summary.json").read_bytes())
     assert json.loads(written[0])["restraint"] == "none"
     assert written[0] == written[1]
-    refused = train(*command, f"hydra.sweep.dir={tmp_path}", "method.layers=[1]")
+    lines = (run / "edits.jsonl").read_text().splitlines()
+    assert len(lines) == 20
+    assert lines[0] == before[0], "the first edit was not made again, which would have taken other seconds"
+    refused = train(*command, "method.layers=[1]")
     assert refused.returncode == 2
     assert "a run of the sweep failed" in refused.stderr
-    assert "method.layers=[0], not [1]" in (tmp_path / "rome-none-0" / "error.txt").read_text()
+    assert "method.layers=[0], not [1]" in (run / "error.txt").read_text()
+
+
+def test_a_run_of_the_local_launcher_sees_the_gpu(tmp_path, monkeypatch):
+    """Submitit hides all GPUs from a process that asks for none."""
+    launcher = launcher_of("local", tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        "submitit.local.local.start_controller", lambda **options: asked.append(options) or Popen("true")
+    )
+    monkeypatch.setattr("submitit.local.local.LocalJob.results", lambda job: [None])
+    launcher.launch([["method=rome"]], 0)
+    assert [options["cuda_devices"] for options in asked] == ["0"]
+
+
+def launcher_of(name: str, folder: Path, *overrides: str) -> Any:
+    """Return a launcher as `experiment=sweep` sets it up."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        words = ["experiment=sweep", f"hydra/launcher={name}", "hydra.job.name=edit", f"hydra.sweep.dir={folder}"]
+        config = compose("train", [*words, *overrides], return_hydra_config=True)
+    assert config.resume == "auto"
+    HydraConfig.instance().set_config(config)
+    launcher = instantiate(config.hydra.launcher)
+    launcher.setup(hydra_context=None, task_function=None, config=config)
+    return launcher
 
 
 def test_a_task_of_slurm_has_its_resources_and_is_queued_again_after_its_time_limit(tmp_path, monkeypatch):
     """What the launcher hands to `sbatch`, with a cluster of which only the commands are there."""
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    launcher = launcher_of("slurm", tmp_path, "hydra.launcher.partition=gpu")
     slurm = pytest.importorskip("submitit.slurm.slurm")
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        overrides = ["experiment=sweep", "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.job.name=edit"]
-        config = compose("train", [*overrides, f"hydra.sweep.dir={tmp_path}"], return_hydra_config=True)
-    HydraConfig.instance().set_config(config)
-    launcher = instantiate(config.hydra.launcher)
-    launcher.setup(hydra_context=None, task_function=None, config=config)
     made = []
     monkeypatch.setattr(slurm.SlurmExecutor, "affinity", lambda *_: 2)
     monkeypatch.setattr("submitit.AutoExecutor.map_array", lambda executor, *_: made.append(executor._executor) or [])
@@ -53,7 +98,6 @@ def test_a_task_of_slurm_has_its_resources_and_is_queued_again_after_its_time_li
     array = executor._make_submission_file_text("COMMAND", "0")
     assert "#SBATCH --array=0-209%32" in array
     assert hasattr(launcher, "checkpoint"), "a task is queued again with the same words, and resume=auto goes on"
-    assert config.resume == "auto"
 
 
 def test_a_refused_job_leaves_the_run_as_it_was(tmp_path):

@@ -169,7 +169,7 @@ class Evaluator:
         """
         jobs = list(self._jobs(model, cases, weights, num_requests, due, spectrum))
         parts: dict[str, list[Measured]] = defaultdict(list)
-        with self.clock.phase("evaluate" if num_requests else "baseline") as phase:
+        with model.unchanged(), self.clock.phase("evaluate" if num_requests else "baseline") as phase:
             phase.expect(phase.done + len(jobs) * rounds)
             for name, job in phase.track(jobs):
                 with self._timed(name):
@@ -190,14 +190,14 @@ class Evaluator:
     ) -> Iterable[tuple[str, Job]]:
         """Yield all jobs, each with the name of its measurement."""
         yield "spectrum", spectrum
-        if self.stream and num_requests:
-            yield self.stream.name, partial(self.stream.score, model, cases, num_requests, weights)
         for measurement in due:
             if measurement.name in self._immediate:
                 yield measurement.name, partial(self._averaged, measurement)
             else:
                 for job in measurement.jobs(model, cases).values():
                     yield measurement.name, job
+        if self.stream and num_requests:  # last, since most of its pairs have been scored by then
+            yield self.stream.name, partial(self.stream.score, model, cases, num_requests, weights)
 
     def _averaged(self, measurement: Measurement) -> Measured:
         metric, rows = self._immediate[measurement.name]

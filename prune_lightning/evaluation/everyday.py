@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
+
 from prune_lightning.bundled.everyday import ChoiceItem, everyday
 from prune_lightning.evaluation.measurement import Cases, Measured, Measurement, Stream
 from prune_lightning.evaluation.prompts import spread
@@ -94,14 +96,14 @@ class EverydayAbilities(Measurement):
         items = self.items[name]
         pairs = [(item.prompt, choice) for item in items for choice in item.choices]
         scores = score_pairs(model, pairs, self.token_budget)
-        likelihood = (-scores.nll.double() * scores.num_tokens).split([len(item.choices) for item in items])
-        metric = ExactMatch(sync_on_compute=False).to(model.device)
-        rows = []
-        for i, (item, found) in enumerate(zip(items, likelihood, strict=True)):
+        likelihood = (-scores.nll.double() * scores.num_tokens).cpu().split([len(item.choices) for item in items])
+        metric = ExactMatch(sync_on_compute=False)
+        hits = []
+        for item, found in zip(items, likelihood, strict=True):
             others = found[[k for k in range(len(found)) if k != item.right]]
-            hit = found.isfinite().all() & (found[item.right] > others.max())
-            metric.update(hit[None])
-            rows.append({"case": i, "task": name, name: float(hit)})
+            hits.append(found.isfinite().all() & (found[item.right] > others.max()))
+        metric.update(torch.stack(hits))
+        rows = [{"case": i, "task": name, name: float(hit)} for i, hit in enumerate(hits)]
         return Measured({name: float(metric.compute())}, rows)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
@@ -44,6 +45,15 @@ class PairScores:
 
     def __getitem__(self, index: Any) -> PairScores:
         return PairScores(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    def followed_by(self, other: PairScores) -> PairScores:
+        """Return these scores and then the other ones."""
+        longest = max(self.predicted.shape[1], other.predicted.shape[1])
+        level = [
+            replace(s, predicted=pad(s.predicted, (0, longest - s.predicted.shape[1]), value=NOTHING))
+            for s in (self, other)
+        ]
+        return PairScores(*(torch.cat([getattr(s, name) for s in level]) for name in self.__dataclass_fields__))
 
     @property
     def hit(self) -> Tensor:
@@ -118,7 +128,8 @@ def score_pairs(model: LanguageModel, pairs: Sequence[Pair], token_budget: int =
     """Score targets after their prompts under teacher forcing.
 
     Equal pairs are computed once, and so are shared prefixes (targets of one prompt, prompts with the same beginning).
-    The LM head runs only where a target token is predicted.
+    The LM head runs only where a target token is predicted. While the model is known to stay as it is
+    (:meth:`.LanguageModel.unchanged`), pairs that were scored before are not run again.
 
     Args:
         model: The language model.
@@ -126,10 +137,14 @@ def score_pairs(model: LanguageModel, pairs: Sequence[Pair], token_budget: int =
         token_budget: Padded tokens per forward pass.
     """
     literal = [as_pair(pair) for pair in pairs]
-    unique = list(dict.fromkeys(literal))
-    scores = score_encoded(model, model.tokens.encode_pairs(unique), token_budget)
-    place = {pair: i for i, pair in enumerate(unique)}
-    return scores[torch.tensor([place[pair] for pair in literal], dtype=torch.long, device=model.device)]
+    kept = {} if model.kept is None else model.kept
+    places, known = kept.get(PairScores, ({}, None))
+    new = [pair for pair in dict.fromkeys(literal) if pair not in places]
+    scores = score_encoded(model, model.tokens.encode_pairs(new), token_budget)
+    scores = scores if known is None else known.followed_by(scores)
+    places |= {pair: len(places) + i for i, pair in enumerate(new)}
+    kept[PairScores] = places, scores
+    return scores[torch.tensor([places[pair] for pair in literal], dtype=torch.long, device=model.device)]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from prune_lightning.evaluation.counterfact import pairs_by_kind
 from prune_lightning.evaluation.measurement import Cases, Headline, Measured
-from prune_lightning.evaluation.scoring import score_pairs
+from prune_lightning.evaluation.scoring import NOTHING, score_pairs
 from prune_lightning.metrics import RetentionMatrix
 from prune_lightning.metrics.functional import preference
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.text.separators import TextPair
 from prune_lightning.types import EditRequest, Probe
 
 FORMS = ("score", "accuracy")
@@ -71,7 +72,8 @@ class UnrelatedAnswers:
 
     :math:`L(t) = \mathrm{mean}_j 1[\mathrm{out}_t(x_j) = \mathrm{out}_0(x_j)]`. The output for a probe is the model's
     first choices at the positions of the probe's answer under teacher forcing (EasyEdit's locality), or the first
-    choice after the prompt if the probe has no answer. Probes, dtype and batches are the same each time.
+    choice after the prompt if the probe has no answer. Probes and dtype are the same each time, and so are the batches
+    in half precision, where a first choice can depend on the other rows.
 
     Args:
         model: The unedited model.
@@ -79,9 +81,13 @@ class UnrelatedAnswers:
     """
 
     def __init__(self, model: LanguageModel, probes: Sequence[Probe]) -> None:
+        self._pairs: list[TextPair] = []
         self._rows: list[tuple[list[int], int]] = []  # ids, and the position before the first token of the answer
+        single = torch.finfo(model.model.dtype).bits >= 32
         for probe in dict.fromkeys(probes):
-            if probe.answer:
+            if probe.answer and single:
+                self._pairs.append(probe.pair())
+            elif probe.answer:
                 (pair,) = model.tokens.encode_pairs([probe.pair()])
                 self._rows.append((pair.ids[:-1], pair.target_start - 1))
             else:
@@ -97,7 +103,9 @@ class UnrelatedAnswers:
 
     @torch.no_grad()
     def _outputs(self, model: LanguageModel) -> list[list[int] | None]:
-        outputs: list[list[int] | None] = []
+        scores = score_pairs(model, self._pairs)
+        answered = zip(scores.predicted.tolist(), scores.num_tokens.tolist(), strict=True)
+        outputs: list[list[int] | None] = [None if NOTHING in row[:n] else row[:n] for row, n in answered]
         with model.frozen_mode():
             for start in range(0, len(self._rows), _PROBES_PER_PASS):
                 asked = model.asked([(ids, first + 1) for ids, first in self._rows[start : start + _PROBES_PER_PASS]])

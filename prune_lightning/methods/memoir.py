@@ -249,7 +249,7 @@ class MEMOIR(ModuleMemoryEditor, PrefixedMemoryEditor):
                 matrix = with_columns(matrix, columns, part, trained.kept)
                 found.append((columns, trained))
         tensors["masks"] = torch.stack([columns for columns, _ in found]).int()
-        tensors["kept"] = torch.tensor([trained.kept for _, trained in found], dtype=torch.float64)
+        tensors["kept"] = torch.tensor([each.kept for _, each in found], dtype=torch.float64, device=memory.device)
         strength = float(torch.tensor([trained.norm() for _, trained in found]).norm())
         details = [{"steps": len(trained.losses), "losses": trained.losses} for _, trained in found]
         return {memory.name: MemoryUpdate(tensors, strength)}, details

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, compress
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class ScopedMemory(SideMemory):
         if ids is None:
             raise ValueError("SERAC reads token ids, and there are none in this pass")
         assert reading is not None
-        new = [row[real].tolist() for row, real in zip(ids, reading.real, strict=True)]
+        new = [list(compress(row, real)) for row, real in zip(ids.tolist(), reading.real.tolist(), strict=True)]
         if reading.ends is not None:
             self._texts, self._moved = new, -reading.real.int().argmax(1)
         else:
@@ -108,11 +108,12 @@ class ScopedMemory(SideMemory):
         """Put the counterfactual model's logits in the place of those of the rows in scope."""
         assert self.held is not None
         assert self._moved is not None
-        inside = (self.held != NONE).nonzero().flatten().tolist()
+        held = self.held.tolist()
+        inside = [row for row, entry in enumerate(held) if entry != NONE]
         if not inside:
             return None
         where, rows, positions = self._places(output.logits)
-        entries = [self.entries[int(self.held[row])] for row in inside]
+        entries = [self.entries[held[row]] for row in inside]
         number = torch.full_like(self.held, NONE)
         number[inside] = torch.arange(len(inside), device=self.held.device)
         at = positions + self._moved[rows]

@@ -146,5 +146,5 @@ class SERAC(TrainedEditor, MemoryEditor):
             keys = self.networks.classifier.eval()(features)
         details: list[dict[str, Any]] = [{"closest": 0.0} for _ in requests]
         if len(memory):
-            details = [{"closest": float(score)} for score in memory.nearest(keys)[1].exp()]
+            details = [{"closest": score} for score in memory.nearest(keys)[1].exp().tolist()]
         return {memory.name: MemoryUpdate({"keys": keys, **packed(entries, self.device)})}, details

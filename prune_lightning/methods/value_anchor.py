@@ -45,7 +45,7 @@ def rescaled(values: Values, written: Tensor, anchor: Tensor, kind: str, multipl
         multiplier: See :func:`written_values`.
     """
     ratio = written.norm(dim=1) / anchor
-    details = [{**detail, "norm_ratio": float(of)} for detail, of in zip(values.details, ratio, strict=True)]
+    details = [{**detail, "norm_ratio": of} for detail, of in zip(values.details, ratio.tolist(), strict=True)]
     if kind == "none":
         return replace(values, details=details)
     factor = 1 / (ratio.clamp_min(1) if kind == "cap" else ratio)

@@ -47,6 +47,7 @@ class LanguageModel(nn.Module):
     Attributes:
         memory: What changes its answers besides the weights; ``None`` for nothing.
         reader: Where the prompts of a forward pass end, for a memory.
+        kept: Results that hold as long as the model stays as it is, by what they are of; see :meth:`unchanged`.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class LanguageModel(nn.Module):
         self.fast_path = FastPath(type(model).__name__, partial(is_sharded, model))
         self.memory: PromptMemory | None = None
         self.reader = PromptReader()
+        self.kept: dict[Any, Any] | None = None
         self._joins: dict[int, bool] = {}
 
     @property
@@ -81,7 +83,7 @@ class LanguageModel(nn.Module):
     @property
     def is_sharded(self) -> bool:
         """Whether the weights are divided among processes, which then have to run the same passes together."""
-        return is_sharded(self.model)
+        return is_sharded(self.block(0))  # asked in every pass: going through all weights would take a millisecond
 
     def shard(self, device_type: str) -> None:
         """Divide the weights among all processes; each block is gathered while it runs (FSDP2)."""
@@ -280,6 +282,15 @@ class LanguageModel(nn.Module):
             yield
         finally:
             self.reader.lengths = None
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Say that the model stays as it is inside the block, so that the same scores are computed once."""
+        outer, self.kept = self.kept, {} if self.kept is None else self.kept
+        try:
+            yield
+        finally:
+            self.kept = outer
 
     @contextmanager
     def frozen_mode(self) -> Iterator[None]:

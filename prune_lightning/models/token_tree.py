@@ -7,8 +7,10 @@ an ordinary forward pass, and nothing is computed twice.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 
 import numpy as np
 import torch
@@ -54,25 +56,42 @@ class TreeRow:
 
 
 def grow(sequences: Sequence[Sequence[int]], length: int = ROW_LENGTH) -> list[TreeRow]:
-    """Pack sequences, sorted so that common prefixes are adjacent, into rows.
+    """Pack sequences, sorted so that common prefixes are adjacent, into as few rows as possible, equally long ones.
 
     Args:
         sequences: Token ids.
-        length: Nodes per row; a longer sequence gets a row of its own length.
+        length: Nodes per row at most; a longer sequence gets a row of its own length.
     """
+    order = sorted(range(len(sequences)), key=lambda i: list(sequences[i]))
+    shared = [0, *(_common(sequences[a], sequences[b]) for a, b in pairwise(order))]
+
+    def starts(limit: int) -> list[int]:
+        """Return the places in ``order`` at which rows of ``limit`` nodes start."""
+        found: list[int] = []
+        nodes = 0
+        for place, index in enumerate(order):
+            nodes += len(sequences[index]) - shared[place]
+            if not found or nodes > limit:
+                found.append(place)
+                nodes = len(sequences[index])
+        return found
+
+    fewest = len(starts(length))
+    begins = starts(bisect_left(range(length), True, key=lambda limit: len(starts(limit)) <= fewest))
     rows: list[TreeRow] = []
-    before: Sequence[int] = ()
     path: list[int] = []
-    for index in sorted(range(len(sequences)), key=lambda i: list(sequences[i])):
-        sequence = sequences[index]
-        shared = next((i for i, (a, b) in enumerate(zip(before, sequence, strict=False)) if a != b), None)
-        shared = min(len(before), len(sequence)) if shared is None else shared
-        if not rows or len(rows[-1].ids) + len(sequence) - shared > length:
+    for place, index in enumerate(order):
+        if place in begins:
             rows.append(TreeRow())
-            shared = 0
-        path = rows[-1].add(index, sequence, path[:shared])
-        before = sequence
+            path = []
+        path = rows[-1].add(index, sequences[index], path[: shared[place]])
     return rows
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the number of first tokens that two sequences share."""
+    equal = (a == b for a, b in zip(one, other, strict=False))
+    return sum(takewhile(bool, equal))
 
 
 def tree_inputs(rows: Sequence[TreeRow], pad_id: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
