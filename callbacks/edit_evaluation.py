@@ -125,7 +125,7 @@ class EditEvaluation(LightningCallback):
             self.evaluator.rows = CaseRows(self.cases_file, self.max_case_mb, keep=sum(stream.done))
         cases = {i: self._requests[i] for i in self._probed}
         model = module.language_model
-        with model.unchanged(), self.evaluator.clock.phase("baseline"):
+        with model.kept.while_unchanged(), self.evaluator.clock.phase("baseline"):
             if self.evaluator.baseline:
                 self.curve.append({"num_requests": 0, **self.evaluator.baseline})
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from prune_lightning.evaluation.answers import Answers, Question
 from prune_lightning.evaluation.evaluator import Evaluator
 from prune_lightning.evaluation.measurement import Measured, Measurement
 from prune_lightning.evaluation.scoring import greedy_continuations
+from prune_lightning.models.kept_results import KeptResults
 from prune_lightning.text.separators import TextPair
 from prune_lightning.types import EditRequest, Probe
 
@@ -59,7 +62,7 @@ class Coin(Measurement):
 
 def evaluated(values):
     evaluator = Evaluator([Coin(values)])
-    evaluator.evaluate(None, {}, {}, 0, evaluator.measurements, lambda: Measured({}), 1)
+    evaluator.evaluate(SimpleNamespace(kept=KeptResults()), {}, {}, 0, evaluator.measurements, lambda: Measured({}), 1)
     return evaluator
 
 

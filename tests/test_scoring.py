@@ -334,9 +334,9 @@ def test_a_model_that_stays_as_it_is_scores_a_pair_once(tiny):
     )
     first, second = SHARING[:3], [SHARING[5], SHARING[2], SHARING[2], SHARING[0]]
     alone = [score_pairs(model, pairs) for pairs in (first, second)]
-    with model.unchanged():
+    with model.kept.while_unchanged():
         for pairs, expected in zip((first, second), alone, strict=True):
-            with model.unchanged():
+            with model.kept.while_unchanged():
                 kept = score_pairs(model, pairs)
             assert torch.allclose(kept.nll, expected.nll, atol=1e-12, rtol=0)
             width = expected.predicted.shape[1]

@@ -169,7 +169,7 @@ class Evaluator:
         """
         jobs = list(self._jobs(model, cases, weights, num_requests, due, spectrum))
         parts: dict[str, list[Measured]] = defaultdict(list)
-        with model.unchanged(), self.clock.phase("evaluate" if num_requests else "baseline") as phase:
+        with model.kept.while_unchanged(), self.clock.phase("evaluate" if num_requests else "baseline") as phase:
             phase.expect(phase.done + len(jobs) * rounds)
             for name, job in phase.track(jobs):
                 with self._timed(name):

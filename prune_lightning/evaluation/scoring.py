@@ -129,7 +129,7 @@ def score_pairs(model: LanguageModel, pairs: Sequence[Pair], token_budget: int =
 
     Equal pairs are computed once, and so are shared prefixes (targets of one prompt, prompts with the same beginning).
     The LM head runs only where a target token is predicted. While the model is known to stay as it is
-    (:meth:`.LanguageModel.unchanged`), pairs that were scored before are not run again.
+    (:meth:`.KeptResults.while_unchanged`), pairs that were scored before are not run again.
 
     Args:
         model: The language model.
@@ -137,13 +137,12 @@ def score_pairs(model: LanguageModel, pairs: Sequence[Pair], token_budget: int =
         token_budget: Padded tokens per forward pass.
     """
     literal = [as_pair(pair) for pair in pairs]
-    kept = {} if model.kept is None else model.kept
-    places, known = kept.get(PairScores, ({}, None))
+    places, known = model.kept.get(PairScores, ({}, None))
     new = [pair for pair in dict.fromkeys(literal) if pair not in places]
     scores = score_encoded(model, model.tokens.encode_pairs(new), token_budget)
     scores = scores if known is None else known.followed_by(scores)
-    places |= {pair: len(places) + i for i, pair in enumerate(new)}
-    kept[PairScores] = places, scores
+    places = places | {pair: len(places) + i for i, pair in enumerate(new)}
+    model.kept.put(PairScores, (places, scores))
     return scores[torch.tensor([places[pair] for pair in literal], dtype=torch.long, device=model.device)]
 
 

@@ -17,6 +17,7 @@ from prune_lightning.models.adapters import refuse_adapters
 from prune_lightning.models.family import ModelFamily, number_of_experts, stores_transposed
 from prune_lightning.models.fast_path import FastPath, agrees
 from prune_lightning.models.hooks import capture, edit_input, edit_output, few_rows
+from prune_lightning.models.kept_results import KeptResults
 from prune_lightning.models.prompt_memory import PromptMemory, PromptReader, Row
 from prune_lightning.models.token_tree import grow, tree_inputs
 from prune_lightning.models.tokenization import Tokens
@@ -47,7 +48,7 @@ class LanguageModel(nn.Module):
     Attributes:
         memory: What changes its answers besides the weights; ``None`` for nothing.
         reader: Where the prompts of a forward pass end, for a memory.
-        kept: Results that hold as long as the model stays as it is, by what they are of; see :meth:`unchanged`.
+        kept: Results that hold as long as the model stays as it is.
     """
 
     def __init__(
@@ -61,8 +62,7 @@ class LanguageModel(nn.Module):
         self.family = family or ModelFamily.of(model.config)
         self.fast_path = FastPath(type(model).__name__, partial(is_sharded, model))
         self.memory: PromptMemory | None = None
-        self.reader = PromptReader()
-        self.kept: dict[Any, Any] | None = None
+        self.reader, self.kept = PromptReader(), KeptResults()
         self._joins: dict[int, bool] = {}
 
     @property
@@ -282,15 +282,6 @@ class LanguageModel(nn.Module):
             yield
         finally:
             self.reader.lengths = None
-
-    @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Say that the model stays as it is inside the block, so that the same scores are computed once."""
-        outer, self.kept = self.kept, {} if self.kept is None else self.kept
-        try:
-            yield
-        finally:
-            self.kept = outer
 
     @contextmanager
     def frozen_mode(self) -> Iterator[None]:

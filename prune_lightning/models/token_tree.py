@@ -77,7 +77,7 @@ def grow(sequences: Sequence[Sequence[int]], length: int = ROW_LENGTH) -> list[T
         return found
 
     fewest = len(starts(length))
-    begins = starts(bisect_left(range(length), True, key=lambda limit: len(starts(limit)) <= fewest))
+    begins = set(starts(bisect_left(range(length), True, key=lambda limit: len(starts(limit)) <= fewest)))
     rows: list[TreeRow] = []
     path: list[int] = []
     for place, index in enumerate(order):
