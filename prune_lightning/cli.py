@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from prune_lightning import usage
-from prune_lightning.errors import UserError, near, plain_warnings
+from prune_lightning.errors import UserError, causes, near, plain_warnings
 from prune_lightning.tasks.arguments import check_settings, full_arguments, record_settings, recorded_settings
 from prune_lightning.tasks.choices import config_folder
 
@@ -52,7 +52,7 @@ def _said_by_first_process(error: Exception) -> bool:
     from prune_lightning.distributed import raised_on_all_ranks
     from prune_lightning.tasks.setup import first_process
 
-    return any(map(raised_on_all_ranks, _chain(error))) and not first_process()
+    return any(map(raised_on_all_ranks, causes(error))) and not first_process()
 
 
 def _leave(reason: str) -> NoReturn:
@@ -105,15 +105,9 @@ def _give_up(reason: str) -> NoReturn:
     sys.exit(2)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _user_error(error: BaseException) -> str | None:
     """Return the message of a user error, or ``None`` for any other error."""
-    chain = list(_chain(error))
+    chain = list(causes(error))
     for cause in chain:
         if isinstance(cause, UserError):
             return str(cause)

@@ -18,7 +18,7 @@ from prune_lightning.errors import UserError
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether some of a module's parameters are divided among processes."""
-    return any(isinstance(parameter.data, DTensor) for parameter in module.parameters())
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:

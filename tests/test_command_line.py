@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 from prune_lightning import __version__
-from prune_lightning.errors import near_path
+from prune_lightning.errors import causes, near_path
 
 SLOW = ("torch", "lightning", "transformers", "torchmetrics", "wandb", "matplotlib")
 # Runs the command line and says at exit what it has imported.
@@ -125,3 +125,9 @@ def test_a_missing_file_names_only_names_that_are_near(tmp_path):
     assert near_path(tmp_path / "nope.jsonl.gz.old") == f"nothing in {str(tmp_path)!r} has a name like it"
     assert near_path(tmp_path / "facts.json", folders=True) == f"nothing in {str(tmp_path)!r} has a name like it"
     assert near_path(tmp_path / "x" / "facts") == f"there is no folder {str(tmp_path / 'x')!r} either"
+
+
+def test_causes_of_an_error_end_where_they_refer_to_each_other():
+    one, other = ValueError("one"), TypeError("other")
+    one.__cause__, other.__context__ = other, one
+    assert list(causes(one)) == [one, other]

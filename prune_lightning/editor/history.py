@@ -69,10 +69,9 @@ class History:
         restraint = self._restraint
         if not self._session.module.edited_matrices():
             return False
-        if restraint is None:
-            return True
-        keeps_sum = restraint.accumulate != "restrained" and restraint.parameters is None
-        return self.base is not None and keeps_sum and not restraint.feedback
+        if restraint is None or self.base is None:
+            return restraint is None
+        return restraint.accumulate != "restrained" and restraint.parameters is None and not restraint.feedback
 
     @contextmanager
     def at(self, edits: int | None = None, base: float | None = None) -> Iterator[None]:

@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
     @property
     def is_sharded(self) -> bool:
         """Whether the weights are divided among processes, which then have to run the same passes together."""
-        return is_sharded(self.block(0))  # asked in every pass: going through all weights would take a millisecond
+        return is_sharded(self.model)
 
     def shard(self, device_type: str) -> None:
         """Divide the weights among all processes; each block is gathered while it runs (FSDP2)."""

@@ -18,7 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from prune_lightning.errors import UserError, near
+from prune_lightning.errors import UserError, causes, near
 from prune_lightning.models.family import ModelFamily
 from prune_lightning.models.gguf_file import SUFFIX, gguf_config, gguf_tokenizer, gguf_weights, is_gguf
 from prune_lightning.models.language_model import LanguageModel
@@ -221,10 +221,7 @@ def hub_is_offline() -> bool:
     return False
 
 
-def _unreachable(error: BaseException | None) -> bool:
+def _unreachable(error: BaseException) -> bool:
     """Whether an error means that the hub is unreachable."""
-    while error is not None:
-        if isinstance(error, (ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    kinds = (ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError)
+    return any(isinstance(cause, kinds) for cause in causes(error))

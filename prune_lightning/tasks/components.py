@@ -55,7 +55,7 @@ def build(node: DictConfig, key: str, **further: Any) -> Any:
         return instantiate(node, _convert_="all", **further)
     except HydraException as error:
         if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
+            raise UserError(str(error.__cause__)) from error
         raise
 
 
