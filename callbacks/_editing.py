@@ -25,6 +25,20 @@ class KeepsStepState(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsEndState(Protocol):
+    """A callback that does something at the end of a stream which a longer one has, too."""
+
+    def load_end_state(self, state: Mapping[str, Any], before: int) -> None:
+        """Restore what was added at the end of a stream that now goes on; the next step is to add it again.
+
+        Args:
+            state: The value of ``step_state`` at the end; empty if the stream had not ended.
+            before: Requests handled before the last step.
+        """
+        ...
+
+
 def editing_module(callback: L.Callback, module: L.LightningModule) -> EditingModule:
     """Return the module if it is an editing module.
 

@@ -240,7 +240,17 @@ class EditEvaluation(LightningCallback):
             self.evaluator.curve += state.get("scores", [])
             self.evaluator.intervals += state.get("intervals", [])
         self._reported = len(self.curve)
-        self.evaluator.retain_rows()  # not those of a final evaluation, which is repeated
+
+    def load_end_state(self, state: Mapping[str, Any], before: int) -> None:
+        """Restore the evaluation of the final model of a shorter stream, if it is due in this one."""
+        scores = state.get("scores", [])
+        now = scores[-1]["num_requests"] if scores else 0
+        if now > self.curve[-1]["num_requests"] and self._due(before, now) is not None:
+            if self.evaluator.stream:
+                self.evaluator.stream.restore(state.get("stream", []), again=True)
+            self.evaluator.curve += scores
+            self.evaluator.intervals += state["intervals"]
+        self.evaluator.retain_rows()  # not those of another final evaluation, which is repeated
 
     # -- summary --------------------------------------------------------------------------------------------------
     def remarks(self) -> list[str]:

@@ -21,7 +21,7 @@ from prune_lightning.methods.base import EditingModule
 from prune_lightning.spectral import RestrainedMatrix
 from prune_lightning.types import EditBatch
 
-from ._editing import editing_module, keepers, last_report
+from ._editing import KeepsEndState, editing_module, keepers, last_report
 from ._lightning import LightningCallback
 from ._order import Place, check_order
 from ._timing import part_of_phase
@@ -126,10 +126,13 @@ class EditLedger(LightningCallback):
             self.rebuilt = rebuild(module, self.ledger, restrain=restrain if restraints else None, finished=False)
         self._exact = self.rebuilt.exact
         _log.info("%s", self.rebuilt)
+        end = {} if self.ledger.finish_line is None else self.ledger.finish_line["callbacks"]
         on_rank_zero(self.ledger.cut)
+        lines = self.ledger.lines
         for name, callback in keepers(trainer).items():
-            states = [line["callbacks"][name] for line in self.ledger.lines if name in line["callbacks"]]
-            callback.load_step_states(states)
+            callback.load_step_states([line["callbacks"][name] for line in lines if name in line["callbacks"]])
+            if isinstance(callback, KeepsEndState):
+                callback.load_end_state(end.get(name, {}), lines[-2]["num_requests"] if len(lines) > 1 else 0)
 
     @override
     @part_of_phase("ledger")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from conftest import BUNDLED
 from test_train import train
 
+from prune_lightning.ledger import Ledger
 from prune_lightning.tasks.arguments import AUTO, full_arguments
 
-SMALL = ("evaluation=editing", "method.value.steps=3", "progress=false", "control=false", "restraint=prune")
+SMALL = (
+    *("evaluation=editing", "evaluation.counts=[0,1,3]", "method.value.steps=3", "progress=false", "control=false"),
+    "restraint=prune",
+)
 
 
 def edits(folder):
@@ -43,6 +48,17 @@ def test_a_study_is_continued_until_it_is_complete(tmp_path):
     ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (folder, tmp_path / "straight"))
     assert ours["num_requests"] == 3
     assert ours["final"]["edit/counterfact/efficacy_score"] == theirs["final"]["edit/counterfact/efficacy_score"]
+    # What was measured at the end of the shorter stream is a point of the curve now, and is kept for another resume.
+    for one, other in zip(ours["curve"], theirs["curve"], strict=True):
+        assert one.keys() == other.keys()
+        known = {key: value for key, value in other.items() if value is not None}
+        assert {key: one[key] for key in known} == pytest.approx(known, rel=1e-4, abs=1e-6)
+    assert [entry["num_requests"] for entry in ours["curve"]] == [0, 1, 3]
+    assert ours["stream"] == theirs["stream"]
+    kept = Ledger.open(folder / "ledger").lines[1]["callbacks"]["EditEvaluation"]
+    assert [entry["num_requests"] for entry in kept["scores"]] == [1]
+    cases = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
+    assert {case["num_requests"] for case in cases} == {0, 1, 3}
 
 
 def test_auto_is_no_folder():

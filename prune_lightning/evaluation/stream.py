@@ -236,13 +236,19 @@ class StreamScores:
         fresh, self._fresh = self._fresh, []
         return fresh
 
-    def restore(self, scores: Sequence[Mapping[str, Any]]) -> None:
-        """Add the scores that :meth:`fresh` returned in an earlier run; non-finite ones are failures."""
+    def restore(self, scores: Sequence[Mapping[str, Any]], again: bool = False) -> None:
+        """Add the scores that :meth:`fresh` returned in an earlier run; non-finite ones are failures.
+
+        Args:
+            scores: The scores.
+            again: Whether :meth:`fresh` is to return them again.
+        """
         for found in scores:
             score = [None if value is None else float(value) for value in found["score"]]
             accuracy = [math.nan if value is None else float(value) for value in found["accuracy"]]
             self._add(found["num_requests"], found["cases"], Success(score, accuracy))
-        self._fresh = []
+        if not again:
+            self._fresh = []
 
     def _add(self, num_requests: int, cases: Sequence[int], found: Success) -> dict[int, dict[str, float]]:
         # In JSON, NaN becomes null, which stands for a score that is not known.
