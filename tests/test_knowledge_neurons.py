@@ -202,20 +202,22 @@ def neurons(*indices: int) -> set[tuple[int, int]]:
 
 def test_refinement_keeps_what_more_than_a_share_of_the_prompts_have():
     coarse = [neurons(1, 2, 3), neurons(1, 2), neurons(1, 4), neurons(1)]
-    assert refined_set(coarse, SelectionOptions(share=0.7)) == neurons(1)
-    assert refined_set(coarse, SelectionOptions(share=0.5)) == neurons(1)
-    assert refined_set(coarse, SelectionOptions(share=0.45)) == neurons(1, 2)
-    assert refined_set(coarse, SelectionOptions(share=0.0)) == neurons(1, 2, 3, 4)
+    assert refined_set(coarse, SelectionOptions(refine=True, share=0.7)) == neurons(1)
+    assert refined_set(coarse, SelectionOptions(refine=True, share=0.5)) == neurons(1)
+    assert refined_set(coarse, SelectionOptions(refine=True, share=0.45)) == neurons(1, 2)
+    assert refined_set(coarse, SelectionOptions(refine=True, share=0.0)) == neurons(1, 2, 3, 4)
 
 
 def test_share_is_adjusted_to_the_number_of_neurons_wanted():
     coarse = [neurons(1, 2, 3), neurons(1, 2), neurons(1, 4), neurons(1)]
-    assert refined_set(coarse, SelectionOptions(share=0.7, wanted=[2, 5])) == neurons(1, 2)
-    assert refined_set(coarse, SelectionOptions(share=0.0, wanted=[1, 3])) == neurons(1, 2)
-    assert refined_set(coarse, SelectionOptions(share=0.7, wanted=[9, 9])) == neurons(1, 2, 3, 4)
+    assert refined_set(coarse, SelectionOptions(refine=True, share=0.7, wanted=[2, 5])) == neurons(1, 2)
+    assert refined_set(coarse, SelectionOptions(refine=True, share=0.0, wanted=[1, 3])) == neurons(1, 2)
+    assert refined_set(coarse, SelectionOptions(refine=True, share=0.7, wanted=[9, 9])) == neurons(1, 2, 3, 4)
     every = [neurons(1, 2, 3)] * 2
-    assert refined_set(every, SelectionOptions(share=0.7, wanted=[1, 2])) == neurons(1, 2, 3), "never drop the last"
-    assert refined_set([set(), set()], SelectionOptions(wanted=[2, 5])) == set()
+    assert refined_set(every, SelectionOptions(refine=True, share=0.7, wanted=[1, 2])) == neurons(1, 2, 3), (
+        "never drop the last"
+    )
+    assert refined_set([set(), set()], SelectionOptions(refine=True, wanted=[2, 5])) == set()
 
 
 # -- the edit --------------------------------------------------------------------------------------------------------

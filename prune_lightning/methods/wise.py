@@ -220,7 +220,7 @@ class WISE(ModuleMemoryEditor, PrefixedMemoryEditor):
             kept *= left
             if len(losses) > 1 and abs(losses[-2] - losses[-1]) <= _STILL and losses[-1] <= self.stop_loss:
                 break
-        return change.detach(), torch.tensor(kept).to(least), least, losses
+        return change.detach(), torch.tensor(kept, dtype=torch.float64, device=least.device), least, losses
 
     def _distances(self, memory: SideWeights, seen: tuple[Tensor, Tensor], change: Tensor, mask: Tensor) -> Tensor:
         inputs, output = seen
