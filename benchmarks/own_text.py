@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 import hydra
 from hydra.utils import instantiate
@@ -42,7 +43,11 @@ def configuration(args: argparse.Namespace, method: str, corpus: str) -> DictCon
     """Return the settled configuration of one method with one corpus."""
     words = [
         *("model=auto", f"model.path={args.model}", f"method={method}", "restraint=none", "data=counterfact"),
-        *(f"data.path={args.data}", f"data.num_edits={args.edits}", f"model.second_moments.cache={args.cache}"),
+        *(
+            f"data.path={args.data}",
+            f"data.num_edits={args.edits}",
+            f"model.second_moments.cache='{Path(args.cache).expanduser()}'",
+        ),
         "model.second_moments.corpus=self" if corpus == "own" else f"model.second_moments.corpus.path={args.text}",
         "++method.tokens_per_feature=null",
         *args.set,
