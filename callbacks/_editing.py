@@ -27,7 +27,7 @@ class KeepsStepState(Protocol):
 
 @runtime_checkable
 class KeepsEndState(Protocol):
-    """A callback that does something at the end of a stream which a longer one has, too."""
+    """A callback whose work at the end of a stream can be a part of a longer stream, too."""
 
     def load_end_state(self, state: Mapping[str, Any], before: int) -> None:
         """Restore what was added at the end of a stream that now goes on; the next step is to add it again.

@@ -18,32 +18,19 @@ from prune_lightning.errors import UserError
 from prune_lightning.evaluation.case_rows import CaseRows
 from prune_lightning.evaluation.case_sampler import CaseSampler
 from prune_lightning.evaluation.evaluator import Evaluator, Scores
-from prune_lightning.evaluation.measurement import Measured, Measurement, Stream
+from prune_lightning.evaluation.measurement import Measurement, Stream
+from prune_lightning.evaluation.spectrum import SPECTRUM, spectrum
 from prune_lightning.evaluation.stream import FORMS, StreamScores
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.phases import PhaseClock
 from prune_lightning.ranges import Count, NonNegative, Whole
 from prune_lightning.report.trajectories import ability_trajectories, edit_trajectories
-from prune_lightning.spectral import condition_number, sigma_max
 from prune_lightning.types import EditBatch, EditRequest
 from prune_lightning.value_types import check_value
 
 from ._editing import editing_module
 from ._lightning import LightningCallback
 from ._order import Place, check_order
-
-_SPECTRUM = {
-    "title": "spectrum",
-    "scores": {
-        "sigma_max_delta": "largest σ of the change",
-        "condition_number": "condition number",
-        "norm_ratio": "norm, relative to the original's",
-        "relative_change": "norm of the change, relative to the original's",
-    },
-    "headlines": {},
-    "short": ["sigma_max_delta", "condition_number"],
-    "lower": ["condition_number", "sigma_max_delta"],
-}
 
 
 class EditEvaluation(LightningCallback):
@@ -130,7 +117,7 @@ class EditEvaluation(LightningCallback):
                 self.curve.append({"num_requests": 0, **self.evaluator.baseline})
             else:
                 edited = Stream(self._requests, module.edited_matrices(), stream.placed_groups())
-                self.evaluator.take_baseline(model, cases, partial(_spectrum, module), edited)
+                self.evaluator.take_baseline(model, cases, partial(spectrum, module.edited_matrices().values()), edited)
                 self._remark(trainer)
             self._log(trainer)
             self.evaluator.begin_stream(model, cases, self.sampler.commits, self.max_cases)
@@ -193,7 +180,7 @@ class EditEvaluation(LightningCallback):
                 weights,
                 module.num_requests,
                 due,
-                partial(_spectrum, module),
+                partial(spectrum, module.edited_matrices().values()),
                 max(1, self._evaluations),
             )
         self._evaluations -= 1
@@ -235,10 +222,7 @@ class EditEvaluation(LightningCallback):
         if self._from_base:
             raise UserError("a run whose steps each start from the unedited model cannot be resumed: run it again")
         for state in states:
-            if self.evaluator.stream and "stream" in state:
-                self.evaluator.stream.restore(state["stream"])
-            self.evaluator.curve += state.get("scores", [])
-            self.evaluator.intervals += state.get("intervals", [])
+            self.evaluator.restore(state)
         self._reported = len(self.curve)
 
     def load_end_state(self, state: Mapping[str, Any], before: int) -> None:
@@ -246,10 +230,7 @@ class EditEvaluation(LightningCallback):
         scores = state.get("scores", [])
         now = scores[-1]["num_requests"] if scores else 0
         if now > self.curve[-1]["num_requests"] and self._due(before, now) is not None:
-            if self.evaluator.stream:
-                self.evaluator.stream.restore(state.get("stream", []), again=True)
-            self.evaluator.curve += scores
-            self.evaluator.intervals += state["intervals"]
+            self.evaluator.restore(state, again=True)
         self.evaluator.retain_rows()  # not those of another final evaluation, which is repeated
 
     # -- summary --------------------------------------------------------------------------------------------------
@@ -271,7 +252,7 @@ class EditEvaluation(LightningCallback):
             "retention": evaluator.retention.facts(),
             "measurements": {m.name: dict(facts) for m in evaluator.measurements if (facts := m.facts())},
             "case_rows_left_out": evaluator.rows.left_out,
-            "labels": {**evaluator.labels(), "spectrum": _SPECTRUM},
+            "labels": {**evaluator.labels(), "spectrum": SPECTRUM},
             "evaluate_s": sum(evaluator.seconds.values()),
             "evaluate_s_by": dict(evaluator.seconds),
         }
@@ -287,22 +268,6 @@ def _trajectories(evaluator: Evaluator) -> dict[str, Any]:
         "abilities": ability_trajectories(evaluator.curve, abilities),
         "edits": edit_trajectories(evaluator.curve, [f"stream/{form}/final" for form in FORMS]),
     }
-
-
-def _spectrum(module: EditingModule) -> Measured:
-    """Return the largest figures of the edited matrices (change, condition and norm); nothing without matrices."""
-    matrices = module.edited_matrices().values()
-    if not matrices:
-        return Measured({})
-    norms = [[float(t.double().norm()) for t in (m.original(), m.weight(), m.delta())] for m in matrices]
-    return Measured(
-        {
-            "norm_ratio": max(now / before for before, now, _ in norms),
-            "relative_change": max(change / before for before, _, change in norms),
-            "sigma_max_delta": max(sigma_max(matrix.delta()) for matrix in matrices),
-            "condition_number": max(condition_number(matrix.weight()) for matrix in matrices),
-        }
-    )
 
 
 def _stream(trainer: L.Trainer) -> EditStream:

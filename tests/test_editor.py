@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -344,8 +346,15 @@ def test_a_loaded_model_has_one_editor():
         Editor(model, "rome", tokenizer=tokenizer, options={"method": {"layers": [77]}})
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
-    with Editor(model, "ft_m", tokenizer=tokenizer, progress=False), pytest.raises(UserError, match="another editor"):
-        Editor(model, "ft_m", tokenizer=tokenizer)
+    with Editor(model, "ft_m", tokenizer=tokenizer, progress=False):
+        with pytest.raises(UserError, match="another editor"):
+            Editor(model, "ft_m", tokenizer=tokenizer)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            Editor(other, "ft_m", tokenizer=tokenizer, progress=False).close()
+        with pytest.raises(UserError, match="another editor"):
+            Editor(model, "ft_m", tokenizer=tokenizer)
+    Editor(model, "ft_m", tokenizer=tokenizer, progress=False)  # and is dropped without being closed
+    Editor(model, "ft_m", tokenizer=tokenizer, progress=False).close()
 
 
 def test_an_opened_editor_goes_on_in_batches(tmp_path):

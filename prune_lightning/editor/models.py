@@ -6,7 +6,7 @@ import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from weakref import ref
+from weakref import finalize
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.tasks.choices import preset_for
 from prune_lightning.tasks.recipe import Recipe, composed
 
-_HOLDER = "_prune_lightning_holder"
+_MARK = "_held_by_prune_lightning"
 
 
 class HeldModel:
@@ -58,21 +58,27 @@ class HeldModel:
         Raises:
             UserError: Another editor holds it; this one would take the edited weights for the original ones.
         """
-        if model.__dict__.get(_HOLDER, lambda: None)():
+        if _is_held(model):
             gc.collect()  # an editor that nobody refers to may be left
-        if model.__dict__.get(_HOLDER, lambda: None)():
+        if _is_held(model):
             raise UserError("another editor holds this model: edit it with that one, or close() that one first")
-        setattr(model, _HOLDER, ref(self))
+        model.__dict__[_MARK] = id(model)
+        self._release = finalize(self, model.__dict__.pop, _MARK, None)
         self._model, self._training = model, model.training
         self._flags = [parameter.requires_grad for parameter in model.parameters()]
 
     def give_back(self) -> None:
         """Restore what a caller's model was set to, apart from its weights."""
         if self._flags:
-            self._model.__dict__.pop(_HOLDER, None)
+            self._release()
             self._model.train(self._training)
             for parameter, flag in zip(self._model.parameters(), self._flags, strict=True):
                 parameter.requires_grad_(flag)
+
+
+def _is_held(model: PreTrainedModel) -> bool:
+    """Whether an editor holds a model. A copy has the mark of the model that it was made of, and is not held."""
+    return model.__dict__.get(_MARK) == id(model)
 
 
 def device_of(wanted: str | torch.device | None) -> torch.device:

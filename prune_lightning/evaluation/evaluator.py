@@ -141,6 +141,18 @@ class Evaluator:
         if self.stream:
             self.stream.drop(count)
 
+    def restore(self, state: Mapping[str, Any], again: bool = False) -> None:
+        """Add what was measured in an earlier run.
+
+        Args:
+            state: ``scores``, ``intervals`` and those of the ``stream``, as far as there are any.
+            again: Whether the stream is to return its scores as fresh ones again.
+        """
+        if self.stream:
+            self.stream.restore(state.get("stream", []), again)
+        self.curve += state.get("scores", [])
+        self.intervals += state.get("intervals", [])
+
     def retain_rows(self) -> None:
         """Remove the rows of evaluations that are not in the curve."""
         self.rows.retain({int(entry["num_requests"]) for entry in self.curve})

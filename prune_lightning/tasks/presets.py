@@ -93,7 +93,7 @@ def _dtype(config: DictConfig, loaded: PretrainedConfig | None) -> str:
 
 
 def _check_section(config: DictConfig) -> None:
-    """Raise if the model's section for the method has an option that the method has not, or does not read there."""
+    """Raise if the model's section for the method has an option that the method lacks, or does not read there."""
     if not HydraConfig.initialized():
         return
     section = (config.model.get("edit") or {}).get(name := choice("method")) or {}
