@@ -25,6 +25,7 @@ from prune_lightning import usage
 from prune_lightning.errors import UserError, causes, near, plain_warnings
 from prune_lightning.tasks.arguments import check_settings, full_arguments, record_settings, recorded_settings
 from prune_lightning.tasks.choices import config_folder
+from prune_lightning.threads import let_waiting_threads_sleep
 
 _LAUNCHERS = "hydra_plugins."  # of jobs in processes of their own, of which an error says little
 
@@ -75,6 +76,7 @@ def _task(name: Any) -> Callable[[DictConfig], None]:
 
 def main() -> None:
     """Run the command line; exit with 2, without a traceback, on an error that is the user's to mend."""
+    let_waiting_threads_sleep()
     if text := usage.answer(sys.argv[1:], config_folder()):
         sys.stdout.write(text)
         return

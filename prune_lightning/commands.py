@@ -14,6 +14,7 @@ import typer
 
 from prune_lightning import __version__
 from prune_lightning.errors import UserError, plain_warnings
+from prune_lightning.threads import let_waiting_threads_sleep
 from prune_lightning.verbs import jobs, playing
 from prune_lightning.verbs.opening import check_new, existing, is_run, opened
 from prune_lightning.verbs.options import Device, Method, Restraint, Run, Settings, Tokens, nested
@@ -178,6 +179,7 @@ def _facts(file: Path | None, one: dict[str, str | None]) -> Any:
 
 def main() -> None:
     """Run a verb, or the settings; exit with 2 and one line on an error that the user can fix."""
+    let_waiting_threads_sleep()
     first = next(iter(sys.argv[1:]), "")
     if "=" in first or first in ("-m", "--multirun", "--cfg", "--hydra-help", "-sc", "--shell-completion"):
         jobs.run_train(sys.argv[1:])

@@ -22,6 +22,7 @@ FLOORS = [
         "usage",
         "run_lock",
         "ranges",
+        "threads",
     },
     {"text", "value_types"},
     {"requests", "questions"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from prune_lightning import __version__
+from prune_lightning import __version__, cli, commands
 from prune_lightning.errors import causes, near_path
 
 SLOW = ("torch", "lightning", "transformers", "torchmetrics", "wandb", "matplotlib")
@@ -40,6 +41,20 @@ def answered(done: subprocess.CompletedProcess[str]) -> list[str]:
 def test_version_is_that_of_the_package():
     done = command("--version")
     assert (done.returncode, done.stdout, answered(done)) == (0, f"prune-lightning {__version__}\n", [])
+
+
+@pytest.mark.parametrize("main", [cli.main, commands.main])
+@pytest.mark.parametrize(("given", "policy"), [(None, "passive"), ("active", "active")])
+def test_waiting_threads_sleep_unless_the_environment_says_otherwise(main, given, policy, monkeypatch, capsys):
+    """Torch reads the variable when it is imported, which other tests show to be later."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(sys, "argv", ["prune-lightning", "--version"])
+    with contextlib.suppress(SystemExit):
+        main()
+    assert capsys.readouterr().out == f"prune-lightning {__version__}\n"
+    assert os.environ["OMP_WAIT_POLICY"] == policy
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
