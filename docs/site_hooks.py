@@ -1,7 +1,7 @@
 """Hooks of MkDocs: one set of links for the site and for GitHub.
 
-The README and the changelog become pages. Files of the project that a page links to, such as examples, become pages
-with their source, and the links are pointed there.
+The README, the changelog and the guide for contributors become pages. Files of the project that a page links to, such
+as examples, become pages with their source, and the links are pointed there.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from mkdocs.structure.pages import Page
 
 _LINK = re.compile(r"(?P<text>(?:\[[^][]*)?\])\((?P<target>[^)\s]+)\)")
 _ROLE = re.compile(r":(?:class|meth|func|data|mod|attr|obj):<code>~?\.*([^<]+)</code>")
-_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".json": "json"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the README, the changelog, and the files outside the folder of the documentation that pages link to."""
+    """Add the pages of the root, and the files outside the folder of the documentation that pages link to."""
     root = Path(config.config_file_path).parent
     for source, uri in _PAGES.items():
         text = _relinked(root, (root / source).read_text("utf-8"), source, uri)
