@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from prune_lightning.callbacks import LowCurvature, SubspaceFilter
 from prune_lightning.errors import UserError
 from prune_lightning.methods.fine_tuning import FineTuning
+from prune_lightning.models import batching
 from prune_lightning.models.curvature import BatchCurvature, CorpusCurvature
 from prune_lightning.models.statistics import SecondMoments
 from prune_lightning.spectral import LowCurvatureSpace
@@ -378,3 +379,15 @@ def test_what_cannot_be_projected_is_refused(tiny):
     bounded = FineTuning(language_model=tiny("gpt2"), layers=[1], loss="target", epsilon=1e-3)
     with pytest.raises(UserError, match=r"method\.epsilon"):
         fit(bounded, [EditBatch((REQUESTS[0],))], LowCurvature(Given()))
+
+
+def test_the_curvature_of_a_large_vocabulary_is_taken_in_small_batches(tiny, monkeypatch):
+    """The logits at all tokens are in memory at once, their gradients too."""
+    model = tiny("gpt2")
+    curvature, rows = CorpusCurvature(SecondMoments(Texts())), []
+    (together,) = curvature.take(model, [1]).values()
+    model.model.register_forward_pre_hook(lambda *seen: rows.append(len(seen[2]["input_ids"])), with_kwargs=True)
+    monkeypatch.setattr(batching, "LOGITS", model.config.vocab_size)
+    (apart,) = curvature.take(model, [1]).values()
+    assert rows == [1] * len(TEXTS)
+    assert close(apart, together, 1e-10)

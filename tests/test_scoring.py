@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
+from prune_lightning import devices
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
 from prune_lightning.evaluation.generation import GenerationQuality
@@ -83,6 +85,47 @@ def test_perplexity_takes_small_batches_of_a_large_vocabulary(bundled_shared, mo
     assert rows == [1, 1, 1]
     assert torch.allclose(again, expected, rtol=1e-5)
     assert batching.within_logits(8192, 10**9) == 1
+
+
+class Sums(TorchDispatchMode):
+    """Collects the sizes of what `logsumexp` copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.logsumexp.default:
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_logits_of_long_targets_are_held_of_some_rows_at_a_time(bundled_shared, monkeypatch, shared):
+    """Of a vocabulary of 49,152, those at all tokens of a batch and the copy of their sum would take 3 GB."""
+    model, size = bundled_shared, bundled_shared.config.vocab_size
+    words = ["river", "king", "queen", "market", "town", "morning"]
+    pairs = [
+        (f"The old {a} walked to", f"the {b} and the {c} forgot the {a} in the {b} until the long day ended at last.")
+        for a in words for b in words for c in words[:2]
+    ]  # fmt: skip
+    encoded = model.tokens.encode_pairs(pairs)
+    monkeypatch.setattr(devices, "_IN_CACHE", 2**30)
+    with Sums() as whole:
+        expected = score_encoded(model, encoded, trees=shared)
+    assert max(whole.sizes) > 512 * size
+    held = []
+    handle = model.model.get_output_embeddings().register_forward_hook(lambda *seen: held.append(seen[2].numel()))
+    monkeypatch.setattr(batching, "LOGITS", 256 * size)
+    monkeypatch.setattr(devices, "_IN_CACHE", 16 * size)
+    with Sums() as bounded:
+        found = score_encoded(model, encoded, trees=shared)
+    handle.remove()
+    assert 128 * size < max(held) <= 256 * size
+    assert max(bounded.sizes) == 16 * size
+    assert torch.equal(found.predicted, expected.predicted)
+    assert torch.equal(found.num_hits, expected.num_hits)
+    assert torch.allclose(found.nll, expected.nll, rtol=1e-5)
 
 
 def test_nan_model_fails_every_score(bundled):

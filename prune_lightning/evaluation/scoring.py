@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
+from prune_lightning.evaluation.likelihoods import likelihoods
 from prune_lightning.models.batching import TOKEN_BUDGET, by_length, within_logits
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.packing import trees
@@ -101,7 +102,9 @@ class _Batch:
 
 def _plain(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> Iterator[_Batch]:
     """Yield batches with one row per pair, grouped by length."""
-    for group in by_length([len(pair.ids) for pair in pairs], budget):
+    vocabulary = int(model.config.vocab_size)
+    logits = [vocabulary * len(pair.target) for pair in pairs]
+    for group in by_length([len(pair.ids) for pair in pairs], budget, logits):
         ids, mask = model.tokens.pad([pairs[i].ids for i in group], model.device)
         places = {
             i: (row, list(range(pairs[i].target_start - 1, len(pairs[i].ids) - 1))) for row, i in enumerate(group)
@@ -117,11 +120,12 @@ def _batches(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) ->
     if rows is None:
         yield from _plain(model, pairs, budget)
         return
-    for group in by_length([len(row.ids) for row in rows], budget):
-        chosen = [rows[i] for i in group]
-        inputs = tree_inputs(chosen, model.tokens.pad_id, model.model.dtype, model.device)
-        paths = {i: (row, path) for row, tree in enumerate(chosen) for i, path in tree.paths.items()}
-        yield _Batch(inputs, {i: (row, path[pairs[i].target_start - 1 :]) for i, (row, path) in paths.items()})
+    read = [{i: path[pairs[i].target_start - 1 :] for i, path in row.paths.items()} for row in rows]
+    vocabulary = int(model.config.vocab_size)
+    logits = [vocabulary * len({place for path in paths.values() for place in path}) for paths in read]
+    for group in by_length([len(row.ids) for row in rows], budget, logits):
+        inputs = tree_inputs([rows[i] for i in group], model.tokens.pad_id, model.model.dtype, model.device)
+        yield _Batch(inputs, {i: (row, path) for row, place in enumerate(group) for i, path in read[place].items()})
 
 
 def score_pairs(model: LanguageModel, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> PairScores:
@@ -193,8 +197,9 @@ def score_encoded(
                 [[number[place] for place in where], owner, step, label], device=model.device
             )
             with model.prompts(batch.prompts):
-                logits = model.logits_at(**batch.inputs, rows=rows, positions=places).to(exact)
-            losses, choice = logits.logsumexp(-1)[index] - logits[index, labels], logits.argmax(-1)[index]
+                losses, choice = likelihoods(
+                    model.logits_at(**batch.inputs, rows=rows, positions=places), index, labels
+                )
             total.index_add_(0, owners, losses)
             hits.index_add_(0, owners, (choice == labels).long())
             predicted[owners, steps] = choice
@@ -266,7 +271,7 @@ def token_nll(
     with model.frozen_mode():
         for group in by_length([len(ids) for ids in encoded], budget):
             ids, mask = model.tokens.pad([encoded[i] for i in group], model.device)
-            logits = model(ids, mask)[:, :-1].float()
-            losses = logits.logsumexp(-1) - logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
-            nll[torch.tensor(group, device=model.device)] = losses.masked_fill(mask[:, 1:] == 0, 0.0).sum(1)
+            where, following = torch.arange(ids.numel(), device=model.device), ids.roll(-1, 1).flatten()
+            losses = likelihoods(model(ids, mask).flatten(0, 1), where, following)[0].view_as(ids)[:, :-1]
+            nll[torch.tensor(group, device=model.device)] = losses.masked_fill(mask[:, 1:] == 0, 0.0).sum(1).to(nll)
     return nll, count

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prune_lightning.devices import to_device
 from prune_lightning.errors import UserError
+from prune_lightning.models.batching import by_length, within_logits
 from prune_lightning.models.hooks import capture, edit_output
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.statistics import SecondMoments
@@ -161,8 +162,9 @@ class CorpusCurvature:
         modules = [model.rewrite_module(layer) for layer in layers]
         sums: dict[int, Tensor] = {}
         tokens = sum(map(len, pieces))
-        for batch in self.second_moments.batches(pieces):
-            ids, mask = model.tokens.pad(batch, model.device)
+        budget = within_logits(self.second_moments.token_budget, int(model.config.vocab_size))
+        for group in by_length([len(piece) for piece in pieces], budget):
+            ids, mask = model.tokens.pad([pieces[i] for i in group], model.device)
             with model.frozen_mode(), torch.enable_grad(), probed(modules, rows=len(ids)) as zeros:
                 logits = model(ids, mask)
                 log_p = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
