@@ -21,6 +21,7 @@ from prune_lightning.data.bundled import BundledWorld
 from prune_lightning.editor.facts import requests_of
 from prune_lightning.editor.models import device_of
 from prune_lightning.errors import UserError
+from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.rome import ROME
 from prune_lightning.models.loading import load_language_model
 
@@ -94,6 +95,16 @@ def test_weights_are_those_of_train_py_bit_for_bit(tmp_path, method, restraint):
         assert [r.as_dict() for r in opened.edits] == [r.as_dict() for r in stream.requests]
         live = opened._session.language_model.model.state_dict()
         assert all(torch.equal(live[name], tensor) for name, tensor in exported.items())
+
+
+def test_an_edit_leaves_the_model_on_its_device(editor, monkeypatch):
+    """A Trainer moves a module to the CPU at its end: 16 GB of Llama-3-8B down, and up again, for every call."""
+    moved = []
+    monkeypatch.setattr(EditingModule, "cpu", lambda self: moved.append(self) or self)
+    editor.edit(FRANCE)
+    editor.edit(ITALY)
+    assert len(editor.edits) == 2
+    assert moved == []
 
 
 def test_undo_of_the_last_edit_is_exact(editor):

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 
@@ -38,6 +39,16 @@ class _Reports(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the report of the step."""
         self.reports.append(pl_module.run.last_report)
+
+
+class _InPlace(SingleDeviceStrategy):
+    """Leaves the module on its device at the end. Lightning moves it to the CPU, and back would take as long again."""
+
+    def teardown(self) -> None:
+        """Free the rest."""
+        module, self._lightning_module = self._lightning_module, None
+        super().teardown()
+        self._lightning_module = module
 
 
 class EditSession:
@@ -201,8 +212,7 @@ class EditSession:
             with quiet(), isolate_rng(), self._shown(), interruptible():
                 L.seed_everything(self.recipe.seed, verbose=False)
                 self._trainer(callbacks).fit(self.module, datamodule=stream)
-        finally:  # Lightning moves the module to the CPU
-            self.module.to(self.device)
+        finally:
             self.ledger = keeper.ledger or self.ledger
         self.requests = list(stream.requests)
         return reports.reports
@@ -212,6 +222,7 @@ class EditSession:
         return L.Trainer(
             accelerator="cpu" if on_cpu else self.device.type,
             devices=1 if on_cpu else [self.device.index or 0],
+            strategy=_InPlace(self.device),
             max_epochs=1,
             logger=False,
             callbacks=callbacks,
