@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,14 @@ def words(gguf: Path | None, toy: bool, further: list[str]) -> list[str]:
     return [word for word in chosen if word.partition("=")[0] not in named] + further
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    """Return what is kept of a run's summary."""
-    found = json.loads((folder / "summary.json").read_text())
-    return {name: found[name] for name in KEPT if name in found}
+def so_far(folder: Path, start: float) -> dict[str, Any]:
+    """Return what is kept of a run's summary; of a run that is not complete, its edits and its time so far."""
+    if (folder / "summary.json").is_file():
+        found = json.loads((folder / "summary.json").read_text())
+        return {name: found[name] for name in KEPT if name in found}
+    edits = folder / "edits.jsonl"
+    count = len(edits.read_text().splitlines()) if edits.is_file() else 0
+    return {"complete": False, "num_requests": count, "wall_s": time.monotonic() - start}
 
 
 def main() -> None:
@@ -50,13 +56,17 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         chosen = words(options.gguf and options.gguf.resolve(), bool(os.environ.get("TOY")), options.further)
-        command = [sys.executable, str(ROOT / "train.py"), *chosen, f"hydra.run.dir={folder}"]
-        done = subprocess.run(command, cwd=ROOT, check=False)
-        if done.returncode:
-            sys.exit(done.returncode)
-        found = {"arguments": chosen, **summary(Path(folder))}
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+        command, start = [sys.executable, str(ROOT / "train.py"), *chosen, f"hydra.run.dir={folder}"], time.monotonic()
+        with subprocess.Popen(command, cwd=ROOT) as run:
+            code: int | None = None
+            while code is None:
+                with suppress(subprocess.TimeoutExpired):
+                    code = run.wait(timeout=2)
+                found = {"arguments": chosen, **so_far(Path(folder), start)}
+                if options.json:  # along the way, since a limit of time may end the program
+                    options.json.write_text(json.dumps(found, indent=2))
+    if code:
+        sys.exit(code)
     Console(width=140).print(f"{found['wall_s']:.1f} s: {' '.join(chosen)}", highlight=False)
 
 

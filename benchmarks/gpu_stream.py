@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from prune_lightning.callbacks import PRUNE
 from prune_lightning.data.bundled import BundledWorld
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Edit until the time or the edits are used up."""
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Edit until the time or the edits are used up; yield the figures so far after each batch."""
     device = torch.device(options.device)
     model = random_model(options.shape, getattr(torch, options.dtype), device)
     module = build(options.method, model, options.shape, options.steps, options.graph)
@@ -49,12 +50,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         seconds, _ = clock(step, device)
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         batches.append({"edits": len(batch), "seconds": seconds, "peak_gib": peak})
+        yield {"arguments": {name: str(value) for name, value in vars(options).items()}, **figures(batches)}
+
+
+def figures(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how fast some batches were, and whether the last ones took as long as the first."""
     timed = batches[1:] or batches  # the first one loads kernels and computes the references
     per_edit = [entry["seconds"] / entry["edits"] for entry in timed]
     tenths = [float(np.mean(part)) for part in np.array_split(per_edit, min(10, len(per_edit)))]
     return {
-        "arguments": {name: str(value) for name, value in vars(options).items()},
-        "edits": module.num_requests,
+        "edits": sum(entry["edits"] for entry in batches),
         "seconds": sum(entry["seconds"] for entry in batches),
         "edits_per_second": 1 / float(np.mean(per_edit)),
         "seconds_per_edit_by_tenth": tenths,
@@ -77,9 +82,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    found = run(options)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+    for found in run(options):
+        if options.json:  # after each batch, since a limit of time may end the program
+            options.json.write_text(json.dumps(found, indent=2))
     text = f"{found['edits']} edits in {found['seconds']:.1f} s, {found['edits_per_second']:.1f} a second; "
     Console(width=140).print(f"{text}the last tenth took {found['last_over_first']:.2f} times as long as the first")
 

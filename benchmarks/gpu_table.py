@@ -31,8 +31,11 @@ def rows(name: str, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         text = f"{found['edits']} edits in {found['seconds']:.0f} s; last tenth / first {found['last_over_first']:.2f}"
         yield found["arguments"]["method"], text
     elif name in ("job", "smollm2"):
-        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in found["phases"].items() if seconds > 0.5)
-        yield " ".join(found["arguments"])[:60], f"{found['wall_s']:.1f} s: {phases}"
+        phases = ", ".join(
+            f"{phase} {seconds:.1f}" for phase, seconds in found.get("phases", {}).items() if seconds > 0.5
+        )
+        done = phases or f"stopped after {found['num_requests']} edits"
+        yield " ".join(found["arguments"])[:60], f"{found['wall_s']:.1f} s: {done}"
     elif name == "machine":
         yield "card", f"{found['card']}, {found['cores']} cores, torch {found['torch']}"
 
@@ -41,8 +44,11 @@ def main() -> None:
     """Print the table."""
     table = Table("part", "what", "how much")
     for path in sorted(Path(sys.argv[1]).glob("*.json")):
-        for what, much in rows(path.stem, json.loads(path.read_text())):
-            table.add_row(path.stem, what, much)
+        try:
+            for what, much in rows(path.stem, json.loads(path.read_text())):
+                table.add_row(path.stem, what, much)
+        except (KeyError, TypeError, ValueError) as error:  # of a part that failed; the others are shown
+            table.add_row(path.stem, "cannot be read", repr(error))
     Console(width=160).print(table)
 
 

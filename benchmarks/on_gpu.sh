@@ -10,13 +10,20 @@
 #   f  the restraint against full decompositions on the device, which take most of that part's time
 #   g  METHODS_g x RESTRAINTS_g on SmolLM2 (SMOLLM2), AT_ONCE_g runs at once; WORDS_g are further overrides
 #   e  numeric tests (PYTEST_ARGS) in every numeric environment of this processor, beside the others on ASIDE cores
-# PACK=FILE.tar.gz holds all that is there after each part, for places that hand back few files.
+# PACK=FILE.tar.gz holds all that is there after each part, for places that hand back few files. Where Hydra is missing,
+# the wheels of benchmarks/pack_for_gpu.sh in WHEELS, .whl by default, are installed into a folder of their own.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(mkdir -p "${1:?usage: benchmarks/on_gpu.sh FOLDER}" && cd "$1" && pwd)
 PYTHON=$(command -v "${PYTHON:-python3}")
 PARTS=${PARTS:-a b c d f}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+if ! "$PYTHON" -c "import hydra, omegaconf, pydantic" 2>/dev/null; then
+  site=$(mktemp -d)
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "${WHEELS:-.whl}"/*.whl ||
+    { echo "hydra, omegaconf or pydantic is missing, and so are wheels of them: benchmarks/pack_for_gpu.sh"; exit 1; }
+  export PYTHONPATH="$site:$PYTHONPATH"
+fi
 "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || TOY=1
 export TOY=${TOY:-}
 failed=0 all=${SECONDS_all:-520}
@@ -30,7 +37,7 @@ part() { # NAME SECONDS COMMAND...: run a part, keep its output, and say how it 
     limit=$((all - SECONDS))
     [ "$limit" -gt 0 ] || { echo "$name left out: the $all s are over"; failed=1; return; }
   fi
-  timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  timeout --signal="${STOP:-TERM}" --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1
   status=$?
   [ $status -eq 124 ] && echo "stopped at its limit of $limit s" >>"$OUT/$name.log"
   [ $status -eq 0 ] || { failed=1; tail -n "${TAIL:-12}" "$OUT/$name.log"; }
@@ -61,7 +68,7 @@ case " $PARTS " in *" e "*)
 esac
 for each in $PARTS; do
   case $each in
-    a) PYTHONPATH="$PWD/tests:$PYTHONPATH" FAILURES_TO="$OUT/failures.txt" part tests "${SECONDS_a:-110}" \
+    a) STOP=INT PYTHONPATH="$PWD/tests:$PYTHONPATH" FAILURES_TO="$OUT/failures.txt" part tests "${SECONDS_a:-110}" \
          "$PYTHON" -m pytest tests/test_gpu.py -p failures -p no:cacheprovider $(choose "-m gpu" "") \
          -n "$(choose "${WORKERS:-12}" 0)" --dist worksteal --tb=short --show-capture=no -p no:warnings --junitxml="$OUT/tests.xml" ;;
     b) part job "${SECONDS_b:-45}" "$PYTHON" benchmarks/gpu_job.py --json "$OUT/job.json"

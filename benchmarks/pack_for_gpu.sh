@@ -32,6 +32,5 @@ du -sh "$FOLDER"
 cat <<END
 With this folder and $FOLDER there, run:
 
-python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site $FOLDER/*.whl &&
-  PYTHONPATH=/tmp/site PACK=/tmp/found.tar.gz benchmarks/on_gpu.sh /tmp/found
+WHEELS=$FOLDER PACK=/tmp/found.tar.gz benchmarks/on_gpu.sh /tmp/found
 END
