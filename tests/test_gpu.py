@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from prune_lightning import metrics
+from prune_lightning import Editor, metrics
 from prune_lightning.bundled.corpus import BundledCorpus
 from prune_lightning.callbacks import PRUNE, RECT, EditLedger
 from prune_lightning.data.bundled import BundledWorld
@@ -61,6 +61,7 @@ from prune_lightning.methods.value_problem import ShiftSite
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.loading import load_language_model
 from prune_lightning.models.statistics import SecondMoment, SecondMoments
+from prune_lightning.spectral.diagnostics import singular_values
 from prune_lightning.tasks.collapse import bisect_collapses
 from prune_lightning.tasks.setup import fit
 from prune_lightning.types import LowRankUpdate
@@ -556,6 +557,18 @@ def test_every_metric_on_the_device(here, place):
             torch.testing.assert_close(ours, torch.as_tensor(value).double(), rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("place", [APART, GPU])
+def test_singular_values_of_a_long_matrix_are_those_of_a_square_one(here, place, monkeypatch):
+    matrix = torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
+    shapes, decompose = [], torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda given: shapes.append(tuple(given.shape)) or decompose(given))
+    for given in (matrix, matrix.T, matrix[:30]):
+        expected = decompose(given.double())
+        found = singular_values(given.to(place.device)).cpu()
+        assert float((found - expected).abs().max()) <= 1e-13 * float(expected[0])
+    assert shapes == [(20, 20), (20, 20), (30, 20)]
+
+
 # -- what stays in the CPU's memory -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("place", [APART, GPU])
 @pytest.mark.parametrize(
@@ -679,6 +692,48 @@ def test_a_run_on_the_gpu_goes_on_where_there_is_none(tmp_path):
     assert_rebuilt_without_a_gpu(run, tmp_path / "rebuilt")
 
 
+@pytest.mark.gpu
+def test_one_process_with_a_divided_model_gives_the_weights_of_a_whole_one(tmp_path):
+    """FSDP2 over NCCL: gathering, writing back and exporting, as far as one GPU can show them."""
+    exported = []
+    for trainer in ("gpu", "fsdp2"):
+        run = tmp_path / trainer
+        words = [*JOB[1:], f"trainer={trainer}", "trainer.accelerator=gpu", "trainer.devices=1", "method=memit"]
+        done = train(*words, f"hydra.run.dir={run}", "export=full", "data.num_edits=4")
+        assert done.returncode == 0, done.stderr
+        exported.append(load_file(run / "export" / "full" / "model.safetensors"))
+    whole, divided = exported
+    assert whole.keys() == divided.keys()
+    for name, weight in whole.items():
+        assert float((divided[name] - weight).norm()) <= 1e-5 * float(weight.norm())
+
+
+@pytest.mark.gpu
+def test_an_editor_on_the_gpu_is_opened_on_the_cpu(tmp_path):
+    fact = {"subject": "France", "prompt": "The capital of France is", "target_new": "Rome"}
+    other = {"subject": "Spain", "prompt": "The capital of Spain is", "target_new": "Oslo"}
+
+    def weights(editor, device):
+        matrices = editor._session.module.edited_matrices()
+        assert {matrix.weight().device.type for matrix in matrices.values()} == {device}
+        return {name: matrix.weight().cpu() for name, matrix in matrices.items()}
+
+    def same(found):
+        return all(float((found[name] - weight).norm()) <= 1e-5 * float(weight.norm()) for name, weight in once.items())
+
+    with Editor("bundled", "memit", "prune", device="cuda", progress=False) as editor:
+        editor.edit(fact)
+        once, answer = weights(editor, "cuda"), editor.ask(fact["prompt"])
+        editor.edit(other)
+        editor.undo()
+        assert same(weights(editor, "cuda"))
+        assert all(len(spectrum.before) for spectrum in editor.history.spectra())
+        editor.save(tmp_path / "saved")
+    with Editor.open(tmp_path / "saved", device="cpu", progress=False) as opened:
+        assert same(weights(opened, "cpu"))
+        assert opened.ask(fact["prompt"]) == answer
+
+
 # -- the script that measures on a GPU --------------------------------------------------------------------------------
 def test_the_default_parts_of_the_script_fit_a_command_of_ten_minutes():
     script = (ROOT / "benchmarks" / "on_gpu.sh").read_text()
@@ -687,3 +742,17 @@ def test_the_default_parts_of_the_script_fit_a_command_of_ten_minutes():
     assert re.search(r"PARTS:-([\w ]+)", script)[1] == "a b c d f"
     (whole,) = re.findall(r"SECONDS_all:-(\d+)", script)
     assert sum(limits[name] for name in ("a", "b", "smollm2", "restraint", "editing", "d", "f")) <= int(whole) <= 520
+
+
+def test_the_table_shows_what_there_is_of_parts_that_were_stopped(tmp_path):
+    whole = {"arguments": ["trainer=gpu"], "wall_s": 40.2, "phases": {"edit": 30.1, "load": 0.2}}
+    (tmp_path / "job.json").write_text(json.dumps(whole))
+    stopped = {"arguments": ["model=smollm2"], "wall_s": 60.0, "num_requests": 120, "complete": False}
+    (tmp_path / "smollm2.json").write_text(json.dumps(stopped))
+    (tmp_path / "restraint.json").write_text('{"records": [')
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_table.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("│")}
+    assert "40.2 s: edit 30.1 " in lines["job"]
+    assert "60.0 s: stopped after 120 edits" in lines["smollm2"]
+    assert "cannot be read" in lines["restraint"]
