@@ -248,7 +248,7 @@ def test_easyedit_locality_compares_with_the_unedited_model(bundled, cases):
 def test_half_precision_is_compared_in_the_same_batches(tiny, cases):
     """Also if another measurement has scored the same prompts together with others."""
     model, words = tiny("gpt2", torch.bfloat16), random.Random(0)
-    names = "river north red old town bridge Rome Japan dog cat piano tall sea long water".split()
+    names = ["river", "north", "red", "old", "town", "Rome", "Japan", "dog", "cat", "piano", "tall", "sea", "water"]
 
     def text(count):
         return " ".join(words.choices(names, k=count))
