@@ -26,7 +26,7 @@ from prune_lightning.value_types import check_value
 
 from ._lightning import LightningCallback
 from ._logging import axis, log_metrics
-from ._snapshot import Originals, SnapshotMatrix, as_patterns, matching_matrices
+from ._snapshot import Originals, SnapshotMatrix, as_patterns, chosen_matrices, matching_matrices
 from ._timing import part_of_phase
 from .restraint import Restraint
 
@@ -43,8 +43,8 @@ class SpectrumMonitor(LightningCallback):
 
     Args:
         every_n: Steps between two readings; each costs two decompositions per matrix.
-        parameters: See :class:`Restraint`; by default the matrices of the restraints in the same Trainer, if there are
-            any.
+        parameters: See :class:`Restraint`; by default all edited matrices, and on other modules the matrices of the
+            restraints in the same Trainer, if there are any.
         draw: Plot the spectra at the end.
 
     Raises:
@@ -97,7 +97,7 @@ class SpectrumMonitor(LightningCallback):
 
     def _find(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, RestrainedMatrix]:
         if isinstance(module, HasEditedMatrices):
-            return dict(module.edited_matrices())
+            return chosen_matrices(module.edited_matrices(), self.parameters)
         restraints = [c for c in trainer.callbacks if isinstance(c, Restraint)]  # type: ignore[attr-defined]
         held = {name: matrix for restraint in restraints for name, matrix in restraint.matrices.items()}
         if held and self.parameters is None:

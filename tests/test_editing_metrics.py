@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import random
 from dataclasses import replace
 
 import distributed_metrics
@@ -29,7 +30,7 @@ from prune_lightning.evaluation.prompts import spread
 from prune_lightning.evaluation.wild import WildGeneration
 from prune_lightning.evaluation.zsre import ZsREScores
 from prune_lightning.metrics import CaseMeans, CounterFactScore, GenerationScore, TokenMatch
-from prune_lightning.metrics.functional import harmonic_mean, tfidf_vectorizer
+from prune_lightning.metrics.functional import harmonic_mean, ngram_entropy, tfidf_vectorizer
 from prune_lightning.models.family import ModelFamily
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.types import EditRequest, Probe
@@ -245,11 +246,28 @@ def test_easyedit_locality_compares_with_the_unedited_model(bundled, cases):
 
 
 def test_half_precision_is_compared_in_the_same_batches(tiny, cases):
-    model = tiny("gpt2", torch.bfloat16)
-    measurement = EasyEditScores()
+    """Also if another measurement has scored the same prompts together with others."""
+    model, words = tiny("gpt2", torch.bfloat16), random.Random(0)
+    names = ["river", "north", "red", "old", "town", "Rome", "Japan", "dog", "cat", "piano", "tall", "sea", "water"]
+
+    def text(count):
+        return " ".join(words.choices(names, k=count))
+
+    cases = {
+        i: replace(
+            request,
+            prompt=f"{request.subject} {text(3 * i + 1)}",
+            subject_start=0,
+            locality=tuple(Probe(text(2 * k + 2), text(3)) for k in range(10)),
+        )
+        for i, request in cases.items()
+    }
+    measurement, other = EasyEditScores(), ZsREScores()
     measurement.take_reference(model, cases)
     for some in (cases, {1: cases[1]}, {3: cases[3], 0: cases[0]}):
-        assert measurement.measure(model, some).scores["locality_acc"] == 1
+        with model.kept.while_unchanged():
+            other.measure(model, some)
+            assert measurement.measure(model, some).scores["locality_acc"] == 1
 
 
 def test_a_model_that_is_no_number_fails_everything(bundled, cases):
@@ -281,6 +299,12 @@ def test_of_a_weighted_sample_the_harmonic_mean_is_that_of_the_weighted_means(me
     assert [found[f"{measurement.name}/{kind}"] for kind in kinds] == pytest.approx(means)
     assert means != pytest.approx([plain.scores[kind] for kind in kinds])
     assert found[f"{measurement.name}/{harmonic}"] == pytest.approx(3 / sum(1 / mean for mean in means))
+
+
+def test_the_full_stop_of_every_sentence_is_a_word():
+    """As for nltk.word_tokenize: "One two . Three four 3.5 ." has six bigrams and five trigrams, each once."""
+    expected = (2 / 3 * math.log2(6) + 4 / 3 * math.log2(5)) / 2
+    assert ngram_entropy("One two. Three four 3.5.") == pytest.approx(expected, abs=1e-12)
 
 
 def test_fluency_and_consistency(cases, bundled):

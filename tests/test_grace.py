@@ -105,3 +105,16 @@ def test_the_later_of_two_labels_of_one_key_holds():
 def test_a_wrong_option_is_named(wrong, tiny):
     with pytest.raises(UserError, match=r"GRACE|first|hot|c_fc"):
         GRACE(language_model=tiny("gpt2"), **{"layers": [1], **wrong})
+
+
+def test_the_later_of_two_targets_of_one_prompt_in_a_step_is_trained_as_alone(tiny):
+    model = tiny("llama")
+    first, second = (EditRequest(i, "Ann", "Ann lives in", target) for i, target in enumerate(("Rome", "Paris")))
+    values = []
+    for requests in ([first, second], [second]):
+        module = GRACE(language_model=model, layers=[1], steps=5, learning_rate=0.5, start="warm")
+        report = module.edit(requests)
+        values.append(module.side.book.values.clone())
+        module.run.restart()
+    assert [detail["placement"] for detail in report.details] == ["new"]
+    assert torch.allclose(*values, rtol=1e-9)

@@ -103,3 +103,11 @@ def test_a_thousand_batches_keep_the_inverse_exact(moment):
         recursive.add(keys)
         total += keys @ keys.T
     assert close(recursive.inverse, torch.linalg.inv(total))
+
+
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_keys_that_are_not_finite_give_an_update_that_is_not(moment, damping):
+    """An eigenvalue solver would fail on such a system of this size."""
+    keys, residual = normal(N, B, seed=2), normal(M, B, seed=3)
+    keys[:, 1] = torch.nan
+    assert not regression_update(residual, keys, moment.solve(keys), damping).is_finite()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning as L
 import pytest
 import reference_editors as reference
 import torch
@@ -12,10 +13,12 @@ from torch.utils.data import DataLoader
 from prune_lightning.errors import UserError
 from prune_lightning.methods.alphaedit import AlphaEdit
 from prune_lightning.methods.memit import MEMIT
+from prune_lightning.methods.nse import NSE
 from prune_lightning.models.contexts import ContextOptions
 from prune_lightning.models.hooks import capture, edit_output
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.statistics import SecondMoments
+from prune_lightning.types import EditBatch
 
 LAYER, N, M, B = 1, 32, 32, 3
 
@@ -172,3 +175,86 @@ def test_options_out_of_range_are_refused():
         made(AlphaEdit, refresh_every=1000)
     with pytest.raises(UserError, match=r"method\.spread"):
         made(MEMIT, ridge=1.0, spread="all")
+
+
+def in_fp32(kind, **options):
+    """A method on second moments of fewer tokens than a key has entries, summed in fp32."""
+    model, tokenizer = reference.tiny_model("gpt2")
+    module = kind(
+        language_model=LanguageModel(model.float(), tokenizer),
+        layers=[LAYER],
+        second_moments=SecondMoments(Texts(), max_tokens=12),
+        contexts=ContextOptions(fixed=reference.PREFIXES[1:]),
+        **options,
+    )
+    module.prepare()
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:the second moment is not positive definite")
+def test_moments_of_few_tokens_are_the_same_in_every_bracket():
+    """Eigenvalues that are only rounding, some of them negative, count as their bound, as in MEMIT's own solve."""
+    keys, residual = normal(N, B, seed=0), normal(M, B, seed=1)
+    memit = in_fp32(MEMIT, ridge=4.0)
+    values = torch.linalg.eigvalsh(memit.moments[LAYER].matrix)
+    assert values[0] < 0 < values[-1]
+    expected = memit.solve(LAYER, keys, residual).dense()
+    nse = in_fp32(NSE, ridge=4.0).solve(LAYER, keys, residual).dense()
+    penalised = in_fp32(MEMIT, ridge=4.0, norm_penalty=1e-12).solve(LAYER, keys, residual).dense()
+    # The condition is 1e7, so that fp64 leaves nine digits.
+    assert float((nse - expected).norm()) < 1e-8 * float(expected.norm())
+    assert float((penalised - expected).norm()) < 1e-5 * float(expected.norm())
+
+
+def test_a_step_with_a_key_that_is_not_finite_is_refused_and_leaves_no_trace():
+    module, other = build("alphaedit", "gpt2"), build("alphaedit", "gpt2")
+    good, broken = batches()[0].requests, [request for batch in batches() for request in batch.requests]
+    for each in (module, other):
+        each.prepare()
+        each.edit(good)
+        each.run.settle()
+    before = {name: matrix.weight().clone() for name, matrix in module.edited_matrices().items()}
+    embedding = module.language_model.model.get_input_embeddings().weight
+    (word,), saved = module.language_model.tokens.encode("Berg"), embedding.clone()
+    embedding[word] = torch.nan
+    report = module.edit(broken)
+    module.run.settle()
+    assert report.refused == "the update is not finite"
+    assert all(torch.equal(matrix.weight(), before[name]) for name, matrix in module.edited_matrices().items())
+    embedding.copy_(saved)
+    assert all(torch.equal(module.memory()[name], tensor) for name, tensor in other.memory().items())
+
+
+def test_keys_of_a_model_that_has_broken_down_protect_nothing():
+    module = build("alphaedit", "gpt2")
+    module.prepare()
+    module.edit(batches()[0].requests)
+    module.language_model.model.get_input_embeddings().weight.fill_(torch.nan)
+    module.run.settle()
+    for layer in module.layers:
+        assert torch.equal(module.memory()[str(layer)], module.unprotected_inverse(layer))
+
+
+@pytest.mark.parametrize("method", ["memit_past", "alphaedit"])
+def test_where_every_step_starts_anew_the_inverse_is_computed_once(method, monkeypatch):
+    module, computed, weights = build(method, "gpt2"), [], []
+    inverse = module.unprotected_inverse
+
+    def counted(layer):
+        computed.append(layer)
+        return inverse(layer)
+
+    monkeypatch.setattr(module.protected, "_start", counted)
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            weights.append([matrix.weight().clone() for matrix in pl_module.edited_matrices().values()])
+
+    stream = [EditBatch(batch.requests, from_base=True) for batch in batches()]
+    quiet_trainer(Watch()).fit(module, DataLoader(stream, batch_size=None))
+    assert computed == ([] if method == "memit_past" else list(module.layers))
+    for batch, found in zip(stream, weights, strict=True):
+        alone = build(method, "gpt2")
+        quiet_trainer().fit(alone, DataLoader([EditBatch(batch.requests)], batch_size=None))
+        for ours, matrix in zip(found, alone.edited_matrices().values(), strict=True):
+            assert torch.equal(ours, matrix.weight())

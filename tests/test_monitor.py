@@ -46,6 +46,12 @@ def test_figures_of_an_editing_module(tiny):
     assert images[0].size[0] > 300
 
 
+def test_parameters_choose_among_edited_matrices_too(tiny):
+    module, monitor = RandomEdits(tiny("llama"), [0, 1]), SpectrumMonitor(parameters="*.1.mlp.*", draw=False)
+    fit(module, edits(1), monitor)
+    assert list(monitor.matrices) == [module.language_model.rewrite_name(1)]
+
+
 def test_shares_the_matrices_of_a_restraint_or_takes_its_own():
     for callbacks in ([PRUNE(BASE, parameters=["second.*"])], []):
         logger, monitor = Remember(), SpectrumMonitor(every_n=1)

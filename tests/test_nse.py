@@ -154,6 +154,20 @@ def test_one_pass_over_all_neurons_of_the_first_batch_is_memit():
         assert distance(matrix.weight(), memit.weight(layer), originals[layer]) < 1e-10
 
 
+def test_a_value_that_is_not_finite_is_refused_and_not_left_out(monkeypatch):
+    module, optimise = build("gpt2"), NSE.optimise
+
+    def broken(self, requests, site):
+        values = optimise(self, requests, site)
+        values.target[0] = torch.nan
+        return values
+
+    monkeypatch.setattr(NSE, "optimise", broken)
+    module.prepare()
+    report = module.edit(batches()[0].requests)
+    assert report.refused == "the update is not finite"
+
+
 def test_values_are_those_of_the_original_weights_under_a_restraint_too():
     """Whatever the earlier edits have done and a restraint withholds."""
     module, alone = build("gpt2"), build("gpt2")

@@ -103,6 +103,7 @@ def test_the_mean_leaves_out_the_largest_twentieth():
     values = [torch.tensor([float(i), 0.0]) for i in (1000, *range(1, 20))]
     assert mean_norm(values) == pytest.approx(10.0)
     assert mean_norm(values[1:2]) == pytest.approx(1.0)
+    assert mean_norm([torch.tensor([torch.nan, 0.0]), *values[1:3]]) == pytest.approx(1.5)
 
 
 def bundled_editor(pilots):

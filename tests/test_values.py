@@ -153,6 +153,25 @@ def test_a_nonfinite_loss_ends_the_request_and_is_reported(tiny):
         model.rewrite_module(2).weight[0, 0] = float("nan")
     values = optimise_values(model, rows_of(model)[:2], ShiftSite(1, "mlp"), ValueOptions(steps=4))
     assert all(detail["losses"][0] != detail["losses"][0] for detail in values.details)
+    assert values.target.isnan().all()
+
+
+def test_a_request_that_breaks_on_the_way_has_no_value_and_the_others_keep_theirs(tiny, monkeypatch):
+    """A finite value whose likelihood is not finite must not be written."""
+    model, site, options = tiny("gpt2"), ShiftSite(1, "mlp"), ValueOptions(steps=4)
+    rows = rows_of(model)[:3]
+    expected = optimise_values(model, rows, site, options).target
+    plain = UpperForward.logits
+
+    def breaking(self, layout, shift):
+        logits = plain(self, layout, shift)
+        return torch.where((layout.owner[layout.read_rows] == 2)[:, None] & (shift != 0).any(), torch.nan, logits)
+
+    monkeypatch.setattr(UpperForward, "logits", breaking)
+    values = optimise_values(model, rows, site, options)
+    assert values.details[2]["steps"] == 1, "the second loss is NaN"
+    assert values.target[2].isnan().all()
+    assert torch.allclose(values.target[:2], expected[:2], rtol=1e-10)
 
 
 def test_nothing_is_left_on_the_model():

@@ -99,9 +99,11 @@ def comparable(model: LanguageModel, cases: Cases) -> Iterator[Cases]:
     """Yield cases in the batches in which a model has to run to be compared with the unedited model.
 
     In half precision a first choice can depend on the other rows of the batch, so each case is run by itself before and
-    after. Otherwise all are run together.
+    after, also if another measurement has had the same prompts. Otherwise all are run together.
     """
     if torch.finfo(model.model.dtype).bits >= 32:
         yield cases
-    else:
-        yield from ({place: request} for place, request in cases.items())
+        return
+    for place, request in cases.items():
+        with model.kept.nothing():
+            yield {place: request}

@@ -115,7 +115,7 @@ class AlphaEdit(KeyProtectingEdit):
         null = self._null_space(layer)
         if not self.preserve:
             return null @ null.T / self.ridge
-        return self._inverse_inside(null, self.preserve * self.moments[layer].matrix)
+        return self._inverse_inside(null, self.preserve * self.moments[layer].positive())
 
     def _null_space(self, layer: int) -> Tensor:
         return self._null[layer].to(self.language_model.device, torch.float64)
@@ -138,11 +138,10 @@ class AlphaEdit(KeyProtectingEdit):
                 self._refresh(edited)
 
     def _refresh(self, layer: int) -> None:
-        past, moment = self._past[str(layer)], self.moments[layer].matrix
-        weight = self.preserve
-        rank = self._find_null_space(layer, (past / self._edits + weight * moment) / (1 + weight))
+        past, moment, weight = self._past[str(layer)], self.moments[layer], self.preserve
+        rank = self._find_null_space(layer, (past / self._edits + weight * moment.matrix) / (1 + weight))
         self.facts[f"projector_rank/{layer}"] = rank
-        inverse = self._inverse_inside(self._null_space(layer), past + weight * moment)
+        inverse = self._inverse_inside(self._null_space(layer), past + weight * moment.positive())
         self.protected.load_state_dict({**self.protected.state_dict(), str(layer): inverse})
 
     def memory(self) -> Mapping[str, Tensor]:
@@ -161,7 +160,8 @@ class AlphaEdit(KeyProtectingEdit):
     def forget(self) -> None:
         """Remove all protected keys, and return to the null space of the unedited model."""
         super().forget()
-        if self._edits:
+        if self.refresh_every is not None and self._edits >= self.refresh_every:
             for layer in self.layers:
-                self._find_null_space(layer, self.moments[layer].matrix)
+                rank = self._find_null_space(layer, self.moments[layer].matrix)
+                self.facts[f"projector_rank/{layer}"] = rank
         self._past, self._edits = {}, 0

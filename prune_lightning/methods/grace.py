@@ -255,6 +255,9 @@ class GRACE(ModuleMemoryEditor):
         first: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return the value of each request, and the losses before each step, ``(steps, requests)``."""
+        # A request whose key a later one of the step gives another label has no say in the value.
+        last = {placement.entry: i for i, placement in enumerate(placements) if placement.kind == "replace"}
+        counts = torch.tensor([i >= last.get(p.entry, 0) for i, p in enumerate(placements)], device=first.device)
         touched = sorted({placement.entry for placement in placements})
         of_request = torch.tensor([touched.index(p.entry) for p in placements], device=first.device)
         values = entries[touched].clone().requires_grad_()
@@ -269,7 +272,7 @@ class GRACE(ModuleMemoryEditor):
             with torch.enable_grad(), edit_output(memory.host, change, rows=len(ends)):
                 losses = batch.losses(forward())
                 optimizer.zero_grad()
-                losses.sum().backward()
+                losses[counts].sum().backward()
             optimizer.step()
             history.append(losses.detach())
         return values.detach()[of_request], torch.stack(history)

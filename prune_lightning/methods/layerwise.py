@@ -122,9 +122,12 @@ class LayerwiseEdit(LocateThenEdit):
         return {layer: seen.outputs[i][at].double() for i, layer in enumerate(self.layers)}
 
     def present_keys(self, requests: Sequence[EditRequest]) -> dict[str, Tensor]:
-        """Return, by the layer's number, the keys under the present weights, each ``(in_features, b)``."""
-        keys = self.subject_keys(requests)
-        return {str(layer): mixed(of[:, 0], of[:, 1:]).T for layer, of in keys.items()}
+        """Return, by the layer's number, the keys under the present weights, each ``(in_features, b)``.
+
+        A key that is not finite, as in a model that has broken down, is zero: there is nothing to protect.
+        """
+        keys = {layer: mixed(of[:, 0], of[:, 1:]).T for layer, of in self.subject_keys(requests).items()}
+        return {str(layer): torch.where(torch.isfinite(of).all(0), of, 0.0) for layer, of in keys.items()}
 
 
 def mixed(clean: Tensor, prefixed: Tensor) -> Tensor:

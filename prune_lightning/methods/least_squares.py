@@ -18,7 +18,8 @@ def regression_update(residual: Tensor, keys: Tensor, solved: Tensor, damping: f
 
     It minimises :math:`\|\Delta K - R\|^2 + \alpha \operatorname{tr}(\Delta M \Delta^\top)`; for :math:`\alpha = 0`
     it is the cheapest :math:`\Delta` with :math:`\Delta K = R`. Only a ``b x b`` system is solved. If keys coincide, as
-    those of one subject do, no :math:`\Delta` gives each its own residual: they get the mean.
+    those of one subject do, no :math:`\Delta` gives each its own residual: they get the mean. Keys that are not finite
+    give an update that is not.
 
     Args:
         residual: :math:`R`, shape ``(out_features, b)``.
@@ -33,8 +34,10 @@ def regression_update(residual: Tensor, keys: Tensor, solved: Tensor, damping: f
     coincide = failed > 0
     if not damping:  # a pivot that is rounding alone can be positive
         coincide = coincide | (factor.diagonal().square() <= _COINCIDE * system.diagonal()).any()
-    if coincide.item():  # the least-norm solution
-        right = solved @ torch.linalg.pinv(system, rtol=_COINCIDE, hermitian=True)
+    if coincide.item():  # the least-norm solution, or NaN, on which an eigenvalue solver may fail
+        finite = bool(torch.isfinite(system).all())
+        inverse = torch.linalg.pinv(system, rtol=_COINCIDE, hermitian=True) if finite else system * torch.nan
+        right = solved @ inverse
     else:
         right = torch.cholesky_solve(solved.T, factor).T
     return LowRankUpdate(residual, right)

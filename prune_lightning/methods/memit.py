@@ -76,6 +76,6 @@ class MEMIT(KeyProtectingEdit):
         r"""Return :math:`(\lambda C + \lambda_n I)^{-1}`."""
         if not self.norm_penalty:
             return self.moments[layer].inverse() / self.ridge
-        bracket = self.ridge * self.moments[layer].matrix
+        bracket = self.ridge * self.moments[layer].positive()
         bracket.diagonal().add_(self.norm_penalty)
         return torch.cholesky_inverse(torch.linalg.cholesky(bracket))

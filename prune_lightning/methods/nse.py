@@ -106,7 +106,9 @@ class NSE(LayerwiseEdit):
         with self.provisional():
             for _ in range(self.passes):
                 norms = self._residuals(requests, values.target)
-                active = [i for i, x in enumerate(norms) if self.smallest_residual < x < self.largest_residual]
+                # NaN is in range, so that the update is not finite and is refused.
+                low, high = self.smallest_residual, self.largest_residual
+                active = [i for i, x in enumerate(norms) if not (x <= low or x >= high)]
                 for i, norm in enumerate(norms):
                     residuals[i].append(norm)
                     passes[i] += i in active
@@ -131,7 +133,7 @@ class NSE(LayerwiseEdit):
     def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
         """Solve for the selected neurons; the factor of the other columns is zero."""
         neurons = largest_scores(keys.abs().sum(1), self.neuron_share)
-        system = self.ridge * self.moments[layer].matrix[neurons[:, None], neurons]
+        system = self.ridge * self.moments[layer].positive()[neurons[:, None], neurons]
         if str(layer) in self._past:
             system = system + self._past[str(layer)][neurons[:, None], neurons]
         selected = keys[neurons]

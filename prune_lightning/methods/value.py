@@ -95,7 +95,8 @@ def optimise_values(
 
     (ROME, Meng et al. 2022, eq. 4, with the divergence read at the subject as the published code does). Losses are
     summed over requests and Adam is elementwise, so each request is optimised as it would be alone. One whose loss is
-    below ``stop_loss`` leaves the batch.
+    below ``stop_loss`` leaves the batch. One whose target ends without a finite likelihood gets NaN as its value, so
+    that its update is refused.
 
     Args:
         model: The language model.
@@ -205,7 +206,8 @@ class _Optimisation:
             self._adam(active, differentiate(), step)
             if remaining <= 0.75 * len(active):
                 self._compact(active)
-        return Values(self.reference + self.delta, self.reference, self._details())
+        target = (self.reference + self.delta).masked_fill(~torch.isfinite(self.nll)[:, None], torch.nan)
+        return Values(target, self.reference, self._details())
 
     def _step(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]:
         """Return losses, negative log-likelihoods, whether all labels are on top, and what returns the gradient."""

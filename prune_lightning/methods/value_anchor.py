@@ -15,10 +15,10 @@ _KEPT = 0.95  # share of the pilot norms, the smallest ones, whose mean is the a
 
 
 def mean_norm(values: Sequence[Tensor]) -> float:
-    """Return the mean norm of values ``(width,)``, without the largest twentieth."""
-    norms = sorted(float(value.double().norm()) for value in values)
+    """Return the mean norm of values ``(width,)``, without the largest twentieth; NaN if none is finite."""
+    norms = sorted(norm for value in values if math.isfinite(norm := float(value.double().norm())))
     kept = norms[: math.ceil(_KEPT * len(norms))]
-    return sum(kept) / len(kept)
+    return sum(kept) / len(kept) if kept else math.nan
 
 
 def written_values(values: Values, outputs: Tensor, multiplier: float) -> Tensor:

@@ -162,8 +162,10 @@ def contains(text: str, answers: Sequence[str]) -> bool:
 def ngram_entropy(text: str) -> float:
     r"""Return the fluency of a text in bits: :math:`\tfrac12(\tfrac23 H_2 + \tfrac43 H_3)`.
 
-    :math:`H_n = -\sum_g f(g)\log_2 f(g)` over the frequencies of the text's word n-grams, with words split by ``nltk``.
-    It is 0 for a text without n-grams.
+    :math:`H_n = -\sum_g f(g)\log_2 f(g)` over the frequencies of the text's word n-grams. Words are split sentence by
+    sentence, as by ``nltk.word_tokenize``, since the full stop is a word of its own at the end of a sentence only. The
+    sentences are found without ``nltk``'s data, so that one also ends after an abbreviation such as "Mr.". It is 0 for
+    a text without n-grams.
 
     Raises:
         UserError: ``nltk`` is not installed.
@@ -173,7 +175,7 @@ def ngram_entropy(text: str) -> float:
     >>> ngram_entropy("so so so so so so")
     0.0
     """
-    words = _word_tokenizer().tokenize(unicodedata.normalize("NFKD", text).replace("\n\n", " "))
+    words = _words(unicodedata.normalize("NFKD", text).replace("\n\n", " "))
 
     def entropy(n: int) -> float:
         counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
@@ -183,12 +185,14 @@ def ngram_entropy(text: str) -> float:
     return abs(2 / 3 * entropy(2) + 4 / 3 * entropy(3)) / 2
 
 
-def _word_tokenizer() -> Any:
+def _words(text: str) -> list[str]:
     try:
         from nltk.tokenize import NLTKWordTokenizer
+        from nltk.tokenize.punkt import PunktSentenceTokenizer
     except ImportError as error:
         raise UserError("fluency needs nltk: pip install 'prune-lightning[eval]'") from error
-    return NLTKWordTokenizer()
+    split = NLTKWordTokenizer().tokenize
+    return [word for sentence in PunktSentenceTokenizer().tokenize(text) for word in split(sentence)]
 
 
 def tfidf_vectorizer(texts: Sequence[str]) -> Any:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from prune_lightning.errors import UserError
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Count
+
+_FURTHER = 64  # tokens beyond the length of a text that has no word yet
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class ContextOptions:
 
     Args:
         lengths: Pairs ``(tokens, texts)``: the total length in tokens, and the number of texts of that length.
-        starts: First words of the texts, used in turn; empty to begin with the model's start token.
+        starts: First words of the texts, used in turn; empty to begin with the start token, or the end token if there
+            is none.
         top_k: Number of tokens to sample from.
         seed: Seed of the sampling.
         fixed: Use these prefixes and sample nothing.
@@ -35,20 +39,31 @@ class ContextOptions:
 def sample_prefixes(model: LanguageModel, options: ContextOptions) -> tuple[str, ...]:
     """Return the prefixes, without the empty one. Each ends in ``". "`` so that a prompt can follow.
 
+    A text of blanks and special tokens alone is continued until it has a word.
+
     Args:
         model: The model to sample from.
         options: Number and lengths of the prefixes.
+
+    Raises:
+        UserError: A text still has no word after many tokens.
     """
     if options.fixed is not None:
         return tuple(options.fixed)
-    start_token = model.tokens.tokenizer.bos_token_id or model.tokens.tokenizer.eos_token_id or 0
-    starts = [model.tokens.encode(word) for word in options.starts] or [[start_token]]
+    tokenizer = model.tokens.tokenizer
+    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    starts = [model.tokens.encode(word) for word in options.starts] or [[start]]
     prefixes = []
     generator = torch.Generator(device="cpu").manual_seed(options.seed)
     for length, count in options.lengths:
         for index in range(count):
             ids = list(starts[index * len(starts) // count])
-            while len(ids) < length:
+            while len(ids) < length or not _clean(model.tokens.decode(ids)):
+                if len(ids) >= length + _FURTHER:
+                    raise UserError(
+                        f"method.contexts: no text after {len(ids)} sampled tokens, only blanks and special tokens. "
+                        "Give its first words as method.contexts.starts"
+                    )
                 row, mask = model.tokens.pad([ids], model.device)
                 places = torch.tensor([0]), torch.tensor([len(ids) - 1])
                 probabilities = model.logits_at(row, mask, *(p.to(model.device) for p in places))[0].float().softmax(0)

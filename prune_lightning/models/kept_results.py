@@ -22,6 +22,15 @@ class KeptResults:
         finally:
             self._found = outer
 
+    @contextmanager
+    def nothing(self) -> Iterator[None]:
+        """Use no kept results inside the block, and keep none."""
+        outer, self._found = self._found, None
+        try:
+            yield
+        finally:
+            self._found = outer
+
     def get(self, key: Hashable, default: Any) -> Any:
         """Return what is kept under a key, or ``default``."""
         return default if self._found is None else self._found.get(key, default)

@@ -108,6 +108,13 @@ class SecondMoment:
         """:math:`C`, fp64, on the model's device."""
         return self._matrix.to(self._device, torch.float64)
 
+    def positive(self) -> Tensor:
+        """Return :math:`C` as :meth:`solve` takes it: with eigenvalues that are only rounding set to their bound."""
+        if self._eigen is None:
+            return self.matrix
+        values, vectors = (part.to(self._device) for part in self._eigen)
+        return (vectors * values) @ vectors.T
+
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Return eigenvalues, ascending, and eigenvectors, which are not cached."""
         return torch.linalg.eigh(self.matrix)
