@@ -198,7 +198,7 @@ def test_the_display_reads_the_clock(time):
 @pytest.mark.parametrize("transient", [False, True])
 def test_in_a_file_what_follows_the_display_begins_a_line(time, transient):
     clock, file = PhaseClock(time), StringIO()
-    with clock.phase("load"), RunProgress(clock, Console(file=file), transient):
+    with RunProgress(clock, Console(file=file), transient), clock.phase("load"):
         time.sleep(2)
     print("error: no file", file=file)
     *display, last = file.getvalue().splitlines()
