@@ -35,6 +35,8 @@ class RunProgress:
 
     def __exit__(self, *exc: object) -> None:
         self._live.stop()
+        if not self._live.console.is_terminal and not self._live.transient:
+            self._live.console.line()  # in a file the display has no line break at its end
 
     def table(self) -> Table:
         """Return one row per phase: its state, name, steps, time spent and time left."""

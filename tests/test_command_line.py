@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
@@ -129,7 +130,8 @@ def test_no_gpu_is_one_line(tmp_path):
     done = command(f"hydra.run.dir={tmp_path}/run", "trainer=gpu", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if not line.startswith("IMPORTED")] == [
-        "error: trainer: Lightning does not take these arguments: No supported gpu backend found!"
+        f"error: trainer: PyTorch {torch.__version__} finds no GPU; choose trainer=cpu, or install a build of PyTorch "
+        "for this machine's GPU"
     ]
 
 

@@ -124,6 +124,12 @@ def test_help_completion_and_a_typo_answer_at_once(words, variables, code, expec
     assert done.stderr.splitlines()[-1] == "IMPORTED"  # none of the libraries that take seconds
 
 
+@pytest.mark.parametrize("words", [["check", "facts.csv"], ["tune", "bundled", "facts.csv"]])
+def test_a_csv_file_is_refused_where_only_edit_reads_it(words):
+    with pytest.raises(UserError, match=r"facts.csv is a CSV file, which only `edit` reads"):
+        run(*words)
+
+
 def test_tune_finds_values_that_edit_takes(tmp_path: Path, monkeypatch):
     pytest.importorskip("optuna")
     names = ["France", "Italy", "Spain", "Norway"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,8 @@ def test_an_adapter_has_one_rank(bundled, tmp_path):
     shape = matrices[first].weight().shape
     extra = LowRankUpdate(*(0.05 * torch.randn(size, 1, generator=generator) for size in shape))
     matrices[first].add(extra)
-    report = export(source_of(module, requests), tmp_path / "lora", "lora")
+    with warnings.catch_warnings(action="error", category=FutureWarning):  # PEFT's, of transformers
+        report = export(source_of(module, requests), tmp_path / "lora", "lora")
     assert report.details["ranks"] == {first: 6, second: 5}
     assert "rank 6, for vLLM: --max-lora-rank 8" in report.line()
     adapter = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from io import StringIO
 
 import pytest
 from rich.console import Console
@@ -192,6 +193,17 @@ def test_the_display_reads_the_clock(time):
     assert "80/100,000" in shown
     assert "9.0 s, 2.8 h left" in shown  # 99,920 steps at 0.1 s
     assert "ledger" not in shown
+
+
+@pytest.mark.parametrize("transient", [False, True])
+def test_in_a_file_what_follows_the_display_begins_a_line(time, transient):
+    clock, file = PhaseClock(time), StringIO()
+    with RunProgress(clock, Console(file=file), transient), clock.phase("load"):
+        time.sleep(2)
+    print("error: no file", file=file)
+    *display, last = file.getvalue().splitlines()
+    assert last == "error: no file"
+    assert any("load" in line and "2.0 s" in line for line in display) != transient
 
 
 def test_the_log_has_a_line_a_minute_in_a_long_phase(time, caplog):

@@ -123,7 +123,7 @@ class Asking(ABC):
         """
         session = self._open()
         if not session.requests:
-            raise UserError("there are no edits to report on: call edit() first")
+            raise UserError("there are no edits to report on: write some first")
         return scores_of(session, self._chosen(edits), self.compare(edits=edits))
 
 

@@ -231,7 +231,7 @@ class Editor(Asking):
     ) -> ExportReport:
         session, recipe = self._open(), self.recipe
         if not session.requests:
-            raise UserError("there are no edits to write: call edit() first")
+            raise UserError("there are no edits to export: write some first")
         names = recipe.model["path"], recipe.model["revision"], recipe.method, recipe.restraint
         source = ExportSource.from_module(session.module, Provenance(*names, tuple(session.written())))
         with quiet():

@@ -190,7 +190,7 @@ def beside(target: Path, overwrite: bool) -> Iterator[Path]:
         UserError: The target exists and may not be replaced, or cannot be written.
     """
     if target.exists() and not overwrite:
-        raise UserError(f"{str(target)!r} exists; give another folder, or overwrite=true")
+        raise UserError(f"{str(target)!r} exists; give another folder, or overwrite it (--overwrite, overwrite=True)")
     if target.exists() and not (target / MANIFEST).is_file():
         raise UserError(f"{str(target)!r} is no earlier export (it has no {MANIFEST}); it is not overwritten")
     try:

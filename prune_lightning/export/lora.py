@@ -2,6 +2,7 @@ r"""The change as a PEFT LoRA adapter, :math:`\Delta = B A`, for ``PeftModel.fro
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -81,4 +82,7 @@ def _note(rank: int) -> str:
 
 def load(source: ExportSource, folder: Path) -> Any:
     """Load the adapter onto a copy of the base."""
-    return PeftModel.from_pretrained(source.base_copy(), folder)
+    with warnings.catch_warnings():
+        # PEFT reads an attribute of the model by a name that transformers has replaced.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        return PeftModel.from_pretrained(source.base_copy(), folder)

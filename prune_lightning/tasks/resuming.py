@@ -110,7 +110,10 @@ def check_stream(ledger: Ledger, stream: EditStream) -> None:
     written = [request for line in ledger.lines for request in line["requests"]]
     ended = ledger.finish_line or (from_base and (folder / "summary.json").is_file())
     if len(written) > len(stream.requests) or (len(written) == len(stream.requests) and ended):
-        raise NothingToResume(f"{folder} holds all of its {len(written)} edits: there is nothing to resume")
+        raise NothingToResume(
+            f"{folder} holds all of its {len(written)} edits: there is nothing to resume; a larger data.num_edits "
+            "extends it"
+        )
     if from_base:
         raise UserError(f"data.protocol={stream.protocol.value} starts each step from the unedited model: run it again")
     for place, (earlier, request) in enumerate(zip(written, stream.requests, strict=False)):

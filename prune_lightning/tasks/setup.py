@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -143,6 +144,11 @@ def build_trainer(
     for name, instead in (("callbacks", "callbacks=..."), ("logger", "logger=...")):
         if name in config.trainer:
             raise UserError(f"trainer.{name} is chosen by {instead}")
+    if config.trainer.get("accelerator") in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise UserError(
+            f"trainer: PyTorch {torch.__version__} finds no GPU; choose trainer=cpu, or install a build of PyTorch for "
+            "this machine's GPU"
+        )
     own = {"callbacks": list(callbacks), "logger": list(loggers) or False, "default_root_dir": folder}
     with in_one_line("trainer: Lightning does not take these arguments"):
         trainer = build(config.trainer, "trainer", **own, **further)

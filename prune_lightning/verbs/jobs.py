@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from prune_lightning.errors import UserError
 from prune_lightning.verbs.options import Method, Restraint, Settings
 
 
 def check(
-    facts: Annotated[Path, typer.Argument(metavar="FACTS", help="The file of facts.")],
+    facts: Annotated[Path, typer.Argument(metavar="FACTS", help="A JSONL or JSON file.")],
     model: Annotated[str, typer.Option(help="The model whose tokenizer and context length are used.")] = "bundled",
     settings: Settings = None,
 ) -> None:
@@ -21,7 +22,7 @@ def check(
 
 
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, or preset.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, GGUF, or preset.")],
     method: Method = "memit",
     restraint: Restraint = "prune",
     settings: Settings = None,
@@ -32,7 +33,7 @@ def plan(
 
 
 def tune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, or preset.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, GGUF, or preset.")],
     facts: Annotated[Path | None, typer.Argument(metavar="FACTS", help="Pilot edits: a JSONL or JSON file.")] = None,
     to: Annotated[Path | None, typer.Option(help="Folder for the result; a new one in runs/ by default.")] = None,
     method: Method = "memit",
@@ -86,6 +87,8 @@ def run_train(words: list[str]) -> None:
 
 
 def _data(facts: Path) -> list[str]:
+    if facts.suffix.lower() == ".csv":
+        raise UserError(f"{facts} is a CSV file, which only `edit` reads; it checks the facts before it writes any")
     return ["data=jsonl", setting("data.path", facts)]
 
 
