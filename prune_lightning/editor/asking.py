@@ -67,10 +67,12 @@ class Asking(ABC):
             edits: Number of the edit to ask for, or numbers of several, from 1; all by default.
 
         Raises:
-            UserError: There is no such edit, or both prompts and edits are given.
+            UserError: There are no edits, or no such edit, or both prompts and edits are given.
         """
         if prompts is None:
             requests = self._chosen(edits)
+            if not requests:
+                raise UserError("there are no edits to compare: write some first, or give prompts")
             asked, wanted, held = [request.prompt for request in requests], _targets(requests), self.holds(edits)
         elif as_numbers(edits):
             raise UserError("give either prompts or numbers of edits to compare")

@@ -163,7 +163,7 @@ class Editor(Asking):
         total = len(session.requests)
         numbers = as_numbers(edits)
         if not numbers and (not isinstance(count, int) or not 1 <= count <= total):
-            raise UserError(f"{count!r} edits cannot be taken back: {total} are in place")
+            raise UserError(f"cannot take back {count!r} of {total} edits")
         numbers = numbers or range(total - count + 1, total + 1)
         taken = session.numbered(sorted(set(numbers)))
         session.rewrite([r for number, r in enumerate(session.requests, start=1) if number not in numbers])
