@@ -79,16 +79,21 @@ forgetting: env
 	$(BIN)/python train.py -m experiment=forgetting method=rome,r_rome,memit,emmet,alphaedit restraint=none
 	$(BIN)/python -m prune_lightning.report.compare runs/forgetting/*-*-* --out docs --figures forgetting
 
-# The table and the figure of docs/restraints.md: editors x restraints, on the bundled model or another (MODEL=smollm2).
-# MEMIT both with and without the keys of earlier edits; UltraEdit has nothing that feedback could go to.
-AROUND = $(BIN)/python train.py -m experiment=restraints model=$(MODEL) $(KNOWN) data.num_edits=$(EDITS)
+# The table and the figure of docs/restraints.md: editors x restraints, on the bundled model or, with the settings of its
+# own study, on MODEL=smollm2: hours, resumed by the same command. COUNTERFACT=FILE takes its records; BATCH=20 lets EMMET
+# and UltraEdit write twenty at once. MEMIT both with and without the keys of earlier edits; UltraEdit has nothing that
+# feedback could go to.
+SOURCE = $(if $(COUNTERFACT),data=counterfact data.path=$(COUNTERFACT) data.keep=all,$(KNOWN))
+AROUND = $(BIN)/python train.py -m experiment=$(if $(filter smollm2,$(MODEL)),smollm2,restraints) model=$(MODEL) $(SOURCE) \
+	data.num_edits=$(EDITS) hydra.sweep.dir=runs/restraints/$(MODEL)
+TOGETHER = $(if $(BATCH),data.protocol=sequential_batched data.batch_size=$(BATCH))
 PLAIN := none,prune,rect,revive,sphere
 EACH := $(PLAIN),prune_feedback,rect_feedback,revive_feedback,sphere_feedback
 restraints: $(READY)
-	$(AROUND) method=memit method.accumulate_past_keys=true restraint=$(EACH) \
-		hydra.sweep.dir=runs/restraints/$(MODEL)/past_keys
-	$(AROUND) method=alphaedit,memit,rome,emmet restraint=$(EACH)
-	$(AROUND) method=ultraedit restraint=$(PLAIN)
+	$(AROUND)/past_keys method=memit method.accumulate_past_keys=true restraint=$(EACH)
+	$(AROUND) method=alphaedit,memit,rome restraint=$(EACH)
+	$(AROUND) method=emmet restraint=$(EACH) $(TOGETHER)
+	$(AROUND) method=ultraedit restraint=$(PLAIN) $(TOGETHER)
 	$(BIN)/python -m prune_lightning.report.compare runs/restraints/$(MODEL)/*-*-* runs/restraints/$(MODEL)/past_keys/*-*-* \
 		--out docs/restraints/$(MODEL)
 
