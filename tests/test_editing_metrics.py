@@ -26,7 +26,7 @@ from prune_lightning.evaluation.easyedit import EasyEditScores
 from prune_lightning.evaluation.evaluator import Evaluator
 from prune_lightning.evaluation.generation import GenerationQuality
 from prune_lightning.evaluation.measurement import Measured
-from prune_lightning.evaluation.prompts import spread
+from prune_lightning.evaluation.prompts import comparable, spread
 from prune_lightning.evaluation.wild import WildGeneration
 from prune_lightning.evaluation.zsre import ZsREScores
 from prune_lightning.metrics import CaseMeans, CounterFactScore, GenerationScore, TokenMatch
@@ -268,6 +268,10 @@ def test_half_precision_is_compared_in_the_same_batches(tiny, cases):
         with model.kept.while_unchanged():
             other.measure(model, some)
             assert measurement.measure(model, some).scores["locality_acc"] == 1
+    with model.kept.while_unchanged():  # where no first choice depends on the batch, at least nothing is reused
+        model.kept.put("scores", 1)
+        assert [model.kept.get("scores", None) for _ in comparable(model, cases)] == [None] * len(cases)
+        assert model.kept.get("scores", None) == 1
 
 
 def test_a_model_that_is_no_number_fails_everything(bundled, cases):

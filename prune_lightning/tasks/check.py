@@ -72,7 +72,6 @@ def survey(
 ) -> dict[str, Any]:
     """Return the number of records, of those that lack the fields of a score, and of groups and their questions."""
     subjects, groups = {request.subject.lower() for request in requests}, stream.groups()
-    questions = sum(len(group.questions) for group in groups)
     return {
         "records": len(requests) + len(rejected),
         "usable": len(requests),
@@ -81,6 +80,7 @@ def survey(
         "without old target": sum(request.target_old is None for request in requests),
         "without paraphrases": sum(not request.paraphrases for request in requests),
         "without locality": sum(not request.locality for request in requests),
-        **({"groups with questions": len(groups), "questions of groups": questions} if groups else {}),
+        "groups with questions": len(groups),
+        "questions of groups": sum(len(group.questions) for group in groups),
         "taken by a run": min(len(kept), len(kept) if stream.num_edits is None else stream.num_edits),
     }
