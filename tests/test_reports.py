@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -112,6 +113,22 @@ def labelled(folders):
         (group.method, group.restraint): sorted(run["seed"] for run in group.runs)
         for group in compare.read_groups(folders)
     }
+
+
+def test_methods_stand_in_equal_bands_with_titles_that_do_not_touch(tmp_path):
+    scores = {compare.KEPT: [1.0, 0.9, 0.8], compare.WRITTEN: [0.0, 1.0, 0.9]}
+    names = ["rome", "emmet", "memit (accumulate_past_keys=false)", "memit (accumulate_past_keys=true)", "kn", "ft"]
+    groups = compare.read_groups([run(tmp_path, name, "none", 0, scores) for name in names])
+    drawing = compare.plot_compare(groups, compare.Keys(compare.KEPT, compare.WRITTEN))
+    drawing.draw_without_rendering()
+    bands: dict[int, list] = {}
+    for axes in drawing.axes:
+        if axes.get_title():
+            bands.setdefault(round(axes.bbox.y0), []).append(axes.title.get_window_extent())
+        numbers = any(label.get_visible() for label in axes.get_xticklabels())
+        assert numbers == bool(axes.get_xlabel()), "the lowest axes of each band have the numbers of edits"
+    assert [len(titles) for titles in bands.values()] == [3, 3]
+    assert all(a.x1 < b.x0 for titles in bands.values() for a, b in itertools.pairwise(titles))
 
 
 def test_only_runs_that_differ_in_the_seed_are_averaged(tmp_path):

@@ -156,8 +156,8 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
     rows = {"retention": keys.kept, labels_of(groups).label(keys.written): keys.written}
     if all(not math.isnan(group.at(_KL, group.counts[-1])) for group in groups):
         rows["drift (nats per token)"] = _KL
-    columns = min(len(methods), _SIDE_BY_SIDE)
-    bands = -(-len(methods) // columns)
+    bands = math.ceil(len(methods) / _SIDE_BY_SIDE)
+    columns = math.ceil(len(methods) / bands)
     width, height = (4.2, 3.2) if bands == 1 else (2.8, 2.2)
     shape = (len(rows) * bands, columns) if len(methods) > 1 else (1, len(rows))
     size = (width * shape[1], height * shape[0])
@@ -182,9 +182,10 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
                 axes.set_ylim(-0.03, 1.05)
             if column == 0:
                 axes.set_ylabel(name if bands == 1 else name.split(" (")[0])
-        column_of_axes[0].set_title(method)
+        column_of_axes[0].set_title(method.replace(" (", "\n("), fontsize=10)
         for axes in column_of_axes if len(methods) == 1 else column_of_axes[-1:]:
             axes.set_xlabel("edits")
+            axes.tick_params(labelbottom=True)  # also where a further band of methods follows
     for axes in drifts:  # once all curves are drawn, since the axes of a row share their limits
         axes.set_ylim(bottom=0)
     handles = {name: handle for axes in grid[0] for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
