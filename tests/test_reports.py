@@ -118,9 +118,14 @@ def labelled(folders):
 def test_methods_stand_in_equal_bands_with_titles_that_do_not_touch(tmp_path):
     scores = {compare.KEPT: [1.0, 0.9, 0.8], compare.WRITTEN: [0.0, 1.0, 0.9]}
     names = ["rome", "emmet", "memit (accumulate_past_keys=false)", "memit (accumulate_past_keys=true)", "kn", "ft"]
-    groups = compare.read_groups([run(tmp_path, name, "none", 0, scores) for name in names])
+    folders = [run(tmp_path, name, "none", 0, scores) for name in names]
+    folders += [run(tmp_path, "rome", f"revive_feedback_{number}", 0, scores) for number in range(8)]
+    groups = compare.read_groups(folders)
     drawing = compare.plot_compare(groups, compare.Keys(compare.KEPT, compare.WRITTEN))
     drawing.draw_without_rendering()
+    legend = drawing.legends[0].get_window_extent()
+    assert drawing.bbox.x0 <= legend.x0
+    assert legend.x1 <= drawing.bbox.x1
     bands: dict[int, list] = {}
     for axes in drawing.axes:
         if axes.get_title():

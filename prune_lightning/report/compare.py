@@ -27,6 +27,7 @@ KEPT = "ability/miniature/retention"
 WRITTEN = "edit/counterfact/efficacy_score"
 
 _SIDE_BY_SIDE = 5
+_LEGEND = 2.0  # inches that an entry of the legend needs
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ def plot_compare(groups: Sequence[Group], keys: Keys) -> Figure:
     for axes in drifts:  # once all curves are drawn, since the axes of a row share their limits
         axes.set_ylim(bottom=0)
     handles = {name: handle for axes in grid[0] for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    drawing.legend(handles.values(), handles, loc="outside lower center", ncols=len(restraints), frameon=False)
+    beside = min(len(restraints), int(size[0] / _LEGEND))
+    drawing.legend(handles.values(), handles, loc="outside lower center", ncols=beside, frameon=False)
     return drawing
 
 
