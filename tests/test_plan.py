@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def shapes() -> ShapeModel:
     return ShapeModel(AutoConfig.from_pretrained(load_path()), torch.float32)
 
 
+PLAN = ("experiment=plan", "data.num_edits=3")
 SLOW = Machine(1e9, 1e9, 1e9, 1e-5)
 
 
@@ -189,7 +191,8 @@ def test_plan_of_a_large_model_says_what_does_not_fit(tmp_path, capsys):
     assert found["memory_bytes"]["second moments"] == 5 * 2 * 14336**2 * 8
     assert found["disk_bytes"]["statistics, kept"] == 5 * 14336**2 * 4
     assert found["machine"]["flops"] == 3e14
-    assert len(found["does_not_fit"]) == 1
+    assert [line.partition(":")[0] for line in found["does_not_fit"]] == ["memory"]
+    assert "plan.disk_gb=... says" in shown.replace("\n", " ")
     assert "memory: " in shown.replace("\n", " ")
     assert "4 characters a token" in shown
 
@@ -210,6 +213,22 @@ def test_what_is_kept_on_the_cpu_is_compared_with_its_memory(tmp_path, capsys):
         assert command_line(tmp_path / name, *arguments, f"plan.cpu_memory_gb={share * needed / 1e9}") == 0
         problems = json.loads((tmp_path / name / "plan.json").read_text())["does_not_fit"]
         assert [line.partition(":")[0] for line in problems] == (["memory of the CPU"] if name == "short" else [])
+
+
+@pytest.mark.parametrize("machine", ["h100", "here"])
+def test_disk_is_compared_with_what_there_is(machine, tmp_path, monkeypatch):
+    """A card's machine has another disk than the one that plans, which is full here."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1))
+
+    def unfit(*arguments):
+        assert command_line(tmp_path / "run", *PLAN, f"machine={machine}", *arguments) == 0
+        plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+        assert 0 < sum(plan["disk_bytes"].values()) < 1e9
+        return [line.partition(":")[0] for line in plan["does_not_fit"]]
+
+    assert unfit() == (["disk"] if machine == "here" else [])
+    assert unfit("plan.disk_gb=1") == []
+    assert unfit("plan.disk_gb=1e-9") == ["disk"]
 
 
 # The peak of a process includes what the one that started it held then, and the tests may hold more than a run.
@@ -262,9 +281,6 @@ def test_a_run_takes_the_memory_of_its_plan(name, tmp_path):
     measured = peak_of(*arguments, f"hydra.run.dir={tmp_path / 'run'}")
     assert sum(plan.values()) > 1.5 * plan["libraries"], "the plan is of something"
     assert sum(plan.values()) == pytest.approx(measured, rel=0.2), plan
-
-
-PLAN = ("experiment=plan", "data.num_edits=3")
 
 
 @pytest.mark.parametrize("machine", [name for name in options("machine") if name != "here"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import psutil  # type: ignore[import-untyped]
@@ -44,6 +46,9 @@ class PlannedMachine(Protocol):
 
     def host_memory(self) -> float | None:
         """Return the bytes of the CPU's memory that a run can have; ``None`` if that is not known."""
+
+    def free_disk(self, folder: Path) -> float | None:
+        """Return the free bytes of the disk that holds a folder; ``None`` if that is not known."""
 
     def libraries(self, device: torch.device) -> float:
         """Return the bytes that the interpreter and its libraries take there."""
@@ -93,6 +98,10 @@ class Card:
         """Return nothing: a card is put into all kinds of machines."""
         return None
 
+    def free_disk(self, folder: Path) -> float | None:
+        """Return nothing, for the same reason: the disk of the machine that plans is another."""
+        return None
+
     def libraries(self, device: torch.device) -> float:
         """Return the libraries' share."""
         return self.libraries_gb * 1e9
@@ -116,6 +125,10 @@ class Here:
     def host_memory(self) -> float | None:
         """Return the free memory of the CPU."""
         return free_memory(torch.device("cpu"))
+
+    def free_disk(self, folder: Path) -> float | None:
+        """Return the free bytes of the folder's disk."""
+        return float(shutil.disk_usage(folder).free)
 
     def libraries(self, device: torch.device) -> float:
         """Return what this process holds and what a run adds, or CUDA's context."""

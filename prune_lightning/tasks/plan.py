@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,17 +57,20 @@ def run(config: DictConfig) -> None:
     if config.trainer.accelerator == "cpu":  # the device's memory is the CPU's
         memory, host = memory | host, {}
     disk, seconds, once = needs.disk(), needs.seconds(machine), machine.seconds(needs.cost.once)
-    available = planned.memory(device) if config.plan.memory_gb is None else config.plan.memory_gb * 1e9
-    problems = misfits(sum(memory.values()), available, sum(disk.values()), folder)
-    given = config.plan.cpu_memory_gb
-    beside = planned.host_memory() if given is None else given * 1e9
-    if beside is not None and sum(host.values()) > beside:
-        problems.append(f"memory of the CPU: {size(sum(host.values()))} are needed, {size(beside)} are free")
+    free = {
+        "memory": _given(config, "memory_gb", planned.memory(device)),
+        "disk": _given(config, "disk_gb", planned.free_disk(folder)),
+        "memory of the CPU": _given(config, "cpu_memory_gb", planned.host_memory()),
+    }
+    needed = {"memory": memory, "disk": disk, "memory of the CPU": host}
+    problems = misfits({kind: sum(parts.values()) for kind, parts in needed.items()}, free)
     if needs.cost.unknown:
         problems.append(f"method={choice('method')} has no cost estimate; its own computations are not included")
     rows = f"Rows of {needs.cost.length} tokens ({needs.counted}). Evaluations come on top."
-    if host and beside is None:
-        rows += " Whether the memory of the CPU suffices is not known: plan.cpu_memory_gb=... says how much there is."
+    keys = {"disk": "disk_gb", "memory of the CPU": "cpu_memory_gb"}
+    if unknown := [kind for kind in keys if needed[kind] and free[kind] is None]:
+        listed = ", ".join(f"{kind} (plan.{keys[kind]}=... says how much there is)" for kind in unknown)
+        rows += f" Not compared with what the machine has: {listed}."
     print_plan(memory, host, disk, seconds, once, needs.stream, rows, problems)
     print_machine(planned.name, machine, planned.range_of_error)
     plan = {
@@ -169,7 +172,7 @@ def _planned_for(config: DictConfig) -> PlannedMachine:
     Raises:
         UserError: It is this machine with a GPU that is not there, and not all of its figures are given.
     """
-    for key in (*KEYS, "cpu_memory_gb"):
+    for key in (*KEYS, "cpu_memory_gb", "disk_gb"):
         check_value(f"plan.{key}", config.plan[key], Positive | None)
     planned: PlannedMachine = build(config.machine, "machine")
     if planned.accelerator is not None:
@@ -197,19 +200,21 @@ def _speed(
     return Machine(**found)
 
 
-def misfits(memory: float, available: float, disk: float, folder: Path) -> list[str]:
+def _given(config: DictConfig, key: str, own: float | None) -> float | None:
+    """Return the bytes that the configuration gives in units of 10^9, or else the machine's own."""
+    value = config.plan[key]
+    return own if value is None else value * 1e9
+
+
+def misfits(needed: Mapping[str, float], free: Mapping[str, float | None]) -> list[str]:
     """Return one sentence for each need that does not fit.
 
     Args:
-        memory: Bytes on the device.
-        available: Its free bytes.
-        disk: Bytes on disk.
-        folder: Where they are written.
+        needed: Bytes, by what they are taken from.
+        free: Its free bytes; ``None`` if they are not known.
     """
-    problems = []
-    if memory > available:
-        problems.append(f"memory: {size(memory)} are needed, {size(available)} are free")
-    free = shutil.disk_usage(folder).free
-    if disk > free:
-        problems.append(f"disk: {size(disk)} are needed, {size(free)} are free at {folder}")
-    return problems
+    return [
+        f"{kind}: {size(bytes_)} are needed, {size(there)} are free"
+        for kind, bytes_ in needed.items()
+        if (there := free[kind]) is not None and bytes_ > there
+    ]
