@@ -269,6 +269,7 @@ def against_plain(module: LocateThenEdit, timed: list[EditRequest], device: torc
     module.value = replace(full, steps=2)
     clock(lambda: plain_edit(module, timed[:1]), device)
     module.value = full
+    module.language_model.fast_path.packed.clear()  # they are the fast path's
     with PeakMemory(device) as peak:
         plain, (values, losses) = clock(lambda: plain_edit(module, timed), device)
     ours = module.optimise(timed, site)

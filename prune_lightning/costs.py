@@ -118,6 +118,9 @@ class Shapes(Protocol):
     def step(self, layer: int, rows: int, length: int, places: int) -> Work:
         """Count the blocks above ``layer`` forwards and backwards."""
 
+    def packed_bytes(self, layer: int) -> int:
+        """Return the bytes of packed copies of the weights above ``layer``, with which a step multiplies."""
+
 
 @dataclass(frozen=True)
 class StreamShape:

@@ -51,6 +51,7 @@ def locating_cost(
       device or in the CPU's memory
     - before the first edit: half-way and final sums, :math:`n^2` fp64 a layer each, a temporary one, and a forward
       pass; if they are in the CPU's memory, three matrices while one is factorised
+    - packed copies of the weights above the last edited layer, on a CPU
     - peak of the values: what the backward pass keeps (counted), keys and values of the whole rows, and five copies of
       the logits that are read, fp32
     - values: one whole forward pass and a check of the upper part, then ``steps`` passes through the upper part and
@@ -83,8 +84,10 @@ def locating_cost(
         values, keys = values * len(shapes), keys * len(shapes)
     else:
         keys = keys * (1 + (last - min(layers)) / (last + 1))
+    packed = model.packed_bytes(last) if value.fast else 0
     found = Cost(
         shapes,
+        memory={"packed weights": float(packed)} if packed else {},
         peaks={"values": step.saved + kv + 5 * rows.places * model.vocabulary * 4},
         per_edit={"values": values, "keys": keys, "solving": solving(shapes, batch)},
         length=rows.length,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from copy import copy
 from typing import Any
 
@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from prune_lightning.models.fast_path import agrees
-from prune_lightning.models.hooks import capture, capture_keywords, only_at, pass_through, replace_output
+from prune_lightning.models.hooks import (
+    capture,
+    capture_keywords,
+    only_at,
+    pass_through,
+    replace_forward,
+    replace_output,
+)
 from prune_lightning.models.key_value_cache import with_cache
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.lean_blocks import LeanBlock, LeanBlocks, Places, is_lean
+from prune_lightning.models.lean_blocks import LeanBlock, LeanBlocks, Places, is_lean, linear_modules
+from prune_lightning.models.packed_weights import Plain, as_forward, packs
 from prune_lightning.models.packing import PAYS, pack, plain
 
 LEAN = "lean blocks"
@@ -145,11 +153,11 @@ class CachedForward:
 
         def same() -> bool:
             with torch.no_grad():
-                return agrees(self._beyond(lean(hidden), rows, offsets), self._rerun(hidden, rows, offsets))
+                return agrees(self._leanly(lean, hidden, rows, offsets), self._rerun(hidden, rows, offsets))
 
         if not self.model.fast_path.holds(LEAN, same):
             return self._rerun(hidden, rows, offsets)
-        return self._beyond(lean(hidden), rows, offsets)
+        return self._leanly(lean, hidden, rows, offsets)
 
     def _rerun(self, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run the model's own blocks."""
@@ -161,10 +169,12 @@ class CachedForward:
                 stack.enter_context(only_at(mlp, places))
             return self.model.logits_at(*self._inputs, rows, offsets, **(self._cached() | self._options))
 
-    def _beyond(self, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Run what follows the last block."""
+    def _leanly(self, lean: LeanBlocks, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Run lean blocks, and the model's own modules behind the last one."""
         *below, last = (self.model.block(index) for index in range(self.model.num_layers))
-        with pass_through(below, self._in_tuple), replace_output(last, self._output(hidden)):
+        ended, head = self._output(lean(hidden)), self.model.model.get_output_embeddings()
+        quick = replace_forward([head], lean.head) if lean.head is not None else nullcontext()
+        with pass_through(below, self._in_tuple), replace_output(last, ended), quick:
             ids, later = self._inputs[0], self._mask[:, self._before :]
             return self.model.logits_at(ids, later, rows, offsets, **self._options)
 
@@ -201,15 +211,16 @@ class CachedForward:
         if not all({"attention_mask", "position_embeddings"} <= set(kwargs) for kwargs in seen):
             return None
         places = Places.of(self._mask[:, self._before :], rows, offsets)
-        return LeanBlocks(
-            [
-                LeanBlock(
-                    block, past, kwargs["attention_mask"], kwargs["position_embeddings"], places, block is above[-1]
-                )
-                for block, past, kwargs in zip(above, self._past, seen, strict=True)
-            ],
-            places,
-        )
+        linear = [module for block in above for together in linear_modules(block) for module in together]
+        head, packed = self.model.model.get_output_embeddings(), self.model.fast_path.packed
+        fits = packs([*linear, head])
+        product = packed.product if fits else Plain
+        given = [(kwargs["attention_mask"], kwargs["position_embeddings"]) for kwargs in seen]
+        blocks = [
+            LeanBlock(block, past, mask, rotation, places, block is above[-1], product)
+            for block, past, (mask, rotation) in zip(above, self._past, given, strict=True)
+        ]
+        return LeanBlocks(blocks, places, as_forward(packed.product([head])) if fits else None)
 
     def _places(self, rows: Tensor, offsets: Tensor) -> Sequence[tuple[nn.Module, Tensor]]:
         """Return the MLPs with the tokens they need; found once while the same positions are read, since it waits."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prune_lightning.distributed import true_on_all_ranks
 from prune_lightning.errors import UserError
+from prune_lightning.models.packed_weights import PackedWeights
 
 T = TypeVar("T")
 
@@ -35,12 +36,16 @@ class FastPath:
     Args:
         architecture: Name of the model's class, for the warning.
         sharded: Returns whether the model is sharded.
+
+    Attributes:
+        packed: Copies of weights that fast paths multiply with.
     """
 
     def __init__(self, architecture: str, sharded: Callable[[], bool] = lambda: False) -> None:
         self._architecture, self._sharded = architecture, sharded
         self._refused: set[str] = set()
         self._held: dict[str, bool] = {}
+        self.packed = PackedWeights()
 
     def holds(self, kind: str, check: Callable[[], bool]) -> bool:
         """Return whether a fast path fits the model, which is checked once; nothing is said if it does not."""

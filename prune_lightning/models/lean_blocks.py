@@ -7,7 +7,7 @@ copies of keys and values, gradients of cached ones, and autograd's records of s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from prune_lightning.models.packed_weights import Plain, Product
 
 _BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -41,6 +43,13 @@ def is_lean(block: nn.Module) -> bool:
         and all(hasattr(norm, "variance_epsilon") for norm in norms)
         and all(hasattr(parts["self_attn"], name) for name in ("head_dim", "scaling"))
     )
+
+
+def linear_modules(block: Any) -> tuple[tuple[nn.Linear, ...], ...]:
+    """Return the linear modules of a block; those of one tuple have the same input."""
+    attention, mlp = block.self_attn, block.mlp
+    into = attention.q_proj, attention.k_proj, attention.v_proj
+    return into, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class LeanBlock:
         rotation: Cosine and sine of the positions, both ``(rows or 1, length, size)``.
         places: The tokens that run.
         last: Whether only the tokens that are read run beyond the attention.
+        product: Returns the product of linear modules with the same input.
     """
 
     def __init__(
@@ -88,8 +98,10 @@ class LeanBlock:
         rotation: tuple[Tensor, Tensor],
         places: Places,
         last: bool,
+        product: Callable[[Sequence[nn.Linear]], Product] = Plain,
     ) -> None:
         self.block, self.places, self.last = block, places, last
+        self._into, self._out, self._up, self._down = (product(together) for together in linear_modules(block))
         rows, length = places.slot.shape
         size = block.self_attn.head_dim
         self._size, self._rows, self._length = size, rows, length
@@ -148,13 +160,15 @@ class LeanBlock:
     # -- forward and backward -----------------------------------------------------------------------------------------
     def forward(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the block's output for ``(n, width)`` and what :meth:`backward` needs."""
-        block, attention, mlp = self.block, self.block.self_attn, self.block.mlp
+        block = self.block
         normed, scale = _norm(block.input_layernorm, hidden)
-        query = self._spread(self._rotate(_linear(attention.q_proj, normed)), self.heads)
-        key = self._spread(self._rotate(_linear(attention.k_proj, normed)), self.shared)
-        value = self._spread(_linear(attention.v_proj, normed), self.shared)
+        query, key, value = self._into.forward(normed)
+        query, key = (
+            self._spread(self._rotate(each), heads) for each, heads in ((query, self.heads), (key, self.shared))
+        )
+        value = self._spread(value, self.shared)
         scores = self._by_key(query, 0, key)
-        weights = torch.add(self._mask, scores, alpha=attention.scaling).softmax(-1)
+        weights = torch.add(self._mask, scores, alpha=block.self_attn.scaling).softmax(-1)
         mixed = weights[..., self._before :] @ value
         if self._past is not None:
             mixed = mixed.baddbmm_(weights[..., : self._before], self._past[1])
@@ -163,37 +177,36 @@ class LeanBlock:
             mixed, hidden_read = mixed[self.places.read], hidden[self.places.read]
         else:
             hidden_read = hidden
-        middle = _linear(attention.o_proj, mixed).add_(hidden_read)
+        middle = self._out.forward(mixed)[0].add_(hidden_read)
         normed, second = _norm(block.post_attention_layernorm, middle)
-        gate, up = _linear(mlp.gate_proj, normed), _linear(mlp.up_proj, normed)
+        gate, up = self._up.forward(normed)
         active = functional.silu(gate)
-        output = _linear(mlp.down_proj, active * up).add_(middle)
+        output = self._down.forward(active * up)[0].add_(middle)
         return output, (hidden, scale, query, key, value, weights, middle, second, gate, up, active)
 
     def backward(self, gradient: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         """Return the gradient of the block's input, given that of its output."""
-        block, attention, mlp = self.block, self.block.self_attn, self.block.mlp
+        block = self.block
         hidden, scale, query, key, value, weights, middle, second, gate, up, active = kept
-        inner = gradient @ mlp.down_proj.weight
-        down = torch.ops.aten.silu_backward(inner * up, gate) @ mlp.gate_proj.weight
-        down.addmm_(inner.mul_(active), mlp.up_proj.weight)
+        inner = self._down.backward(gradient)
+        down = self._up.backward(torch.ops.aten.silu_backward(inner * up, gate), inner.mul_(active))
         gradient = _norm_back(block.post_attention_layernorm, middle, second, down).add_(gradient)
-        mixed = gradient @ attention.o_proj.weight
+        mixed = self._out.backward(gradient)
         if self.last:  # the others' outputs are not read
             mixed = mixed.new_zeros(len(hidden), mixed.shape[1]).index_copy_(0, self.places.read, mixed)
             gradient = gradient.new_zeros(hidden.shape).index_copy_(0, self.places.read, gradient)
         mixed = self._padded(mixed)
         by_weight = self._by_key(mixed, 1, value)
-        scores = torch.ops.aten._softmax_backward_data(by_weight, weights, -1, weights.dtype).mul_(attention.scaling)
+        scores = torch.ops.aten._softmax_backward_data(by_weight, weights, -1, weights.dtype)
+        scores.mul_(block.self_attn.scaling)
         later = scores[..., self._before :]
         by_query = later @ key
         if self._past is not None:
             by_query = by_query.baddbmm_(scores[..., : self._before], self._past[0])
         by_key = later.transpose(1, 2) @ query
         by_value = weights[..., self._before :].transpose(1, 2) @ mixed
-        down = self._rotate(self._gather(by_query), back=True) @ attention.q_proj.weight
-        down.addmm_(self._rotate(self._gather(by_key), back=True), attention.k_proj.weight)
-        down.addmm_(self._gather(by_value), attention.v_proj.weight)
+        rotated = (self._rotate(self._gather(each), back=True) for each in (by_query, by_key))
+        down = self._into.backward(*rotated, self._gather(by_value))
         return _norm_back(block.input_layernorm, hidden, scale, down).add_(gradient)
 
     def _padded(self, packed: Tensor) -> Tensor:
@@ -201,10 +214,6 @@ class LeanBlock:
         padded = packed.new_zeros(self._rows * self._length, packed.shape[1]).index_copy_(0, self.places.real, packed)
         apart = padded.view(self._rows, self._length, self.shared, -1, self._size).permute(0, 2, 3, 1, 4)
         return apart.reshape(self._rows * self.shared, -1, self._size)
-
-
-def _linear(module: Any, hidden: Tensor) -> Tensor:
-    return functional.linear(hidden, module.weight, module.bias)
 
 
 def _norm(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,10 +253,13 @@ class LeanBlocks:
     Args:
         blocks: The blocks, from below.
         places: The tokens that run.
+        head: In place of the LM head's ``forward``; ``None`` for its own.
     """
 
-    def __init__(self, blocks: Sequence[LeanBlock], places: Places) -> None:
-        self.blocks, self.places = blocks, places
+    def __init__(
+        self, blocks: Sequence[LeanBlock], places: Places, head: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.blocks, self.places, self.head = blocks, places, head
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the last block's output for ``(rows, length, width)``; zero where it is not read."""

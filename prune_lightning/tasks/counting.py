@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from prune_lightning.costs import Shape, Work
 from prune_lightning.models.family import ModelFamily, stores_transposed
 from prune_lightning.models.hooks import capture, edit_input, edit_output, pass_through
+from prune_lightning.models.lean_blocks import is_lean, linear_modules
+from prune_lightning.models.packed_weights import packed_bytes
 
 
 class Counter(TorchDispatchMode):
@@ -42,9 +44,17 @@ class ShapeModel:
         config: Its configuration.
         dtype: Dtype of its weights.
         family: Contents of the family's YAML; ``None`` for the shipped one of the architecture.
+        on_cpu: Whether it is to run on a CPU.
     """
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, family: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        family: Mapping[str, Any] | None = None,
+        on_cpu: bool = True,
+    ) -> None:
+        self.on_cpu = on_cpu
         self.family = ModelFamily.of(config) if family is None else ModelFamily.from_entries(family)
         self.dtype, self.config = dtype, config.get_text_config()
         with torch.device("meta"):
@@ -101,6 +111,14 @@ class ShapeModel:
         heads = self.config.num_attention_heads
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         return int((getattr(self.config, "num_key_value_heads", None) or heads) * size)
+
+    def packed_bytes(self, layer: int) -> int:
+        """Return the bytes of packed copies of the weights above a block; 0 if they are multiplied as they are."""
+        above = [self.block(index) for index in range(layer + 1, self.num_layers)]
+        if not (self.on_cpu and above and all(map(is_lean, above))):
+            return 0
+        linear = [module for block in above for together in linear_modules(block) for module in together]
+        return packed_bytes([*linear, self.model.get_output_embeddings()])
 
     def _forward(self, rows: int, length: int, places: int) -> Tensor:
         """Run the model with the LM head at ``places`` positions only."""

@@ -46,14 +46,15 @@ def run(config: DictConfig) -> None:
     stream: EditStream = build(config.data, "data")
     stream.setup()
     loaded = load_config(config.model.path, config.model.revision)
-    model = ShapeModel(loaded, dtype_named(config.model.dtype), model_arguments(config)["family"])
+    on_cpu = config.trainer.accelerator == "cpu"
+    model = ShapeModel(loaded, dtype_named(config.model.dtype), model_arguments(config)["family"], on_cpu)
     needs = Needs.of(config, model, stream)
     device = torch.device("cuda" if config.trainer.accelerator == "gpu" and torch.cuda.is_available() else "cpu")
     memory = {"libraries": planned.libraries(device)}  # before the others are used
     machine = _speed(config, planned, model, needs, device)
     host = needs.host()
     memory |= needs.memory()
-    if config.trainer.accelerator == "cpu":  # the device's memory is the CPU's
+    if on_cpu:  # the device's memory is the CPU's
         memory, host = memory | host, {}
     disk, seconds, once = needs.disk(), needs.seconds(machine), machine.seconds(needs.cost.once)
     free = {
