@@ -242,6 +242,31 @@ SHARING = [
 STYLES = ("gpt2", "llama-2", "llama-3")
 
 
+def break_token(model, token):
+    """Let a token's hidden state be NaN, as where a text overflows in 16 bits."""
+    model.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.masked_fill((args[0] == token)[..., None], math.nan)
+    )
+
+
+def test_a_text_that_breaks_leaves_the_others_of_its_row_alone(tiny):
+    model = tiny("llama")
+    encoded = model.tokens.encode_pairs(SHARING)
+    prompts = [pair.ids[: pair.target_start] for pair in encoded]
+    only = {token for ids in prompts if ids is not prompts[3] for token in ids}
+    before, said = score_encoded(model, encoded), decode(model, prompts, [4] * len(prompts))
+    break_token(model, next(token for token in prompts[3] if token not in only))
+    scores, now = score_encoded(model, encoded), decode(model, prompts, [4] * len(prompts))
+    others = torch.arange(len(encoded)) != 3
+    assert scores.nonfinite.tolist() == (~others).tolist()
+    assert torch.allclose(scores.nll[others], before.nll[others], rtol=1e-6)
+    assert scores.num_hits[others].tolist() == before.num_hits[others].tolist()
+    assert [one.finite for one in now] == others.tolist()
+    assert [a.ids for a, other in zip(now, others, strict=True) if other] == [
+        b.ids for b, other in zip(said, others, strict=True) if other
+    ]
+
+
 def styled(style):
     """A small tokenizer of a style: byte-level without BOS, SentencePiece with BOS, byte-level with BOS."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>" if style == "llama-2" else None))

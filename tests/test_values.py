@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import FAMILIES
 from plain_values import plain_value
+from test_scoring import break_token
 
 from prune_lightning.methods.prompts import kl_row, target_row
 from prune_lightning.methods.value import ValueOptions, optimise_values
@@ -154,6 +155,19 @@ def test_a_nonfinite_loss_ends_the_request_and_is_reported(tiny):
     values = optimise_values(model, rows_of(model)[:2], ShiftSite(1, "mlp"), ValueOptions(steps=4))
     assert all(detail["losses"][0] != detail["losses"][0] for detail in values.details)
     assert values.target.isnan().all()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_request_that_breaks_from_the_start_leaves_the_others_alone(family, tiny):
+    model, site, options = tiny(family), ShiftSite(1, "block"), ValueOptions(steps=4, stop_loss=0.0)
+    rows = rows_of(model)
+    whole = optimise_values(model, rows, site, options)
+    of_others = {token for i, request in enumerate(rows) if i != 2 for row in request.all for token in row.ids}
+    break_token(model, next(token for token in rows[2].targets[0].ids if token not in of_others))
+    values = optimise_values(model, rows, site, options)
+    others = torch.arange(len(rows)) != 2
+    assert values.target[2].isnan().all()
+    assert torch.allclose(values.target[others], whole.target[others], rtol=1e-6)
 
 
 def test_a_request_that_breaks_on_the_way_has_no_value_and_the_others_keep_theirs(tiny, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,6 +177,25 @@ def score_encoded(
         token_budget: Padded tokens per forward pass.
         trees: Share prefixes where that is faster; otherwise each pair is a separate row.
     """
+    scores = _scored(model, pairs, _batches if trees else _plain, token_budget)
+    if trees and bool(scores.nonfinite.any()):
+        # Zero times NaN is NaN: through the attention, a NaN at one token reaches all tokens of its row. Where pairs
+        # share a row, they are scored again in rows of their own.
+        alone = torch.nonzero(scores.nonfinite)[:, 0]
+        index = torch.arange(len(pairs), device=model.device)
+        index[alone] = len(pairs) + torch.arange(len(alone), device=model.device)
+        again = _scored(model, [pairs[i] for i in alone.tolist()], _plain, token_budget)
+        scores = scores.followed_by(again)[index]
+    return scores
+
+
+def _scored(
+    model: LanguageModel,
+    pairs: Sequence[EncodedPair],
+    arrange: Callable[[LanguageModel, Sequence[EncodedPair], int], Iterator[_Batch]],
+    token_budget: int,
+) -> PairScores:
+    """Score pairs in batches that ``arrange`` makes."""
     exact = torch.promote_types(model.model.dtype, torch.float32)
     lengths = torch.tensor([len(pair.target) for pair in pairs], dtype=torch.long, device=model.device)
     total = torch.zeros(len(pairs), dtype=exact, device=model.device)
@@ -184,7 +203,7 @@ def score_encoded(
     predicted = torch.full((len(pairs), int(lengths.max()) if pairs else 0), NOTHING, device=model.device)
     asked = model.asked([(pair.ids, pair.target_start) for pair in pairs])
     run = [replace(pair, ids=list(ids), target_start=start) for pair, (ids, start) in zip(pairs, asked, strict=True)]
-    batches = (_batches if trees else _plain)(model, run, token_budget) if pairs else ()
+    batches = arrange(model, run, token_budget) if pairs else ()
     with model.frozen_mode():
         for batch in batches:
             owner = [i for i, (_, places) in batch.places.items() for _ in places]

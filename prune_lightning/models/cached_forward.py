@@ -69,16 +69,18 @@ class CachedForward:
     ) -> None:
         self.model, self.layer, self._compact = model, layer, compact
         self._in_tuple = model.block_returns_tuple  # read here, before hooks are installed
-        cache: Any = DynamicCache()
         layers = [layer, *above]
         modules = [module for kept in layers for module in (model.block(kept), model.rewrite_module(kept))]
         lengths = mask.sum(1)
-        packed = pack(model, ids, mask) if compact else plain(ids, mask)
-        read, at = packed.find(rows, positions)
-        with capture(outputs=modules, stop=False, rows=len(packed.inputs["input_ids"])) as seen:
-            self.base_logits = model.logits_at(
-                **packed.inputs, rows=read, positions=at, **with_cache(model.model, cache)
-            )
+        for packed in (pack(model, ids, mask), plain(ids, mask)) if compact else (plain(ids, mask),):
+            cache: Any = DynamicCache()
+            read, at = packed.find(rows, positions)
+            with capture(outputs=modules, stop=False, rows=len(packed.inputs["input_ids"])) as seen:
+                self.base_logits = model.logits_at(
+                    **packed.inputs, rows=read, positions=at, **with_cache(model.model, cache)
+                )
+            if bool(self.base_logits.isfinite().all()):  # else a NaN of one row may have reached others in a tree
+                break
         self._read: tuple[Tensor, Tensor, list[tuple[nn.Module, Tensor]]] | None = None
         self._lean: tuple[Tensor, Tensor, LeanBlocks | None] | None = None
         row = torch.arange(len(ids), device=ids.device)
