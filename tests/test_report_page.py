@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -255,11 +256,17 @@ def test_list_of_runs_speaks_as_the_report_does(tmp_path):
     run.mkdir()
     (run / "summary.json").write_text(json.dumps(summary(1000)))
     table = run_table(tmp_path)
-    assert [str(column.header) for column in table.columns][-4:] == [
-        f"{name} ↑" for name in ("efficacy", "generalization", "locality", "retention")
-    ]
+    titles = ["run", "setup", "edits", "efficacy", "generalization", "locality", "retention"]
+    assert [str(column.header) for column in table.columns] == titles
     cells = [next(iter(column.cells)).replace("\xa0", " ") for column in table.columns]
-    assert cells == ["one", "ROME", "PRUNE", "bundled", "1,000", "86 %", "70 %", "80 %", "70 %"]
+    assert cells == ["one", "ROME, PRUNE, bundled", "1,000", "86 %", "70 %", "80 %", "70 %"]
+    run.rename(tmp_path / "a-run-whose-name-is-longer-than-there-is-room-for-in-80-columns")
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(run_table(tmp_path))
+    shown = narrow.file.getvalue()
+    assert "…" not in shown
+    assert all(word in shown for word in [*titles, "1,000", "PRUNE", "bundled"])
+    next(tmp_path.iterdir()).rename(run)
     (tmp_path / "one" / "summary.json").unlink()
     ledger = tmp_path / "one" / "ledger"
     ledger.mkdir()
@@ -267,7 +274,7 @@ def test_list_of_runs_speaks_as_the_report_does(tmp_path):
     (ledger / "steps.jsonl").write_text(json.dumps({"requests": [{}, {}]}) + "\n")
     table = run_table(tmp_path, model_name=lambda path: path.removeprefix("pkg://"))
     filled = {str(column.header): next(iter(column.cells)) for column in table.columns}
-    assert (filled["model"], filled["edits"], "efficacy ↑" in filled) == ("a/model", "2", False)
+    assert (filled["setup"].split(", ")[-1], filled["edits"], "efficacy" in filled) == ("a/model", "2", False)
 
 
 def test_scores_of_a_run_count_until_its_edits_are_changed(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from prune_lightning.errors import UserError
@@ -30,16 +31,21 @@ def run_table(folder: str | Path, model_name: Callable[[str], str] = str) -> Tab
     found = {mark.parent: mark.stat().st_mtime for mark in marks}
     if not found:
         raise UserError(f"there are no runs in {str(folder)!r}")
-    titles = ["run", "method", "restraint", "model", "edits", *(f"{name} ↑" for name in QUANTITIES)]
     rows = [_row(folder, run, model_name) for run in sorted(found, key=lambda run: found[run], reverse=True)]
-    filled = [place for place in range(len(titles)) if any(row[place] for row in rows)]
-    table = Table(*(titles[place] for place in filled))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("run", overflow="fold")  # a name that was cut off could not be used
+    table.add_column("setup")
+    figures = ["edits", *QUANTITIES]
+    filled = [place for place in range(len(figures)) if any(row[2 + place] for row in rows)]
+    for place in filled:
+        table.add_column(figures[place], justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(row[place].replace("[", r"\[") for place in filled))
+        table.add_row(*(cell.replace("[", r"\[") for cell in (*row[:2], *(row[2 + place] for place in filled))))
     return table
 
 
 def _row(folder: Path, run: Path, model_name: Callable[[str], str]) -> list[str]:
+    """Return the run's name; its method, restraint and model; the number of edits; and the four quantities."""
     name = str(run.relative_to(folder)) if run != folder else str(run)
     summary = _read(run / "summary.json")
     if not summary:
@@ -47,10 +53,14 @@ def _row(folder: Path, run: Path, model_name: Callable[[str], str]) -> list[str]
         steps = run / "ledger" / "steps.jsonl"
         count = sum(len(json.loads(line)["requests"]) for line in steps.read_text("utf-8").splitlines() if line)
         model = model_name(str((base.get("model") or {}).get("path", "")))
-        return [name, *names(base), model, f"{count:,}", *[""] * len(QUANTITIES)]
+        return [name, _listed(*names(base), model), f"{count:,}", *[""] * len(QUANTITIES)]
     model, count = str(summary.get("model", "")), int(summary.get("num_requests", 0))
     shares = [percent(tile.value) if tile.key else "" for tile in tiles(summary)]
-    return [name, *names(summary), model, f"{count:,}", *shares]
+    return [name, _listed(*names(summary), model), f"{count:,}", *shares]
+
+
+def _listed(*words: str) -> str:
+    return ", ".join(filter(None, words))
 
 
 def _read(path: Path) -> dict[str, Any]:

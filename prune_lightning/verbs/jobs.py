@@ -60,7 +60,11 @@ def runs(
     from prune_lightning.report.listing import run_table
     from prune_lightning.tasks.choices import model_name
 
-    Console().print(run_table(folder, model_name))
+    table, console = run_table(folder, model_name), Console()
+    if not console.is_terminal:  # a line per run, for grep
+        unlimited = console.options.update(max_width=1_000)
+        console.width = max(console.width, console.measure(table, options=unlimited).maximum)
+    console.print(table)
 
 
 def settings(context: typer.Context) -> None:
