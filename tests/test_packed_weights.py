@@ -8,7 +8,6 @@ from test_lean_blocks import LEAN_FAMILIES, logits_and_gradient
 from test_values import REQUESTS, rows_of
 from torch import nn
 
-from prune_lightning.evaluation.decoding import FEW, LONG, decode
 from prune_lightning.methods.value_problem import Layout, ShiftSite, UpperForward
 from prune_lightning.models import packed_weights
 from prune_lightning.models.cached_forward import LEAN
@@ -140,31 +139,3 @@ def test_the_value_optimisation_in_fp32_with_packed_weights(family, tiny, monkey
         with torch.no_grad():  # as an edit does
             for edited in (exact, model):
                 edited.rewrite_module(1).weight.add_(change.to(edited.rewrite_module(1).weight))
-
-
-@pytest.mark.parametrize("prompts", [3, 5])
-def test_long_continuations_of_several_prompts_use_packed_weights(prompts, tiny, monkeypatch):
-    model = tiny("llama")
-    model.model.float()
-    ids = [[1 + i, 2, 3 + i][: 1 + i % 3] for i in range(prompts)]
-    products = []
-
-    def counted(hidden, *rest, product=packed_weights._product):
-        products.append(len(hidden))
-        return product(hidden, *rest)
-
-    monkeypatch.setattr(packed_weights, "_product", counted)
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
-    plain = decode(model, ids, [30] * prompts)
-    assert not products
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
-    own = linear(8)
-    model.fast_path.packed.product([own])
-    packed = decode(model, ids, [30] * prompts)
-    assert [one.ids for one in packed] == [one.ids for one in plain]
-    linears = [module for module in model.model.modules() if type(module) is nn.Linear]
-    expected = (max(len(one.ids) for one in plain) - 1 - LONG) * len(linears)
-    assert len(products) == (expected if prompts >= FEW else 0)
-    assert max(products, default=prompts) == prompts
-    assert not any("forward" in vars(module) for module in linears), "the model's own again"
-    assert (own in model.fast_path.packed._kept) == (prompts < FEW), "not held besides"

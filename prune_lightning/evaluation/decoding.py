@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from prune_lightning.errors import UserError
 from prune_lightning.models.batching import TOKEN_BUDGET, by_length
 from prune_lightning.models.generating import generation_settings
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.packed_weights import packed_forwards
 from prune_lightning.models.packing import shares_beginnings
 from prune_lightning.models.prefilled import Prefilled, prefills
 
 PREFILLED = "prompts with shared beginnings"
-LONG, FEW = 8, 4
-"""After so many tokens of at least so many prompts, packing the weights takes less time than it saves."""
 
 
 @dataclass(frozen=True)
@@ -190,29 +186,22 @@ def _generated(model: LanguageModel, prompts: list[list[int]], rows: _Rows, ends
 
 
 def _continued(model: LanguageModel, prompts: list[list[int]], rows: _Rows, ends: set[int]) -> list[list[int]]:
-    """Return the same, with beginnings that prompts share computed once; rows that end leave the batch.
-
-    On a CPU, long continuations of several prompts run with packed weights: a token of each is a small product.
-    """
+    """Return the same, with beginnings that prompts share computed once; rows that end leave the batch."""
     new: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
     prefilled = Prefilled(model, prompts)
     logits = prefilled.logits
-    with ExitStack() as stack:
-        for step in range(max(rows.limits)):
-            chosen = rows.scores(step, logits, active).argmax(-1)
-            for row, token in zip(active, chosen.tolist(), strict=True):
-                new[row].append(token)
-            done = rows.done([new[row] for row in active], active)
-            going = [k for k, row in enumerate(active) if not (done[k] or new[row][-1] in ends)]
-            if not going:
-                break
-            if len(going) < len(active):
-                kept = torch.tensor(going, device=chosen.device)
-                active, chosen = [active[k] for k in going], chosen[kept]
-                prefilled.select(kept)
-            if step == LONG and len(active) >= FEW:
-                model.fast_path.packed.clear()  # in place of these, not besides
-                stack.enter_context(packed_forwards([m for m in model.model.modules() if type(m) is nn.Linear]))
-            logits = prefilled.append(chosen)
+    for step in range(max(rows.limits)):
+        chosen = rows.scores(step, logits, active).argmax(-1)
+        for row, token in zip(active, chosen.tolist(), strict=True):
+            new[row].append(token)
+        done = rows.done([new[row] for row in active], active)
+        going = [k for k, row in enumerate(active) if not (done[k] or new[row][-1] in ends)]
+        if not going:
+            break
+        if len(going) < len(active):
+            kept = torch.tensor(going, device=chosen.device)
+            active, chosen = [active[k] for k in going], chosen[kept]
+            prefilled.select(kept)
+        logits = prefilled.append(chosen)
     return new

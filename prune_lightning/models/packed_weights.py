@@ -6,8 +6,7 @@ the processor's kernel in every product, and that takes as long as the product i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -15,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-
-from prune_lightning.models.hooks import replace_forward
 
 LARGEST = 2**30
 """Bytes of all packed copies of a model at most; a larger one runs with its weights as they are."""
@@ -136,37 +133,20 @@ class PackedWeights:
         self._kept.clear()
 
 
-@contextmanager
-def packed_forwards(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Run linear modules with packed weights inside the block, without gradients, if that is of use here.
-
-    The copies are freed at the end of the block, inside which the weights may not change.
-    """
-    with ExitStack() as stack:
-        for module in modules if packs(modules, copies=1) else ():
-            packed, bias = _pack(module.weight), module.bias  # type: ignore[arg-type]
-
-            def forward(hidden: Tensor, packed: Any = packed, bias: Any = bias) -> Tensor:
-                return _product(hidden.flatten(0, -2), packed, bias).view(*hidden.shape[:-1], -1)
-
-            stack.enter_context(replace_forward([module], forward))
-        yield
-
-
-def packed_bytes(modules: Sequence[nn.Module], copies: int = 2) -> int:
-    """Return the bytes of packed copies of a model's modules on a CPU; 0 if they are not packed."""
+def packed_bytes(modules: Sequence[nn.Module]) -> int:
+    """Return the bytes of the packed copies of a model's modules on a CPU; 0 if they are not packed."""
     weights = [module.weight for module in modules if type(module) is nn.Linear and "forward" not in vars(module)]
     fits = len(weights) == len(modules) and all(w.dtype == torch.float32 and not w.is_inference() for w in weights)
-    size = copies * sum(weight.nbytes for weight in weights)
+    size = 2 * sum(weight.nbytes for weight in weights)
     return size if fits and size <= LARGEST else 0
 
 
-def packs(modules: Sequence[nn.Module], copies: int = 2) -> bool:
+def packs(modules: Sequence[nn.Module]) -> bool:
     """Whether packed copies of these modules are used here. The same machine says the same."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() in _CAPABILITIES
-        and packed_bytes(modules, copies) > 0
+        and packed_bytes(modules) > 0
         and all(parameter.is_cpu for module in modules for parameter in module.parameters())
     )
 
