@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from copy import copy
 from typing import Any
 
@@ -17,13 +17,12 @@ from prune_lightning.models.hooks import (
     capture_keywords,
     only_at,
     pass_through,
-    replace_forward,
     replace_output,
 )
 from prune_lightning.models.key_value_cache import with_cache
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.lean_blocks import LeanBlock, LeanBlocks, Places, is_lean, linear_modules
-from prune_lightning.models.packed_weights import Plain, as_forward, packs
+from prune_lightning.models.packed_weights import Plain, packs
 from prune_lightning.models.packing import PAYS, pack, plain
 
 LEAN = "lean blocks"
@@ -174,9 +173,7 @@ class CachedForward:
     def _leanly(self, lean: LeanBlocks, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run lean blocks, and the model's own modules behind the last one."""
         *below, last = (self.model.block(index) for index in range(self.model.num_layers))
-        ended, head = self._output(lean(hidden)), self.model.model.get_output_embeddings()
-        quick = replace_forward([head], lean.head) if lean.head is not None else nullcontext()
-        with pass_through(below, self._in_tuple), replace_output(last, ended), quick:
+        with pass_through(below, self._in_tuple), replace_output(last, self._output(lean(hidden))):
             ids, later = self._inputs[0], self._mask[:, self._before :]
             return self.model.logits_at(ids, later, rows, offsets, **self._options)
 
@@ -214,15 +211,13 @@ class CachedForward:
             return None
         places = Places.of(self._mask[:, self._before :], rows, offsets)
         linear = [module for block in above for together in linear_modules(block) for module in together]
-        head, packed = self.model.model.get_output_embeddings(), self.model.fast_path.packed
-        fits = packs([*linear, head])
-        product = packed.product if fits else Plain
+        product = self.model.fast_path.packed.product if packs(linear) else Plain
         given = [(kwargs["attention_mask"], kwargs["position_embeddings"]) for kwargs in seen]
         blocks = [
             LeanBlock(block, past, mask, rotation, places, block is above[-1], product)
             for block, past, (mask, rotation) in zip(above, self._past, given, strict=True)
         ]
-        return LeanBlocks(blocks, places, as_forward(packed.product([head])) if fits else None)
+        return LeanBlocks(blocks, places)
 
     def _places(self, rows: Tensor, offsets: Tensor) -> Sequence[tuple[nn.Module, Tensor]]:
         """Return the MLPs with the tokens they need; found once while the same positions are read, since it waits."""

@@ -253,13 +253,10 @@ class LeanBlocks:
     Args:
         blocks: The blocks, from below.
         places: The tokens that run.
-        head: In place of the LM head's ``forward``; ``None`` for its own.
     """
 
-    def __init__(
-        self, blocks: Sequence[LeanBlock], places: Places, head: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        self.blocks, self.places, self.head = blocks, places, head
+    def __init__(self, blocks: Sequence[LeanBlock], places: Places) -> None:
+        self.blocks, self.places = blocks, places
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the last block's output for ``(rows, length, width)``; zero where it is not read."""

@@ -6,13 +6,12 @@ the processor's kernel in every product, and that takes as long as the product i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 LARGEST = 2**30
@@ -88,29 +87,6 @@ def _pack(weight: Tensor) -> Any:
 def _product(hidden: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
     found: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")
     return found
-
-
-class _Applied(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, product: Product) -> Tensor:
-        ctx.product = product
-        (found,) = product.forward(hidden.flatten(0, -2))
-        return found.view(*hidden.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.product.backward(gradient.flatten(0, -2)).view(*gradient.shape[:-1], -1), None
-
-
-def as_forward(product: Product) -> Callable[[Tensor], Tensor]:
-    """Return the forward pass of the one module of a product, for ``(..., in)``, with gradients of its input alone."""
-
-    def forward(hidden: Tensor) -> Tensor:
-        found: Tensor = _Applied.apply(hidden, product)  # type: ignore[no-untyped-call]
-        return found
-
-    return forward
 
 
 class PackedWeights:

@@ -117,8 +117,7 @@ class ShapeModel:
         above = [self.block(index) for index in range(layer + 1, self.num_layers)]
         if not (self.on_cpu and above and all(map(is_lean, above))):
             return 0
-        linear = [module for block in above for together in linear_modules(block) for module in together]
-        return packed_bytes([*linear, self.model.get_output_embeddings()])
+        return packed_bytes([module for block in above for together in linear_modules(block) for module in together])
 
     def _forward(self, rows: int, length: int, places: int) -> Tensor:
         """Run the model with the LM head at ``places`` positions only."""
