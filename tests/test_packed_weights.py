@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from test_lean_blocks import LEAN_FAMILIES, logits_and_gradient
@@ -80,6 +83,14 @@ def test_copies_follow_the_weights(change):
         torch.testing.assert_close(output, module(hidden))
     kept.clear()
     assert kept.product(modules) is not first
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda kept: pickle.loads(pickle.dumps(kept))])
+def test_a_copy_of_a_model_packs_its_own_weights(copied):
+    modules, kept = [linear(8)], PackedWeights()
+    first = kept.product(modules)
+    assert copied(kept).product(modules) is not first
+    assert kept.product(modules) is first
 
 
 def test_what_is_packed(monkeypatch):

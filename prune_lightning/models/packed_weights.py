@@ -95,6 +95,9 @@ class PackedWeights:
     def __init__(self) -> None:
         self._kept: WeakKeyDictionary[nn.Module, tuple[list[Any], Packed]] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
+        return PackedWeights, ()  # a copied model packs its own weights
+
     def product(self, modules: Sequence[nn.Linear]) -> Product:
         """Return the product with the packed weights of some modules, which are always asked for together."""
         parameters = [p for module in modules for p in (module.weight, module.bias) if p is not None]
@@ -122,6 +125,7 @@ def packs(modules: Sequence[nn.Module]) -> bool:
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() in _CAPABILITIES
+        and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
         and packed_bytes(modules) > 0
         and all(parameter.is_cpu for module in modules for parameter in module.parameters())
     )
