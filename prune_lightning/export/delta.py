@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prune_lightning.devices import in_own_memory
 from prune_lightning.errors import UserError
 from prune_lightning.export.lowrank import lowest_rank
 from prune_lightning.export.sources import ExportSource
@@ -73,7 +74,7 @@ def apply_delta(model: nn.Module, path: str | Path) -> Mapping[str, Any]:
     try:
         with safe_open(file_path, framework="pt") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+            tensors = in_own_memory({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{str(file_path)!r} is damaged or holds no change of weights: {error}") from error
     parameters = dict(model.named_parameters())

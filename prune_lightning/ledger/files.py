@@ -14,6 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from prune_lightning.atomic_files import write_bytes
+from prune_lightning.devices import in_own_memory
 from prune_lightning.errors import UserError
 from prune_lightning.json_files import nan_to_null
 
@@ -73,7 +74,7 @@ class StepFiles:
             raise UserError(f"{self.data} is damaged ({error}): the last good edit is {good}") from error
         if content_checksum(content) != line["checksum"]:
             raise UserError(f"{self.data} is damaged (checksum of step {line['step']}): the last good edit is {good}")
-        return load(content)
+        return in_own_memory(load(content))
 
     def append(self, line: Mapping[str, Any], content: bytes, offset: int) -> dict[str, Any]:
         """Append a step, sync both files, and return the line as written.

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prune_lightning.atomic_files import write_tensors
+from prune_lightning.devices import in_own_memory
 from prune_lightning.errors import UserError
 
 KEPT = 2
@@ -128,7 +129,7 @@ class Snapshots:
         try:
             with safe_open(snapshot.path, framework="pt") as file:
                 about = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                tensors = in_own_memory({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
             whole = checksum(tensors) == about["checksum"]
             plain = json.loads(about["state"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

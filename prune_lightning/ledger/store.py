@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from prune_lightning.atomic_files import SUFFIX, disk_error, write_bytes, write_json
+from prune_lightning.devices import in_own_memory
 from prune_lightning.errors import UserError
 from prune_lightning.ledger.background import BackgroundWriter
 from prune_lightning.ledger.files import StepFiles, content_checksum, end_of
@@ -142,7 +143,7 @@ class Ledger:
         """Return the record of the end of the stream, or ``None``."""
         if self.finish_line is None:
             return None
-        return FinishRecord.restore(self.finish_line, load(self._finish.read_bytes()), device)
+        return FinishRecord.restore(self.finish_line, in_own_memory(load(self._finish.read_bytes())), device)
 
     def verified(self) -> Ledger:
         """Return the ledger up to the last step with intact tensors; warn if later steps are dropped."""

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prune_lightning.atomic_files import write_tensors
+from prune_lightning.devices import in_own_memory
 from prune_lightning.distributed import on_rank_zero
 from prune_lightning.errors import UserError
 from prune_lightning.models.running_moments import RunningMoments
@@ -77,7 +78,7 @@ class StatisticsStore:
                 if manifest != self.manifest:
                     raise UserError(f"{path} was taken from another model or corpus: {manifest}; delete it")
                 names = [] if headers else file.keys()
-                return {name: file.get_tensor(name) for name in names}
+                return in_own_memory({name: file.get_tensor(name) for name in names})
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}); delete it to compute it again") from error
 
