@@ -12,18 +12,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from prune_lightning.models.fast_path import agrees
-from prune_lightning.models.hooks import (
-    capture,
-    capture_keywords,
-    only_at,
-    pass_through,
-    replace_output,
-)
+from prune_lightning.models.hooks import capture, capture_keywords, only_at, pass_through, replace_output
 from prune_lightning.models.key_value_cache import with_cache
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.lean_blocks import LeanBlock, LeanBlocks, Places, is_lean, linear_modules
 from prune_lightning.models.packed_weights import Plain, packs
-from prune_lightning.models.packing import PAYS, pack, plain
+from prune_lightning.models.packing import PAYS, arrangements, plain
 
 LEAN = "lean blocks"
 
@@ -71,14 +65,14 @@ class CachedForward:
         layers = [layer, *above]
         modules = [module for kept in layers for module in (model.block(kept), model.rewrite_module(kept))]
         lengths = mask.sum(1)
-        for packed in (pack(model, ids, mask), plain(ids, mask)) if compact else (plain(ids, mask),):
+        for packed in arrangements(model, ids, mask) if compact else [plain(ids, mask)]:
             cache: Any = DynamicCache()
             read, at = packed.find(rows, positions)
             with capture(outputs=modules, stop=False, rows=len(packed.inputs["input_ids"])) as seen:
                 self.base_logits = model.logits_at(
                     **packed.inputs, rows=read, positions=at, **with_cache(model.model, cache)
                 )
-            if bool(self.base_logits.isfinite().all()):  # else a NaN of one row may have reached others in a tree
+            if bool(self.base_logits.isfinite().all()):
                 break
         self._read: tuple[Tensor, Tensor, list[tuple[nn.Module, Tensor]]] | None = None
         self._lean: tuple[Tensor, Tensor, LeanBlocks | None] | None = None
@@ -154,11 +148,11 @@ class CachedForward:
 
         def same() -> bool:
             with torch.no_grad():
-                return agrees(self._leanly(lean, hidden, rows, offsets), self._rerun(hidden, rows, offsets))
+                return agrees(self._beyond(lean(hidden), rows, offsets), self._rerun(hidden, rows, offsets))
 
         if not self.model.fast_path.holds(LEAN, same):
             return self._rerun(hidden, rows, offsets)
-        return self._leanly(lean, hidden, rows, offsets)
+        return self._beyond(lean(hidden), rows, offsets)
 
     def _rerun(self, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run the model's own blocks."""
@@ -170,10 +164,10 @@ class CachedForward:
                 stack.enter_context(only_at(mlp, places))
             return self.model.logits_at(*self._inputs, rows, offsets, **(self._cached() | self._options))
 
-    def _leanly(self, lean: LeanBlocks, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Run lean blocks, and the model's own modules behind the last one."""
+    def _beyond(self, hidden: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Run what follows the last block."""
         *below, last = (self.model.block(index) for index in range(self.model.num_layers))
-        with pass_through(below, self._in_tuple), replace_output(last, self._output(lean(hidden))):
+        with pass_through(below, self._in_tuple), replace_output(last, self._output(hidden)):
             ids, later = self._inputs[0], self._mask[:, self._before :]
             return self.model.logits_at(ids, later, rows, offsets, **self._options)
 

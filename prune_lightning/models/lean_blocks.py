@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from prune_lightning.models.packed_weights import Plain, Product
+from prune_lightning.models.packed_weights import Product
 
 _BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -98,7 +98,7 @@ class LeanBlock:
         rotation: tuple[Tensor, Tensor],
         places: Places,
         last: bool,
-        product: Callable[[Sequence[nn.Linear]], Product] = Plain,
+        product: Callable[[Sequence[nn.Linear]], Product],
     ) -> None:
         self.block, self.places, self.last = block, places, last
         self._into, self._out, self._up, self._down = (product(together) for together in linear_modules(block))
@@ -163,9 +163,8 @@ class LeanBlock:
         block = self.block
         normed, scale = _norm(block.input_layernorm, hidden)
         query, key, value = self._into.forward(normed)
-        query, key = (
-            self._spread(self._rotate(each), heads) for each, heads in ((query, self.heads), (key, self.shared))
-        )
+        query = self._spread(self._rotate(query), self.heads)
+        key = self._spread(self._rotate(key), self.shared)
         value = self._spread(value, self.shared)
         scores = self._by_key(query, 0, key)
         weights = torch.add(self._mask, scores, alpha=block.self_attn.scaling).softmax(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,17 @@ def plain(ids: Tensor, mask: Tensor) -> Packed:
     inputs = {"input_ids": ids, "attention_mask": mask}
     rows, length = (torch.arange(size, device=ids.device) for size in ids.shape)
     return Packed(inputs, rows[:, None].expand_as(ids), length.expand_as(ids))
+
+
+def arrangements(model: LanguageModel, ids: Tensor, mask: Tensor) -> Iterator[Packed]:
+    """Yield what :func:`pack` returns, and then plain rows, for a pass whose logits were not finite.
+
+    Zero times NaN is NaN: through the attention, a NaN of one sequence reaches all that share its row in a tree.
+    """
+    packed = pack(model, ids, mask)
+    yield packed
+    if packed.inputs["input_ids"] is not ids:
+        yield plain(ids, mask)
 
 
 def pack(model: LanguageModel, ids: Tensor, mask: Tensor) -> Packed:

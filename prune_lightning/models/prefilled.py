@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from prune_lightning.models.fast_path import agrees
 from prune_lightning.models.key_value_cache import with_cache
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.packing import pack, plain
+from prune_lightning.models.packing import arrangements
 
 TOKENS = 1024
 """Tokens of a pass over the prompts; on a CPU, the activations of many more do not stay in its cache."""
@@ -50,13 +50,13 @@ class Prefilled:
         """Return the logits of some prompts, and keys and values of each layer, ``(n, heads, slots, size)``."""
         ids, mask = self.model.tokens.pad(prompts, self.model.device)
         row = torch.arange(len(ids), device=ids.device)
-        for packed in (pack(self.model, ids, mask), plain(ids, mask)):
+        for packed in arrangements(self.model, ids, mask):
             cache = DynamicCache()
             rows, positions = packed.find(row, mask.sum(1) - 1)
             logits = self.model.logits_at(
                 **packed.inputs, rows=rows, positions=positions, **with_cache(self.model.model, cache)
             )
-            if bool(logits.isfinite().all()):  # else a NaN of one prompt may have reached others in its row
+            if bool(logits.isfinite().all()):
                 break
         where = packed.find(row[:, None], earlier)
         levels: Any = cache.layers
