@@ -165,7 +165,7 @@ def test_both_paths_give_equal_logits_for_any_weight_at_any_layer(family, layer,
     batch = TargetBatch(model, REQUESTS, "target")
     weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = WholeWeights(model, batch).logits({layer: weight})
-    assert torch.allclose(UpperWeights(model, layer, batch).logits({layer: weight}), whole, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(UpperWeights(model, [layer], batch).logits({layer: weight}), whole, rtol=1e-5, atol=1e-5)
     module = model.rewrite_module(layer)
     with torch.no_grad():
         module.weight.copy_(weight.T if stores_transposed(module) else weight)

@@ -83,8 +83,11 @@ def test_four_edits_match_the_public_code():
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("clip", [0.05, 1e6])
-def test_training_is_dense_gradient_descent(weight_decay, clip, tiny):
-    model = tiny("llama")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_training_is_dense_gradient_descent(family, clip, weight_decay, tiny):
+    model = tiny(family)
+    # Llama's norms run in fp32 whatever the dtype, and the lean blocks add in another order.
+    exact = 10 * torch.finfo(torch.float32).eps if family == "llama" else 1e-8
     host, batch = model.rewrite_module(1), TargetBatch(model, [REQUEST], "target", prefixes=("", "The river. "))
     with torch.no_grad(), capture([host], rows=2) as seen:
         model(batch.ids, batch.mask)
@@ -111,18 +114,18 @@ def test_training_is_dense_gradient_descent(weight_decay, clip, tiny):
     for _ in range(4):
         with edit_output(host, lambda output: output + inputs[..., columns] @ matrix.T, rows=2):
             loss = batch.losses(model.logits_at(batch.ids, batch.mask, batch.rows, batch.positions)).mean()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([matrix], clip)
         optimizer.step()
     change = matrix.detach() - found.kept * start
-    assert found.losses == pytest.approx(losses, rel=1e-9)
-    assert torch.allclose(found.weights.T @ found.inputs, change, rtol=1e-8, atol=1e-11)
+    assert found.losses == pytest.approx(losses, rel=exact)
+    assert float((found.weights.T @ found.inputs - change).norm()) < exact * float(change.norm())
     assert found.norm() == pytest.approx(float(change.norm()), rel=1e-6)
     part = found.factors()
     whole = with_columns(torch.zeros(32, 32, dtype=torch.float64), columns, part, 1.0)
-    assert torch.allclose(whole[:, columns], change, rtol=1e-8, atol=1e-11)
+    assert float((whole[:, columns] - change).norm()) < exact * float(change.norm())
     assert int((whole != 0).any(0).sum()) == 3
 
 

@@ -17,9 +17,9 @@ from prune_lightning.methods.costs import training_cost
 from prune_lightning.methods.module_memory import ModuleMemoryEditor
 from prune_lightning.methods.side_memory import SideMemory
 from prune_lightning.methods.target_batch import TargetBatch
-from prune_lightning.methods.tuning_problem import logits_above
+from prune_lightning.methods.tuning_problem import logits_of_output
 from prune_lightning.models.family import stores_transposed
-from prune_lightning.models.hooks import apart, capture, edit_output
+from prune_lightning.models.hooks import apart, capture
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.models.prompt_memory import Reading
 from prune_lightning.ranges import Count, Positive, Whole
@@ -261,7 +261,10 @@ class GRACE(ModuleMemoryEditor):
         touched = sorted({placement.entry for placement in placements})
         of_request = torch.tensor([touched.index(p.entry) for p in placements], device=first.device)
         values = entries[touched].clone().requires_grad_()
-        forward = logits_above(self.language_model, self.layers[0], batch, "GRACE's values", self.fast)
+        start = ends if self.place == "last" else None
+        forward = logits_of_output(
+            self.language_model, memory.host, self.layers[0], batch, "GRACE's values", self.fast, start
+        )
         replaced = places(self.place, Reading(batch.mask.bool(), ends))
         optimizer, history = torch.optim.Adam([values], lr=self.learning_rate), []
 
@@ -269,8 +272,8 @@ class GRACE(ModuleMemoryEditor):
             return put(output, replaced, values[of_request].to(output))
 
         for _ in range(self.steps):
-            with torch.enable_grad(), edit_output(memory.host, change, rows=len(ends)):
-                losses = batch.losses(forward())
+            with torch.enable_grad():
+                losses = batch.losses(forward(change))
                 optimizer.zero_grad()
                 losses[counts].sum().backward()
             optimizer.step()

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lightning.methods.target_batch import TargetBatch
-from prune_lightning.methods.tuning_problem import logits_above
-from prune_lightning.models.hooks import edit_output
+from prune_lightning.methods.tuning_problem import logits_of_output
 from prune_lightning.models.language_model import LanguageModel
 
 _STILL = 1e-4  # a loss that has changed by no more does not move, as published
@@ -86,12 +85,12 @@ def train_columns(
         clip: :math:`c`.
         weight_decay: :math:`\lambda`.
         stop_loss: A loss of at most this that no longer moves ends the training.
-        fast: See :func:`~.tuning_problem.logits_above`.
+        fast: See :func:`~.tuning_problem.logits_of_output`.
     """
     gram, before = inputs @ inputs.T, inputs @ matrix.T
     weights, kept = torch.zeros_like(before), 1.0
     real = batch.mask.bool()
-    forward = logits_above(model, layer, batch, "the residual memory", fast)
+    forward = logits_of_output(model, host, layer, batch, "the residual memory", fast)
     losses: list[float] = []
     for _ in range(steps):
         added = (kept * before + gram @ weights).requires_grad_()
@@ -100,8 +99,8 @@ def train_columns(
             whole = torch.zeros_like(output, dtype=added.dtype).masked_scatter(real[..., None], added)
             return output + whole.to(output)
 
-        with torch.enable_grad(), edit_output(host, change, rows=len(batch.ids)):
-            loss = batch.losses(forward()).mean()
+        with torch.enable_grad():
+            loss = batch.losses(forward(change)).mean()
         losses.append(float(loss.detach()))
         (gradient,) = torch.autograd.grad(loss, added)
         norm = float((gradient * (gram @ gradient)).sum().clamp_min(0).sqrt())

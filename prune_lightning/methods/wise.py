@@ -14,9 +14,9 @@ from prune_lightning.methods.costs import training_cost
 from prune_lightning.methods.module_memory import ModuleMemoryEditor, PrefixedMemoryEditor
 from prune_lightning.methods.retrieval import general_sentences
 from prune_lightning.methods.side_weights import Sharding, SideWeights, distances, mean_where
-from prune_lightning.methods.tuning_problem import logits_above
+from prune_lightning.methods.tuning_problem import logits_of_output
 from prune_lightning.models.contexts import ContextOptions
-from prune_lightning.models.hooks import capture, edit_output
+from prune_lightning.models.hooks import capture
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Count, NonNegative, Positive, Share, Whole
 from prune_lightning.types import EditRequest, MemoryUpdate
@@ -198,7 +198,9 @@ class WISE(ModuleMemoryEditor, PrefixedMemoryEditor):
         batch, (ids, mask) = self.target_batch(request), self._unrelated(number)
         edit, other = self._seen(memory, batch.ids, batch.mask), self._seen(memory, ids, mask)
         change, trained, weight = memory.current().clone().requires_grad_(), memory.trained(), memory.weight
-        forward = logits_above(self.language_model, self.layers[0], batch, "WISE's side memory", self.fast)
+        forward = logits_of_output(
+            self.language_model, memory.host, self.layers[0], batch, "WISE's side memory", self.fast
+        )
         left, kept, losses = 1 - self.learning_rate * self.weight_decay, 1.0, []
         least = change.new_zeros((), dtype=torch.float64)
 
@@ -207,10 +209,10 @@ class WISE(ModuleMemoryEditor, PrefixedMemoryEditor):
             def answered(output: Tensor, change: Tensor = change) -> Tensor:
                 return output + (edit[0] @ change.T).to(output).view(output.shape)
 
-            with torch.enable_grad(), edit_output(memory.host, answered):
+            with torch.enable_grad():
                 inside = self._distances(memory, edit, change, batch.mask)
                 outside = self._distances(memory, other, change, mask)
-                loss = batch.losses(forward()).mean() + self.margins.loss(inside, outside)
+                loss = batch.losses(forward(answered)).mean() + self.margins.loss(inside, outside)
             losses.append(float(loss.detach()))
             least = inside.detach().double().mean()
             (gradient,) = torch.autograd.grad(loss, change)

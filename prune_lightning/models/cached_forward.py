@@ -103,6 +103,10 @@ class CachedForward:
         """Output of the block from ``start`` on, shape ``(rows, longest rest, width)``."""
         return self._kept[self.layer][0]
 
+    def later(self, hidden: Tensor) -> Tensor:
+        """Return hidden states of whole rows, ``(rows, length, width)``, from ``start`` on."""
+        return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], self._positions]
+
     @property
     def mlp_output(self) -> Tensor:
         """Output of the block's down-projection at ``start``, shape ``(rows, width)``."""
