@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def written(
     module.compute_update(requests[:1])  # warm up
     size, found, seconds = options.batch_size, [], 0.0
     for start in range(0, len(requests), size):
-        spent, result = clock(lambda start=start: module.compute_update(requests[start : start + size]), model.device)
+        spent, result = clock(partial(module.compute_update, requests[start : start + size]), model.device)
         seconds += spent
         found.append(result)
     updates, details = found[0]
@@ -69,7 +70,7 @@ def measured(name: str, model: LanguageModel, requests: list[EditRequest], optio
     """Return a row of the table."""
     fast, ours, losses = written(name, model, requests, True, options)
     plain, theirs, expected = written(name, model, requests, False, options)
-    row = {
+    return {
         "method": name,
         "steps": len(expected),
         "seconds": fast,
@@ -79,8 +80,6 @@ def measured(name: str, model: LanguageModel, requests: list[EditRequest], optio
         "first_losses": [losses[0], expected[0]],
         "last_losses": [losses[-1], expected[-1]],
     }
-    print(json.dumps(row), flush=True)
-    return row
 
 
 def main() -> None:
@@ -96,9 +95,11 @@ def main() -> None:
     stream.setup()
     with composed({"model": options.model}, {}) as config:
         model = Recipe.of(config).language_model()
-    rows = [measured(name, model, stream.requests, options) for name in options.methods]
-    table = Table("method", "steps", "s per edit", "plain", "ratio", "difference", "last loss", title=options.model)
-    for row in rows:
+    rows, table = [], Table("method", "steps", "s per edit", "plain", "ratio", "difference", "last loss")
+    for name in options.methods:
+        rows.append(row := measured(name, model, stream.requests, options))
+        if options.json:  # at once: a method takes minutes on a large model
+            options.json.write_text(json.dumps({**vars(options), "json": None, "rows": rows}, indent=2))
         table.add_row(
             row["method"],
             str(row["steps"]),
@@ -108,8 +109,6 @@ def main() -> None:
             f"{row['last_losses'][0]:.4f}",
         )
     Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps({**vars(options), "json": None, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

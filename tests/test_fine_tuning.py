@@ -13,6 +13,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.methods.fine_tuning import FineTuning
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import UpperWeights, WholeWeights
+from prune_lightning.models.cached_forward import LEAN
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.spectral import AccumulatedChange, sigma_max
 from prune_lightning.types import DenseUpdate, EditBatch, EditRequest, LowRankUpdate
@@ -165,12 +166,22 @@ def test_both_paths_give_equal_logits_for_any_weight_at_any_layer(family, layer,
     batch = TargetBatch(model, REQUESTS, "target")
     weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = WholeWeights(model, batch).logits({layer: weight})
-    assert torch.allclose(UpperWeights(model, [layer], batch).logits({layer: weight}), whole, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(UpperWeights(model, layer, batch).logits({layer: weight}), whole, rtol=1e-5, atol=1e-5)
     module = model.rewrite_module(layer)
     with torch.no_grad():
         module.weight.copy_(weight.T if stores_transposed(module) else weight)
     live = model.logits_at(batch.ids, batch.mask, batch.rows, batch.positions)
     assert torch.allclose(whole, live, rtol=1e-10, atol=1e-10)
+
+
+def test_lean_blocks_do_not_run_while_a_weight_above_is_replaced(tiny, recwarn):
+    model, setting = tiny("llama"), {"steps": 3, "stop_loss": 0.0}
+    tuning(model, [1], **setting).compute_update(REQUESTS)
+    assert model.fast_path.holds(LEAN, lambda: False)
+    fast = tuning(model, [0, 2], **setting).compute_update(REQUESTS)[0]
+    plain = tuning(model, [0, 2], fast=False, **setting).compute_update(REQUESTS)[0]
+    assert all(relative(fast[name].dense(), plain[name].dense()) < exactness("llama") for name in plain)
+    assert not [w for w in recwarn if "fast path" in str(w.message)]
 
 
 def test_a_model_that_the_fast_path_does_not_fit_takes_the_plain_one_and_says_so(tiny, monkeypatch):

@@ -217,7 +217,7 @@ class FineTuning(EditingModule):
         """Return the fast path, unless its logits differ from those of the whole model."""
 
         def upper() -> WeightProblem | None:
-            problem = UpperWeights(self.language_model, self.layers, batch)
+            problem = UpperWeights(self.language_model, self.layers[0], batch)
             self._checked = self._checked or self._fits(problem, batch, base)
             return problem if self._checked else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -57,7 +57,6 @@ class UpperOutput:
         layer: Layer of the down-projection.
         batch: Where logits are read.
         start: First position of each row at which the output changes, shape ``(rows,)``; zero by default.
-        compact: Whether nothing is hooked to the blocks above, see :class:`~.cached_forward.CachedForward`.
 
     Attributes:
         keys: Input of the down-projection, shape ``(rows, length, in_features)``.
@@ -65,21 +64,14 @@ class UpperOutput:
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: LanguageModel,
-        layer: int,
-        batch: TargetBatch,
-        start: Tensor | None = None,
-        compact: bool = True,
-    ) -> None:
+    def __init__(self, model: LanguageModel, layer: int, batch: TargetBatch, start: Tensor | None = None) -> None:
         module, self._after_mlp = model.rewrite_module(layer), model.after_mlp(layer)
         with capture([module], [module, model.block(layer)], rows=len(batch.ids)) as seen:
             model(batch.ids, batch.mask)
         self.keys, self._output, hidden = seen.inputs[0], seen.outputs[0], seen.outputs[1]
         self._dtype, precise = hidden.dtype, torch.promote_types(hidden.dtype, torch.float32)
         self._rest = hidden.to(precise) - self._after_mlp(self._output).to(precise)
-        self._above = AboveBlock(model, layer, batch, start, compact)
+        self._above = AboveBlock(model, layer, batch, start, compact=True)
         self.base_logits = self._above.forward.base_logits
 
     def logits(self, change: Change) -> Tensor:
@@ -93,13 +85,13 @@ class UpperWeights:
 
     Args:
         model: The language model.
-        layers: The edited layers, ascending.
+        layer: The lowest edited layer.
         batch: Where logits are read.
     """
 
-    def __init__(self, model: LanguageModel, layers: Sequence[int], batch: TargetBatch) -> None:
-        self.model, self.layer = model, layers[0]
-        self._lowest = UpperOutput(model, self.layer, batch, compact=len(layers) == 1)
+    def __init__(self, model: LanguageModel, layer: int, batch: TargetBatch) -> None:
+        self.model, self.layer = model, layer
+        self._lowest = UpperOutput(model, layer, batch)
 
     def logits(self, weights: Mapping[int, Tensor]) -> Tensor:
         """Return the logits at the positions of the batch."""
@@ -120,7 +112,7 @@ class AboveBlock:
         layer: The last block that is not run again.
         batch: Where logits are read.
         start: First position of each row that runs again, shape ``(rows,)``; zero by default.
-        compact: Whether nothing is hooked to the blocks above, see :class:`~.cached_forward.CachedForward`.
+        compact: Whether no activation above is read or changed by hooks, see :class:`~.cached_forward.CachedForward`.
     """
 
     def __init__(
