@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lightning.costs import Cost, Shapes, StreamShape
+from prune_lightning.errors import UserError
 from prune_lightning.methods.costs import training_cost
 from prune_lightning.methods.module_memory import ModuleMemoryEditor, PrefixedMemoryEditor
 from prune_lightning.methods.residual_training import Trained, marked, train_columns
@@ -133,6 +134,11 @@ class ResidualMemory(SideMemory):
         return output + added.to(output).view(output.shape)
 
 
+def mask_size(width: int) -> int:
+    """Return the number of inputs in a mask, of so many: the published share."""
+    return max(1, round(width * 4096 / 14336))
+
+
 def with_columns(matrix: Tensor, columns: Tensor, part: Mapping[str, Tensor], kept: float) -> Tensor:
     """Return a matrix times ``kept`` plus what an edit adds to some columns: ``left``, or ``left`` times ``right``.
 
@@ -159,7 +165,7 @@ class MEMOIR(ModuleMemoryEditor, PrefixedMemoryEditor):
     Args:
         language_model: The model to edit.
         layers: The block, one only.
-        count: Inputs in a mask (4096 of 14336 as published); at most all of them.
+        count: Inputs in a mask; ``None`` for two sevenths of all, the published 4096 of 14336.
         threshold: Least share of a mask for :math:`M` to be used. It depends on the data.
         steps: Most steps of gradient descent.
         learning_rate: Its learning rate.
@@ -172,7 +178,7 @@ class MEMOIR(ModuleMemoryEditor, PrefixedMemoryEditor):
         kwargs: See :class:`~.base.EditingModule`.
 
     Raises:
-        UserError: Not one layer, or an option out of range.
+        UserError: Not one layer, a mask of all inputs, or an option out of range.
     """
 
     def __init__(
@@ -180,7 +186,7 @@ class MEMOIR(ModuleMemoryEditor, PrefixedMemoryEditor):
         *,
         language_model: LanguageModel,
         layers: Sequence[Whole],
-        count: Count = 4096,
+        count: Count | None = None,
         threshold: Share = 0.4,
         steps: Count = 30,
         learning_rate: Positive = 1.0,
@@ -193,10 +199,13 @@ class MEMOIR(ModuleMemoryEditor, PrefixedMemoryEditor):
         **kwargs: Any,
     ) -> None:
         super().__init__(language_model, layers, contexts=contexts, **kwargs)
-        check_values("method", Count, count=count, steps=steps)
+        check_values("method", Count, steps=steps)
         check_values("method", Positive, learning_rate=learning_rate, clip=clip)
         check_values("method", Share, threshold=threshold)
-        self.count = min(count, language_model.key_size(self.layers[0]))
+        width = language_model.key_size(self.layers[0])
+        self.count = mask_size(width) if count is None else count
+        if not 0 < self.count < width:
+            raise UserError(f"method.count={count} is not between 1 and {width - 1}: the module has {width} inputs")
         self.threshold, self.steps, self.learning_rate, self.clip = threshold, steps, learning_rate, clip
         self.weight_decay, self.stop_loss, self.seed, self.fast = weight_decay, stop_loss, seed, fast
 
@@ -207,7 +216,7 @@ class MEMOIR(ModuleMemoryEditor, PrefixedMemoryEditor):
         stream: StreamShape,
         *,
         layers: Sequence[int],
-        count: int = 4096,
+        count: int | None = None,
         steps: int = 30,
         contexts: ContextOptions | None = None,
         **options: Any,
@@ -227,7 +236,7 @@ class MEMOIR(ModuleMemoryEditor, PrefixedMemoryEditor):
         )
         held = {"residual memory": float(outputs * inputs * entry), "masks": float(inputs * stream.edits)}
         work = {name: each * prefixes for name, each in found.per_edit.items()}
-        disk = {"entries": float(outputs * min(count, inputs) * entry * stream.edits)}
+        disk = {"entries": float(outputs * (count or mask_size(inputs)) * entry * stream.edits)}
         return replace(found, memory=held, per_edit=work, disk=disk)
 
     def new_memory(self) -> ResidualMemory:

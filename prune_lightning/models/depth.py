@@ -31,6 +31,11 @@ def late(num_layers: int) -> list[int]:
     return [min(round(22 * num_layers / 32), num_layers - 1)]
 
 
+def memory(num_layers: int) -> list[int]:
+    """Return the layer for editors with a memory at one block: 84 % of the depth, as for Llama (27 of 32)."""
+    return [min(round(27 * num_layers / 32), num_layers - 1)]
+
+
 def experts(num_layers: int) -> list[int]:
     """Return the layers for ELDER: six from 66 % of the depth, as for Llama (21 to 26 of 32), fewer of a shallow model.
 
@@ -47,6 +52,7 @@ FROM_DEPTH: Mapping[str, Callable[[int], list[int]]] = {
     "top": top,
     "fine_tuning": fine_tuning,
     "late": late,
+    "memory": memory,
     "experts": experts,
 }
 """Functions from the number of layers to the layers to edit, by purpose."""
