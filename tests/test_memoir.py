@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prune_lightning.errors import UserError
-from prune_lightning.methods.memoir import MEMOIR, with_columns
+from prune_lightning.methods.memoir import MEMOIR, mask_size, with_columns
 from prune_lightning.methods.residual_training import marked, train_columns
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.models.contexts import ContextOptions
@@ -141,7 +141,12 @@ def test_a_prompt_uses_the_mask_it_shares_most_with(tiny):
     assert torch.equal(memory.used(queries), torch.stack([*memory.masks, torch.zeros(32, dtype=torch.bool)]))
 
 
-@pytest.mark.parametrize("wrong", [{"layers": [0, 1]}, {"threshold": 1.5}, {"clip": 0.0}])
+def test_a_mask_has_the_published_share_of_the_inputs(tiny):
+    assert [mask_size(width) for width in (14336, 1536, 768, 2)] == [4096, 439, 219, 1]
+    assert MEMOIR(language_model=tiny("gpt2"), layers=[1]).side.count == 9  # of 32: most prompts do not share it
+
+
+@pytest.mark.parametrize("wrong", [{"layers": [0, 1]}, {"threshold": 1.5}, {"clip": 0.0}, {"count": 32}, {"count": 0}])
 def test_a_wrong_option_is_named(wrong, tiny):
-    with pytest.raises(UserError, match=r"layers|threshold|clip"):
+    with pytest.raises(UserError, match=rf"{next(iter(wrong))}"):
         MEMOIR(language_model=tiny("gpt2"), **{"layers": [1], **wrong})
