@@ -130,6 +130,24 @@ def test_every_shipped_restraint_can_be_planned(option, shapes):
         assert needs(shapes, f"method={method}", f"restraint={option}").memory()["restraint"] > 0
 
 
+@pytest.mark.parametrize(
+    ("words", "packed"),
+    [
+        ("method=rome", True),
+        ("method=ft_m", True),
+        ("method=ft_m method.layers=[1,2]", False),
+        ("method=memoir", True),
+        ("method=wise", True),
+        ("method=grace", False),  # its YAML for this model names another module than the down-projection
+        ("method=grace method.module=null", True),
+        ("method=elder", False),
+    ],
+)
+def test_packed_weights_are_counted_where_lean_blocks_run(words, packed, shapes, monkeypatch):
+    monkeypatch.setattr(type(shapes), "packed_bytes", lambda self, layer: 7)
+    assert needs(shapes, *words.split()).memory().get("packed weights") == (7 if packed else None)
+
+
 def test_more_steps_and_layers_cost_more(shapes):
     for method in ("ft_m", "lora"):
         few, many = (needs(shapes, f"method={method}", f"method.steps={n}").seconds(SLOW) for n in (10, 40))

@@ -172,10 +172,12 @@ def training_cost(
     trained: float,
     steps: int,
     batch_size: int,
+    at_output: bool = False,
 ) -> Cost:
     r"""Return the costs of a method that trains parameters with Adam on the targets of each edit.
 
     - temporary memory: the trained parameters, their gradient, two moments of Adam, and the saved activations
+    - packed copies of the weights above the block, on a CPU, if only one output is trained
     - training: ``steps`` passes from the lowest trained block upwards and back, after one pass up to it
 
     Args:
@@ -187,7 +189,10 @@ def training_cost(
         trained: Bytes of what is trained.
         steps: Passes over the requests of an edit.
         batch_size: Requests per step of Adam.
+        at_output: Whether what is trained changes the output of one down-projection, see
+            :class:`~.tuning_problem.UpperOutput`.
     """
+    packed = model.packed_bytes(layers[0]) if at_output else 0
     together = min(stream.batch, batch_size)
     length, places = math.ceil(stream.prompt + stream.target - 1), together * math.ceil(stream.target)
     step = model.step(layers[0], together, length, places)
@@ -196,6 +201,7 @@ def training_cost(
     return Cost(
         matrices,
         rank=rank,
+        memory={"packed weights": float(packed)} if packed else {},
         peaks={"training": 4 * trained + step.saved + logits},
         per_edit={"training": training},
         length=length,

@@ -132,6 +132,7 @@ class FineTuning(EditingModule):
             trained=trained,
             steps=steps,
             batch_size=batch_size,
+            at_output=len(layers) == 1,
         )
 
     def compute_update(self, requests: Sequence[EditRequest]) -> tuple[dict[str, DenseUpdate], list[dict[str, Any]]]:

@@ -186,9 +186,10 @@ class GRACE(ModuleMemoryEditor):
             trained=outputs * 4.0 * stream.batch,
             steps=steps,
             batch_size=stream.batch,
+            at_output=module is None,
         )
         held = {"codebook": entry * stream.edits}
-        return replace(found, memory=held, disk={"entries": entry * stream.edits})
+        return replace(found, memory={**found.memory, **held}, disk={"entries": entry * stream.edits})
 
     def new_memory(self) -> CodebookMemory:
         """Return an empty codebook."""

@@ -233,11 +233,12 @@ class MEMOIR(ModuleMemoryEditor, PrefixedMemoryEditor):
             trained=float(outputs * stream.prompt * prefixes * 4),
             steps=steps,
             batch_size=prefixes,
+            at_output=True,
         )
         held = {"residual memory": float(outputs * inputs * entry), "masks": float(inputs * stream.edits)}
         work = {name: each * prefixes for name, each in found.per_edit.items()}
         disk = {"entries": float(outputs * (count or mask_size(inputs)) * entry * stream.edits)}
-        return replace(found, memory=held, per_edit=work, disk=disk)
+        return replace(found, memory={**found.memory, **held}, per_edit=work, disk=disk)
 
     def new_memory(self) -> ResidualMemory:
         """Return an empty memory."""

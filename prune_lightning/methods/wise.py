@@ -146,10 +146,12 @@ class WISE(ModuleMemoryEditor, PrefixedMemoryEditor):
             trained=size,
             steps=steps,
             batch_size=prefixes,
+            at_output=module is None,
         )
         held = {"side memories": size * -(-stream.edits // shard)}
         work = {name: each * prefixes for name, each in found.per_edit.items()}
-        return replace(found, memory=held, per_edit=work, disk={"entries": size * share * stream.edits})
+        disk = {"entries": size * share * stream.edits}
+        return replace(found, memory={**found.memory, **held}, per_edit=work, disk=disk)
 
     def new_memory(self) -> SideWeights:
         """Return an empty memory."""
