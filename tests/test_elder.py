@@ -219,6 +219,19 @@ def test_codes_are_computed_again_or_kept(tiny):
     assert facts["codes_lost"] == float((moved >= module.routing.epsilon).double().mean())
 
 
+@pytest.mark.parametrize(("active", "number"), [(1, 2), (2, 3), (2, 5), (3, 5), (4, 5)])
+def test_epsilon_is_half_of_the_largest_distance(active, number, tiny):
+    codes = [torch.zeros(number).index_fill(0, torch.tensor(c), 1) for c in combinations(range(number), active)]
+    largest = 2 * max(int((one != other).sum()) for one in codes for other in codes)
+    assert build(tiny("gpt2"), active=active, experts=number).routing.epsilon == largest / 2
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_experts_that_all_answer_cannot_tell_prompts_apart(number, tiny):
+    with pytest.raises(UserError, match=r"method.experts has to be larger"):
+        build(tiny("gpt2"), active=2, experts=number)
+
+
 def test_the_distances_of_unrelated_text_are_counted(tiny):
     model = tiny("llama")
     module, _ = edited(model, epsilon=3.0)

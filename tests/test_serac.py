@@ -128,6 +128,11 @@ def test_loss_equals_the_plain_one(family, tiny):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_pretrained_counterfactual_model_keeps_the_published_rate():
+    assert [TrainingOptions().answering_rate(pretrained) for pretrained in (True, False)] == [1e-5, 2e-3]
+    assert TrainingOptions(learning_rate=3e-4).answering_rate(pretrained=True) == 3e-4
+
+
 def test_unrelated_prompts_begin_at_a_distance_of_one():
     torch.manual_seed(0)
     classifier = ScopeClassifier(400, 64)

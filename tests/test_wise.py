@@ -118,9 +118,10 @@ def test_shards_begin_anew_and_are_merged(tiny):
         values = torch.full((int(parts[-1].sum()),), float(number + 1), dtype=torch.float64)
         kept, least = torch.ones(1, dtype=torch.float64), torch.tensor([10.0 - number], dtype=torch.float64)
         side.include({"values.0": values, "kept": kept, "least": least})
-        if number == 3:
-            assert side.counts.tolist() == [2, 2]
-            assert side.least.tolist() == [9.0, 7.0]
+        if number == 2:
+            assert (side.counts.tolist(), side.least.tolist()) == ([2, 1], [9.0, 8.0])
+        if number == 3:  # as soon as both are full
+            assert (side.counts.tolist(), side.least.tolist()) == ([4], [7.0])
     assert torch.equal(parts[0], parts[1])
     assert not torch.equal(parts[1], parts[2])
     assert (side.counts.tolist(), side.least.tolist(), len(side)) == ([4, 1], [7.0, 6.0], 5)

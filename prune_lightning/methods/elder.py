@@ -109,11 +109,14 @@ class ELDER(PrefixedMemoryEditor):
         if not self.layers[0]:
             raise UserError("ELDER reads the block below the first of `layers`: it has to be 1 or later")
         self.number = experts_for(len(self.layers), active) if experts is None else experts
-        if self.number < active:
-            raise UserError(f"method.active={active} experts of a layer answer, but there are {self.number}")
+        if self.number <= active:
+            raise UserError(
+                f"method.active={active} experts of a layer answer, and there are {self.number}: all prompts would "
+                "have the same code; method.experts has to be larger"
+            )
         paths = [module_path(language_model, layer, module) for layer in (self.layers[0] - 1, *self.layers)]
         self.below, self.paths = paths[0], paths[1:]
-        half = float(len(self.layers) * active)
+        half = float(len(self.layers) * min(active, self.number - active))
         self.routing = Routing(active, half if epsilon is None else epsilon, center, reencode)
         self.rank, self.alpha, self.guidance = rank, alpha, guidance
         self.allocation, self.route = allocation, route

@@ -205,7 +205,14 @@ class MEMOIR(ModuleMemoryEditor, PrefixedMemoryEditor):
         width = language_model.key_size(self.layers[0])
         self.count = mask_size(width) if count is None else count
         if not 0 < self.count < width:
-            raise UserError(f"method.count={count} is not between 1 and {width - 1}: the module has {width} inputs")
+            raise UserError(
+                f"method.count={self.count} is not between 1 and {width - 1}: the module has {width} inputs"
+            )
+        if threshold <= (chance := self.count / width):
+            raise UserError(
+                f"method.threshold={threshold:g} is not above {chance:.2g}, which two random masks of {self.count} of "
+                f"{width} inputs share: the memory would answer every prompt"
+            )
         self.threshold, self.steps, self.learning_rate, self.clip = threshold, steps, learning_rate, clip
         self.weight_decay, self.stop_loss, self.seed, self.fast = weight_decay, stop_loss, seed, fast
 

@@ -102,6 +102,9 @@ def _words(text: str) -> set[str]:
 class HiddenStates(Similarity):
     """The cosine of mean hidden states of the model itself, less their mean over general text.
 
+    The first token is left out of the mean. Attention that has nowhere to go ends there, so that its state is the same
+    for all texts and tens of times as long as the others: with it, short texts would be like all other short ones.
+
     Args:
         model: The language model.
         layer: The block whose output is read.
@@ -116,13 +119,14 @@ class HiddenStates(Similarity):
 
     @torch.no_grad()
     def _mean(self, text: str) -> Tensor:
-        """Return the mean over a text's tokens, fp32 at least; a row by itself, so that nothing else matters."""
+        """Return the mean over a text's later tokens, fp32 at least; a row by itself, so that nothing else matters."""
         ids, mask = self.model.tokens.pad(
             [self.model.tokens.encode(text)[-self.model.tokens.max_length :]], self.device
         )
         with self.model.frozen_mode(), capture(outputs=[self.model.block(self.layer)], rows=1) as seen:
             self.model(ids, mask)
         hidden = seen.outputs[0][0]
+        hidden = hidden[1:] if len(hidden) > 1 else hidden
         return hidden.to(torch.promote_types(hidden.dtype, torch.float32)).mean(0)
 
     @property

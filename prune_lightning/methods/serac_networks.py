@@ -179,6 +179,7 @@ class SERACNetworks(nn.Module):
             answering = load_language_model(shapes.start)
         else:
             answering = _new_model(edited, config or _config(edited, shapes))
+        self.pretrained = config is None and shapes.start is not None
         self.counterfactual = Counterfactual(answering, edited)
 
     def describe(self) -> dict[str, Any]:

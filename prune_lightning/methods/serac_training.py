@@ -26,17 +26,24 @@ KEPT = 2**15  # prompts whose hidden states are kept, since the language model d
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    r"""Options of the training; the defaults are the published ones.
+    r"""Options of the training.
 
     Args:
         edit_weight: :math:`c_e`.
-        learning_rate: Adam's learning rate of the counterfactual model.
+        learning_rate: Adam's learning rate of the counterfactual model; ``None`` for the published 1e-5 if it begins
+            pretrained, and 2e-3 for a new one.
         scope_learning_rate: Adam's learning rate of the classifier.
     """
 
     edit_weight: NonNegative = 0.1
-    learning_rate: NonNegative = 1e-5
-    scope_learning_rate: NonNegative = 1e-5
+    learning_rate: NonNegative | None = None
+    scope_learning_rate: NonNegative = 5e-4
+
+    def answering_rate(self, pretrained: bool) -> float:
+        """Return the learning rate of the counterfactual model."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1e-5 if pretrained else 2e-3
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ class SERACTraining(EditorTraining):
         options, network = self.options, self.network
         return torch.optim.Adam(
             [
-                {"params": list(network.counterfactual.parameters()), "lr": options.learning_rate},
+                {"params": list(network.counterfactual.parameters()), "lr": options.answering_rate(network.pretrained)},
                 {"params": list(network.classifier.parameters()), "lr": options.scope_learning_rate},
             ]
         )

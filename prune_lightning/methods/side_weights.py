@@ -124,7 +124,6 @@ class SideWeights(SideMemory):
         for number, (kept, least) in enumerate(zip(tensors["kept"].tolist(), tensors["least"], strict=True)):
             change = self.after(tensors[f"values.{number}"], kept)
             if self._is_full():
-                self._merge()
                 self.changes = torch.cat([self.changes, change[None]])
                 self.least = torch.cat([self.least, least[None]])
                 self.counts = torch.cat([self.counts, self.counts.new_ones(1)])
@@ -132,6 +131,7 @@ class SideWeights(SideMemory):
                 self.changes = torch.cat([self.changes[:-1], change[None]])
                 self.least = torch.cat([self.least[:-1], torch.minimum(self.least[-1:], least[None])])
                 self.counts = torch.cat([self.counts[:-1], self.counts[-1:] + 1])
+            self._merge()
 
     def after(self, values: Tensor, kept: float) -> Tensor:
         r"""Return :math:`D` after an edit that leaves ``values`` in the trained entries.
