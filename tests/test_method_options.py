@@ -56,6 +56,20 @@ def test_norm_penalty_adds_the_identity_to_the_bracket(past):
             bracket = bracket + keys @ keys.T
 
 
+def test_a_null_space_that_holds_much_of_the_keys_is_named(recwarn):
+    with pytest.warns(UserWarning, match=r"100% of the energy .*little is preserved"):
+        whole = made(AlphaEdit, null_threshold=1e9)
+    assert whole.facts[f"projector_energy/{LAYER}"] == pytest.approx(1.0)
+    moment = whole.moments[LAYER].matrix
+    values = torch.linalg.eigvalsh(moment)
+    module = made(AlphaEdit, null_threshold=float(values[2]))
+    null = module._null[LAYER]
+    assert module.facts[f"projector_energy/{LAYER}"] == pytest.approx(float(values[:2].sum() / values.sum()))
+    share = float((null.T @ moment @ null).trace() / moment.trace())
+    assert module.facts[f"projector_energy/{LAYER}"] == pytest.approx(share)
+    assert not [w for w in recwarn if "little is preserved" in str(w.message)]
+
+
 @pytest.mark.parametrize("refresh_every", [None, 4])
 def test_beta_edit_equals_its_dense_solve(refresh_every):
     """X = solve(P (K K' + A + l1 C) + l2 I, P K R'); P from the eigenvalues of (A/t + l1 C)/(1 + l1)."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from prune_lightning.costs import Cost, Shapes, StreamShape
@@ -15,6 +16,8 @@ from prune_lightning.methods.least_squares import regression_update
 from prune_lightning.methods.protected_keys import KeyProtectingEdit
 from prune_lightning.ranges import Count, NonNegative, Positive
 from prune_lightning.types import LowRankUpdate
+
+MUCH = 0.2  # share of the energy of the preserved keys
 
 
 class AlphaEdit(KeyProtectingEdit):
@@ -89,22 +92,31 @@ class AlphaEdit(KeyProtectingEdit):
         """Find the null space of each layer."""
         super().prepare()
         for layer in self.layers:
-            self.facts[f"projector_rank/{layer}"] = self._find_null_space(layer, self.moments[layer].matrix)
+            self._find_null_space(layer, self.moments[layer].matrix)
+        energy = {layer: self.facts[f"projector_energy/{layer}"] for layer in self.layers}
+        if much := [layer for layer, share in energy.items() if share > MUCH]:
+            rank_zero_warn(
+                f"AlphaEdit's null space has up to {max(energy.values()):.0%} of the energy of the preserved keys "
+                f"(layers {', '.join(map(str, much))}), so that little is preserved: "
+                f"method.null_threshold={self.null_threshold:g} is too high for this model"
+            )
         self.forget()
 
-    def _find_null_space(self, layer: int, moment: Tensor) -> int:
-        """Keep the basis of a layer's null space and return its dimension."""
+    def _find_null_space(self, layer: int, moment: Tensor) -> None:
+        """Keep the basis of a layer's null space, and its dimension and share of the energy among the facts."""
         values, vectors = torch.linalg.eigh(moment)
         # An eigenvalue at the threshold is not below it, whatever its rounding.
         rounding = 64 * torch.finfo(values.dtype).eps * values.max()
-        null = vectors[:, values < self.null_threshold - rounding]
+        inside = values < self.null_threshold - rounding
+        null = vectors[:, inside]
         if not null.shape[1]:
             raise UserError(
                 f"AlphaEdit finds no null space at layer {layer}: no eigenvalue of the second moment is below "
                 f"method.null_threshold={self.null_threshold}; the smallest is {float(values.min()):.3g}"
             )
         self._null[layer] = self.second_moments.keep.place(null)
-        return null.shape[1]
+        self.facts[f"projector_rank/{layer}"] = null.shape[1]
+        self.facts[f"projector_energy/{layer}"] = float(values[inside].clamp_min(0).sum() / values.clamp_min(0).sum())
 
     def solve(self, layer: int, keys: Tensor, residual: Tensor) -> LowRankUpdate:
         """Solve the ``b x b`` system."""
@@ -139,8 +151,7 @@ class AlphaEdit(KeyProtectingEdit):
 
     def _refresh(self, layer: int) -> None:
         past, moment, weight = self._past[str(layer)], self.moments[layer], self.preserve
-        rank = self._find_null_space(layer, (past / self._edits + weight * moment.matrix) / (1 + weight))
-        self.facts[f"projector_rank/{layer}"] = rank
+        self._find_null_space(layer, (past / self._edits + weight * moment.matrix) / (1 + weight))
         inverse = self._inverse_inside(self._null_space(layer), past + weight * moment.positive())
         self.protected.load_state_dict({**self.protected.state_dict(), str(layer): inverse})
 
@@ -162,6 +173,5 @@ class AlphaEdit(KeyProtectingEdit):
         super().forget()
         if self.refresh_every is not None and self._edits >= self.refresh_every:
             for layer in self.layers:
-                rank = self._find_null_space(layer, self.moments[layer].matrix)
-                self.facts[f"projector_rank/{layer}"] = rank
+                self._find_null_space(layer, self.moments[layer].matrix)
         self._past, self._edits = {}, 0
