@@ -18,7 +18,9 @@ from prune_lightning.data.stream import EditBatch
 from prune_lightning.editor import Editor
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
+from prune_lightning.evaluation.drift import Drift
 from prune_lightning.evaluation.harness_prompts import asking
+from prune_lightning.evaluation.measurement import Stream
 from prune_lightning.evaluation.scoring import score_encoded, score_pairs, token_nll
 from prune_lightning.evaluation.stream import UnrelatedAnswers
 from prune_lightning.export.sources import load_run
@@ -194,6 +196,28 @@ def test_probes_are_asked_as_prompts(method, tiny):
 
 
 # -- the stream, the ledger, and back ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("method", MEMORIES)
+def test_drift_is_that_of_the_models_own_logits(method, family, tiny):
+    model = tiny(family)
+    drift = Drift()
+    drift.prepare(Stream((), {}))
+    edit = model.tokens.encode(REQUESTS[0].prompt)  # a text that the memory answers, between two others
+    others = [(model.tokens.encode(text) * len(edit))[: len(edit)] for text in OTHERS[:2]]
+    drift._rows = torch.tensor([others[0], edit, others[1]])
+    before = drift.measure(model)
+    assert before.scores["kl"] < 1e-6
+    with torch.no_grad():
+        unedited = model(drift._rows, torch.ones_like(drift._rows)).double().log_softmax(-1)
+    module = edited(method, model)
+    measured = drift.measure(model)
+    with torch.no_grad():
+        now = model(drift._rows, torch.ones_like(drift._rows)).double().log_softmax(-1)
+    kl = (unedited.exp() * (unedited - now)).sum(-1).mean(1)
+    assert [row["kl"] for row in measured.cases] == pytest.approx(kl.tolist(), rel=1e-5, abs=1e-6)
+    assert asks_otherwise(module) or measured.cases[1]["kl"] > 1e-4
+
+
 def stream(size=1, requests=REQUESTS):
     return DataLoader([EditBatch(requests[i : i + size]) for i in range(0, len(requests), size)], batch_size=None)
 

@@ -133,9 +133,12 @@ class Drift(Measurement):
             now = hidden.flatten(0, 1)
             if first:
                 self._hidden.append(now.clone())
-            return torch.cat([self._hidden[number], now]).unsqueeze(1)
+            return torch.cat([now, self._hidden[number]]).unsqueeze(1)
 
+        # A memory that gives logits of its own gives those of the model as it is, which come first.
+        places = torch.ones_like(ids).nonzero(as_tuple=True)
         with (
+            model.reader.only_at(*places),
             edit_input(model.model.get_output_embeddings(), both),
             capture(inputs=modules, stop=False, rows=len(ids)) as seen,
         ):
@@ -143,7 +146,7 @@ class Drift(Measurement):
         for i, name in enumerate(self._matrices if first else ()):
             keys = seen.inputs[i].flatten(0, -2)
             self._keys[name] = torch.cat([self._keys[name], keys]) if name in self._keys else keys.clone()
-        reference, now = logits.chunk(2)
+        now, reference = logits.chunk(2)
         return list(zip(reference.split(ids.shape[1]), now.split(ids.shape[1]), strict=True))
 
     def _changes(self) -> dict[str, float]:
