@@ -59,7 +59,7 @@ def test_option_composes_and_its_targets_exist(choice):
 
 
 @pytest.mark.parametrize("option", options("editor_data"))
-@pytest.mark.parametrize(("editor", "layers"), [("mend", [45, 46, 47]), ("serac", [33])])
+@pytest.mark.parametrize(("editor", "layers"), [("mend", [45, 46, 47]), ("serac", [35])])
 def test_editor_training_composes_for_a_model(option, editor, layers):
     composed = compose(f"experiment=train_{editor}", "model=gpt2-xl", f"editor_data={option}")
     config = OmegaConf.to_container(composed, resolve=False)
