@@ -67,7 +67,7 @@ def test_editor_training_composes_for_a_model(option, editor, layers):
     for target in targets(config):
         assert callable(hydra.utils.get_object(target)), target
     assert composed.method.layers == layers  # the experiment's method and the model's settings for it
-    assert composed.method.training.learning_rate == {"mend": 1e-6, "serac": 2e-3}[editor]
+    assert composed.method.training.learning_rate == {"mend": 1e-6, "serac": None}[editor]
     assert composed.trainer.gradient_clip_val == 100
     assert ("hard_negatives" in composed.editor_data) == (editor == "serac")
 
