@@ -59,13 +59,10 @@ def written(
     steps, module.steps = module.steps, 2
     module.compute_update(requests[:1])  # warm up
     module.steps = steps
-    size, found, seconds = options.batch_size, [], 0.0
-    for start in range(0, len(requests), size):
-        spent, result = clock(partial(module.compute_update, requests[start : start + size]), model.device)
-        seconds += spent
-        found.append(result)
-    updates, details = found[0]
-    return seconds / len(requests), values(updates), details[0]["losses"]
+    batches = [requests[i : i + options.batch_size] for i in range(0, len(requests), options.batch_size)]
+    found = [clock(partial(module.compute_update, batch), model.device) for batch in batches]
+    updates, details = found[0][1]
+    return sum(seconds for seconds, _ in found) / len(requests), values(updates), details[0]["losses"]
 
 
 def measured(name: str, model: LanguageModel, requests: list[EditRequest], options: argparse.Namespace) -> Any:

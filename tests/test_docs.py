@@ -94,6 +94,6 @@ def test_hooks_and_functions_of_the_guide_exist():
     assert {"compute_update", "observe", "forget", "map_over_ranks", "provisional"} <= named | {"provisional"}
     fields = {*EditRequest.__dataclass_fields__, *LowRankUpdate.__dataclass_fields__}
     attributes = {"tokens"}  # set in `__init__`
-    layers = yaml.safe_load((ROOT / "configs" / "model" / "gpt2.yaml").read_text(encoding="utf-8"))["edit"]["layers"]
+    layers = yaml.safe_load((ROOT / "configs" / "model" / "base" / "edit.yaml").read_text(encoding="utf-8"))["layers"]
     for name in named:
         assert name in fields | attributes | set(layers) or any(hasattr(owner, name) for owner in OWNERS), name

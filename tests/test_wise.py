@@ -133,6 +133,15 @@ def test_shards_begin_anew_and_are_merged(tiny):
     assert (side.changes[1][parts[4]] == 5.0).all()
 
 
+def test_shards_that_are_merged_one_by_one_stay_in_order(tiny):
+    side = memory(tiny("gpt2"), merged=1)
+    for number, counts in enumerate([[1], [2], [2, 1], [4], [4, 1]]):
+        values = torch.full((int(side.trained().sum()),), float(number + 1), dtype=torch.float64)
+        kept, least = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        side.include({"values.0": values, "kept": kept, "least": least})
+        assert side.counts.tolist() == counts
+
+
 def test_the_memory_with_the_largest_distance_answers(tiny):
     side = memory(tiny("gpt2"), ratio=0.5)
     eye = torch.eye(32, dtype=torch.float64)

@@ -131,7 +131,8 @@ class SideWeights(SideMemory):
                 self.changes = torch.cat([self.changes[:-1], change[None]])
                 self.least = torch.cat([self.least[:-1], torch.minimum(self.least[-1:], least[None])])
                 self.counts = torch.cat([self.counts[:-1], self.counts[-1:] + 1])
-            self._merge()
+            if self._is_full():
+                self._merge()
 
     def after(self, values: Tensor, kept: float) -> Tensor:
         r"""Return :math:`D` after an edit that leaves ``values`` in the trained entries.
