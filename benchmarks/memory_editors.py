@@ -1,10 +1,14 @@
-"""Time generation with and without a memory: what its lookup costs per prompt, and per token after it.
+"""Time generation with and without a memory, and scores in rows of their own and with shared beginnings.
 
     python benchmarks/memory_editors.py        the bundled model, 10, 100 and 1,000 entries
     python benchmarks/memory_editors.py --model smollm2 --entries 10 200 --json FILE
 
 Each entry is an edit of the bundled world that was trained for one step: how well it is written does not matter here.
-Prompts are asked one by one, those of edits and unrelated ones, so that memories answer some and let others pass.
+Prompts are asked one by one, those of edits and unrelated ones, so that memories answer some and let others pass. The
+times per prompt and per further token are what the lookup costs.
+
+Scores are those of unrelated questions with four answers each behind five examples, as in the abilities. Those that the
+memory leaves alone share their beginnings; on the plain path every pair is a row of its own.
 """
 
 from __future__ import annotations
@@ -24,10 +28,12 @@ from rich.table import Table
 from timing import clock
 
 from prune_lightning.data.bundled import BundledWorld
+from prune_lightning.evaluation.scoring import score_encoded
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.retrieval import general_sentences
 from prune_lightning.models.generating import generation_settings
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.packing import parts
 from prune_lightning.requests import EditRequest
 from prune_lightning.tasks.recipe import Recipe, composed
 
@@ -80,6 +86,30 @@ def measured(module: EditingModule, prompts: Sequence[Sequence[Sequence[int]]], 
     }
 
 
+def scored(module: EditingModule, questions: int) -> dict[str, float]:
+    """Return seconds for scores in rows of their own and with shared beginnings, and how far they differ."""
+    model, sentences = module.language_model, general_sentences()[::-1]
+    examples = "\n".join(sentences[:5])
+    pairs = model.tokens.encode_pairs(
+        [
+            (f"{examples}\n{sentence.rpartition(' ')[0]}", sentences[i + answer].rpartition(" ")[2])
+            for i, sentence in enumerate(sentences[5 : 5 + questions])
+            for answer in range(4)
+        ]
+    )
+    left, _ = next(parts(model, [pair.ids[: pair.target_start] for pair in pairs]))
+    score_encoded(model, pairs[:8])  # warm up
+    rows, plain = clock(lambda: score_encoded(model, pairs, trees=False), model.device)
+    shared, found = clock(lambda: score_encoded(model, pairs), model.device)
+    return {
+        "seconds_rows": rows,
+        "seconds_shared": shared,
+        "ratio": rows / shared,
+        "share_left_alone": len(left) / len(pairs),
+        "difference_of_nll": float((plain.nll - found.nll).abs().max()),
+    }
+
+
 def main() -> None:
     """Fill the memories, time generation, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -89,6 +119,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10, help="of edits, and as many unrelated ones")
     parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--questions", type=int, default=24, help="to score")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     stream = BundledWorld(num_edits=max(options.entries), protocol="sequential")
@@ -98,7 +129,14 @@ def main() -> None:
     for row in rows:
         pairs = [row[part][key] for key in ("ms_per_prompt", "ms_per_token") for part in ("with", "without")]
         table.add_row(row["method"], str(row["entries"]), *(f"{value:.2f}" for value in pairs))
-    Console().print(table)
+    scores = Table("method", "entries", "s in rows", "s shared", "ratio", "left alone", "difference", title="Scores")
+    for row in rows:
+        names = ("seconds_rows", "seconds_shared", "ratio", "share_left_alone", "difference_of_nll")
+        values = [row["scores"][name] for name in names]
+        scores.add_row(row["method"], str(row["entries"]), *(f"{value:.2g}" for value in values))
+    console = Console()
+    console.print(table)
+    console.print(scores)
     if options.json:
         options.json.write_text(json.dumps({**vars(options), "json": None, "rows": rows}, indent=2))
 
@@ -119,6 +157,7 @@ def times(name: str, requests: list[EditRequest], options: argparse.Namespace) -
             module.run.settle()
         written = count
         rows.append({"method": name, "entries": count, **measured(module, prompts, options.new_tokens)})
+        rows[-1]["scores"] = scored(module, options.questions)
     return rows
 
 

@@ -13,6 +13,7 @@ from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 
 from prune_lightning import distributed, sharding
+from prune_lightning.methods.deciding_memory import DecidingMemory
 from prune_lightning.methods.locate_then_edit import LocateThenEdit
 from prune_lightning.methods.side_memory import MemoryEditor, SideMemory
 from prune_lightning.models.language_model import LanguageModel
@@ -37,6 +38,7 @@ OWNERS = (
     distributed,
     sharding,
     SideMemory,
+    DecidingMemory,
     MemoryEditor,
 )
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prune_lightning.errors import UserError
-from prune_lightning.methods.memoir import MEMOIR, mask_size, with_columns
+from prune_lightning.methods.memoir import MEMOIR, mask_size
+from prune_lightning.methods.residual_memory import with_columns
 from prune_lightning.methods.residual_training import marked, train_columns
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.models.contexts import ContextOptions

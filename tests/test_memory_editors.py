@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from prune_lightning.evaluation.stream import UnrelatedAnswers
 from prune_lightning.export.sources import load_run
 from prune_lightning.ledger import Ledger, check_base, rebuild, without
 from prune_lightning.ledger.store import Ledger as Store
-from prune_lightning.models.packing import trees
+from prune_lightning.models.packing import parts, trees
 from prune_lightning.models.prompt_memory import PromptMemory
 from prune_lightning.requests import Probe
 from prune_lightning.types import EditRequest
@@ -127,6 +129,80 @@ def test_sequences_share_no_beginnings_under_a_memory(tiny):
 # Gemma 2 computes its softmax in fp32, where the mask of an fp64 model is minus infinity: a row that sees nothing but
 # padding on the left is NaN there. In the dtypes that are used it is not.
 DTYPES = {"gemma2": torch.float32}
+
+
+EXAMPLES = "In the morning they saw the river and the old king, who was a painter by profession. " * 2
+LOOKERS = [method for method in MEMORIES if method != "ike"]  # they decide by what the model computes
+OPEN = {
+    "elder": lambda memory: setattr(memory, "routing", replace(memory.routing, epsilon=math.inf)),
+    "grace": lambda memory: memory.book.radii.fill_(math.inf),
+    "memoir": lambda memory: setattr(memory, "threshold", 0.0),
+    "serac": lambda memory: setattr(memory, "threshold", -1.0),
+    "wise": lambda memory: memory.least.zero_(),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", LOOKERS)
+def test_a_memory_decides_alike_on_many_prompts_and_on_one(method, family, tiny):
+    model = tiny(family)
+    memory = edited(method, model, REQUESTS[:3]).side
+    prompts = model.tokens.encode_all([*(r.prompt for r in REQUESTS), *(EXAMPLES + text for text in OTHERS), *OTHERS])
+    expected = []
+    for ids in prompts:
+        with torch.no_grad():
+            model.model(torch.tensor([ids]))
+        expected += memory.answered(memory.held).tolist()
+    assert any(expected[:3])
+    for order in (prompts, prompts[::-1], []):
+        (left, block), (answered, _) = parts(model, order)
+        assert answered == [i for i, ids in enumerate(order) if expected[prompts.index(ids)]]
+        assert sorted(left + answered) == list(range(len(order)))
+        with block:
+            assert model.memory is None
+        assert model.memory is memory, "it is back"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", LOOKERS)
+def test_prompts_that_a_memory_leaves_alone_share_their_beginnings(method, family, tiny, monkeypatch):
+    """A memory that answers prompts of an even number of tokens, and all of them."""
+    model = tiny(family, DTYPES.get(family, torch.float64))
+    module = edited(method, model, REQUESTS[:3])
+    by_itself = type(module.side).decide
+
+    def decide(memory, inputs, outputs, reading):
+        held = by_itself(memory, inputs, outputs, reading)
+        odd = (reading.prompt().sum(1) % 2 == 1).view(-1, *[1] * (held.ndim - 1))
+        return held.masked_fill(odd, -1 if held.dtype == torch.long else 0)
+
+    OPEN[method](module.side)
+    monkeypatch.setattr(type(module.side), "decide", decide)
+    texts = [EXAMPLES + text for text in (*OTHERS, "A", "A dog is", "The old", "The old king saw", "By profession")]
+    encoded = model.tokens.encode_pairs([(text, answer) for text in texts for answer in ("Rome", "a river", "Oslo")])
+    odd = torch.tensor([pair.target_start % 2 == 1 for pair in encoded])
+    assert 0 < int(odd.sum()) < len(encoded)
+    plain = score_encoded(model, encoded, trees=False)
+    with module.unedited():
+        unedited, shares = score_encoded(model, encoded, trees=False), model.tree_depth > 0
+    sizes: list[int] = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    found = score_encoded(model, encoded)
+    handle.remove()
+    assert torch.allclose(found.nll, plain.nll, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found.nll[odd], unedited.nll[odd], rtol=1e-5, atol=1e-5)
+    same = torch.isclose(found.nll[~odd], unedited.nll[~odd], rtol=1e-5)
+    assert not (same.all() if method == "elder" else same.any())  # experts that no edit has trained add nothing
+    assert (sum(sizes) < 0.9 * sum(len(pair.ids) for pair in encoded)) == shares
+
+    prompts = [pair.ids[: pair.target_start] for pair in encoded[::3]]
+    said = decode(model, prompts, [4] * len(prompts))
+    assert said == [decode(model, [ids], [4])[0] for ids in prompts]
+    with module.unedited():
+        left = decode(model, prompts, [4] * len(prompts))
+    assert all(a == b for a, b, own in zip(said, left, odd[::3], strict=True) if own)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from prune_lightning.errors import UserError
 from prune_lightning.models.batching import TOKEN_BUDGET, by_length
 from prune_lightning.models.generating import generation_settings
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.packing import shares_beginnings
+from prune_lightning.models.packing import parts, shares_beginnings
 from prune_lightning.models.prefilled import Prefilled, prefills
 
 PREFILLED = "prompts with shared beginnings"
@@ -157,18 +157,21 @@ def decode(
     room = model.tokens.max_length - max(limits, default=0)
     results = [Continuation((), "")] * len(prompts)
     wanted = [i for i, limit in enumerate(limits) if limit > 0]
-    asked = [ids for ids, _ in model.asked([(prompt, len(prompt)) for prompt in prompts])]
-    with generation_settings(model) as ends:
-        for places in by_length([len(asked[i]) + limits[i] for i in wanted], token_budget):
-            group = [wanted[place] for place in places]
-            cut = [list(asked[i])[-room:] for i in group]
-            drawn = TopK(sampling.k, [sampling.seeds[i] for i in group]) if sampling else None
-            rows = _Rows(model, max(map(len, cut)), [limits[i] for i in group], stops, drawn)
-            # A memory has to know where each prompt ends, which only whole rows show.
-            shares = shares_beginnings(model) and model.fast_path.holds(PREFILLED, partial(prefills, model))
-            generated = (_continued if shares else _generated)(model, cut, rows, ends)
-            for row, i in enumerate(group):
-                results[i] = rows.continuation(row, generated[row], ends)
+    asked = model.asked([(prompts[i], len(prompts[i])) for i in wanted])
+    cut = {i: list(ids)[-room:] for i, (ids, _) in zip(wanted, asked, strict=True)}
+    for places, block in parts(model, list(cut.values())):
+        part = [wanted[place] for place in places]
+        with block, generation_settings(model) as ends:
+            for group in by_length([len(cut[i]) + limits[i] for i in part], token_budget):
+                chosen = [part[place] for place in group]
+                rows = [cut[i] for i in chosen]
+                drawn = TopK(sampling.k, [sampling.seeds[i] for i in chosen]) if sampling else None
+                going = _Rows(model, max(map(len, rows)), [limits[i] for i in chosen], stops, drawn)
+                # A memory has to know where each prompt ends, which only whole rows show.
+                shares = shares_beginnings(model) and model.fast_path.holds(PREFILLED, partial(prefills, model))
+                generated = (_continued if shares else _generated)(model, rows, going, ends)
+                for row, i in enumerate(chosen):
+                    results[i] = going.continuation(row, generated[row], ends)
     return results
 
 

@@ -9,6 +9,7 @@ from torchmetrics import Metric
 
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.measurement import Cases, Headline
+from prune_lightning.evaluation.pair_scores import PairScores
 from prune_lightning.evaluation.prompts import (
     SampledMeasurement,
     comparable,
@@ -18,7 +19,6 @@ from prune_lightning.evaluation.prompts import (
     portability_pairs,
     score_kinds,
 )
-from prune_lightning.evaluation.scoring import PairScores
 from prune_lightning.metrics import TokenMatch
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Count, Whole

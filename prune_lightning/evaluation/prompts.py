@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from prune_lightning.evaluation.measurement import Cases, EditingMeasurement
-from prune_lightning.evaluation.scoring import PairScores, score_pairs
+from prune_lightning.evaluation.pair_scores import PairScores
+from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.models.language_model import LanguageModel
 from prune_lightning.ranges import Count, Whole
 from prune_lightning.text.separators import TextPair

@@ -2,101 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from prune_lightning.errors import UserError
 from prune_lightning.evaluation.decoding import decode
 from prune_lightning.evaluation.likelihoods import likelihoods
+from prune_lightning.evaluation.pair_scores import NOTHING, PairScores
 from prune_lightning.models.batching import TOKEN_BUDGET, by_length, within_logits
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.packing import trees
-from prune_lightning.models.token_tree import ROW_LENGTH, tree_inputs
+from prune_lightning.models.packing import shares_beginnings, trees
+from prune_lightning.models.prompt_memory import PromptMemory
+from prune_lightning.models.token_tree import ROW_LENGTH, TreeRow, tree_inputs
 from prune_lightning.models.tokenization import EncodedPair
 from prune_lightning.text.separators import Pair, as_pair
 
-NOTHING = -1
-"""Fills :attr:`PairScores.predicted` after the target's end, and where the likelihood is not finite."""
-
-
-@dataclass(frozen=True)
-class PairScores:
-    r"""Scores of ``n`` (prompt, target) pairs, on the model's device.
-
-    Args:
-        nll: Mean negative log-likelihood per target token,
-            :math:`\ell(y|x) = -\frac1{|y|}\sum_j \log p(y_j \mid x, y_{<j})`, shape ``(n,)``.
-        num_hits: Number of target tokens that are the model's first choice given the preceding ones, shape ``(n,)``.
-        num_tokens: Length of the target, shape ``(n,)``.
-        predicted: The model's first choices at the target's tokens, shape ``(n, longest target)``; ``NOTHING`` fills
-            the rest.
-        retokenised: Whether the prompt's last tokens change when the target follows, shape ``(n,)``.
-    """
-
-    nll: Tensor
-    num_hits: Tensor
-    num_tokens: Tensor
-    predicted: Tensor
-    retokenised: Tensor
-
-    def __getitem__(self, index: Any) -> PairScores:
-        return PairScores(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
-
-    def followed_by(self, other: PairScores) -> PairScores:
-        """Return these scores and then the other ones."""
-        longest = max(self.predicted.shape[1], other.predicted.shape[1])
-        level = [
-            replace(s, predicted=pad(s.predicted, (0, longest - s.predicted.shape[1]), value=NOTHING))
-            for s in (self, other)
-        ]
-        return PairScores(*(torch.cat([getattr(s, name) for s in level]) for name in self.__dataclass_fields__))
-
-    @property
-    def hit(self) -> Tensor:
-        """Whether every target token is the model's first choice, as in greedy decoding of its length."""
-        return self.num_hits == self.num_tokens
-
-    @property
-    def match(self) -> Tensor:
-        """The share of the target's tokens that are the model's first choice (token match ratio)."""
-        return self.num_hits / self.num_tokens
-
-    @property
-    def nonfinite(self) -> Tensor:
-        """Whether the likelihood is not finite, which every score counts as a failure."""
-        return ~torch.isfinite(self.nll)
-
-    @property
-    def num_nonfinite(self) -> int:
-        """Number of pairs whose likelihood is not finite."""
-        return int(self.nonfinite.sum())
-
-    @property
-    def num_retokenised(self) -> int:
-        """Number of pairs whose prompt is tokenised differently when the target follows."""
-        return int(self.retokenised.sum())
-
-    def num_agreeing(self, other: PairScores) -> Tensor:
-        """Return the number of tokens of each target with the same first choice in both models, shape ``(n,)``."""
-        width = min(self.predicted.shape[1], other.predicted.shape[1])
-        ours, theirs = self.predicted[:, :width], other.predicted[:, :width].to(self.predicted)
-        return ((ours == theirs) & (ours != NOTHING)).sum(1)
+WORTH = 0.5
+"""Under a memory, beginnings are shared if at most this share of the tokens remains."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Inputs of a forward pass, with the row and the target positions of each pair in it.
+    """Inputs of a forward pass, with the row of each pair and where its tokens are in it.
 
     ``prompts`` is the number of tokens of each row's prompt; empty for rows that hold several pairs.
     """
 
     inputs: dict[str, Tensor]
-    places: dict[int, tuple[int, list[int]]]
+    paths: Mapping[int, tuple[int, Sequence[int]]]
     prompts: Sequence[int] = ()
 
 
@@ -106,26 +43,29 @@ def _plain(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> I
     logits = [vocabulary * len(pair.target) for pair in pairs]
     for group in by_length([len(pair.ids) for pair in pairs], budget, logits):
         ids, mask = model.tokens.pad([pairs[i].ids for i in group], model.device)
-        places = {
-            i: (row, list(range(pairs[i].target_start - 1, len(pairs[i].ids) - 1))) for row, i in enumerate(group)
-        }
-        yield _Batch({"input_ids": ids, "attention_mask": mask}, places, [pairs[i].target_start for i in group])
+        paths = {i: (row, range(len(pairs[i].ids) - 1)) for row, i in enumerate(group)}
+        yield _Batch({"input_ids": ids, "attention_mask": mask}, paths, [pairs[i].target_start for i in group])
 
 
-def _batches(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> Iterator[_Batch]:
-    """Yield batches of trees if the pairs share enough tokens, else of plain rows."""
+def _trees(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int, share: float) -> list[TreeRow] | None:
+    """Return rows in which pairs share tokens; ``None`` if they are not faster than this share of the plain tokens."""
     sequences = [pair.ids[:-1] for pair in pairs]  # the logits at the last token are not read
     lengths = [len(sequence) for sequence in sequences]
-    rows = trees(model, sequences, max(*lengths, min(ROW_LENGTH, budget)), sum(lengths))
-    if rows is None:
-        yield from _plain(model, pairs, budget)
-        return
+    return trees(model, sequences, max(*lengths, min(ROW_LENGTH, budget)), share * sum(lengths)) if pairs else None
+
+
+def _shared(
+    model: LanguageModel, pairs: Sequence[EncodedPair], rows: Sequence[TreeRow], budget: int
+) -> Iterator[_Batch]:
+    """Yield batches of trees."""
     read = [{i: path[pairs[i].target_start - 1 :] for i, path in row.paths.items()} for row in rows]
     vocabulary = int(model.config.vocab_size)
     logits = [vocabulary * len({place for path in paths.values() for place in path}) for paths in read]
     for group in by_length([len(row.ids) for row in rows], budget, logits):
         inputs = tree_inputs([rows[i] for i in group], model.tokens.pad_id, model.model.dtype, model.device)
-        yield _Batch(inputs, {i: (row, path) for row, place in enumerate(group) for i, path in read[place].items()})
+        yield _Batch(
+            inputs, {i: (row, path) for row, place in enumerate(group) for i, path in rows[place].paths.items()}
+        )
 
 
 def score_pairs(model: LanguageModel, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> PairScores:
@@ -177,55 +117,67 @@ def score_encoded(
         token_budget: Padded tokens per forward pass.
         trees: Share prefixes where that is faster; otherwise each pair is a separate row.
     """
-    scores = _scored(model, pairs, _batches if trees else _plain, token_budget)
-    if trees and bool(scores.nonfinite.any()):
-        # Zero times NaN is NaN: through the attention, a NaN at one token reaches all tokens of its row. Where pairs
-        # share a row, they are scored again in rows of their own.
-        alone = torch.nonzero(scores.nonfinite)[:, 0]
-        index = torch.arange(len(pairs), device=model.device)
-        index[alone] = len(pairs) + torch.arange(len(alone), device=model.device)
-        again = _scored(model, [pairs[i] for i in alone.tolist()], _plain, token_budget)
-        scores = scores.followed_by(again)[index]
+    asked = model.asked([(pair.ids, pair.target_start) for pair in pairs])
+    run = [replace(pair, ids=list(ids), target_start=start) for pair, (ids, start) in zip(pairs, asked, strict=True)]
+    memory = None if shares_beginnings(model) else model.memory
+    with nullcontext() if memory is None else memory.unedited():
+        # What the memory answers runs twice, so sharing has to save more.
+        rows = _trees(model, run, token_budget, 1.0 if memory is None else WORTH) if trees else None
+        if rows is not None:
+            scores, answered = _scored(model, run, _shared(model, run, rows, token_budget), memory)
+    if rows is None:
+        return _scored(model, run, _plain(model, run, token_budget))[0]
+    # Zero times NaN is NaN: through the attention, a NaN at one token reaches all tokens of its row. Such pairs, and
+    # those that the memory answers, are scored again in rows of their own.
+    alone = torch.nonzero(scores.nonfinite | answered)[:, 0]
+    if len(alone):
+        index = torch.arange(len(run), device=model.device)
+        index[alone] = len(run) + torch.arange(len(alone), device=model.device)
+        some = [run[i] for i in alone.tolist()]
+        scores = scores.followed_by(_scored(model, some, _plain(model, some, token_budget))[0])[index]
     return scores
 
 
 def _scored(
-    model: LanguageModel,
-    pairs: Sequence[EncodedPair],
-    arrange: Callable[[LanguageModel, Sequence[EncodedPair], int], Iterator[_Batch]],
-    token_budget: int,
-) -> PairScores:
-    """Score pairs in batches that ``arrange`` makes."""
+    model: LanguageModel, pairs: Sequence[EncodedPair], batches: Iterator[_Batch], memory: PromptMemory | None = None
+) -> tuple[PairScores, Tensor]:
+    """Score pairs in batches; also return which of them the memory answers, if the model runs without one that it has.
+
+    Those have to be scored again, in rows of their own.
+    """
     exact = torch.promote_types(model.model.dtype, torch.float32)
     lengths = torch.tensor([len(pair.target) for pair in pairs], dtype=torch.long, device=model.device)
     total = torch.zeros(len(pairs), dtype=exact, device=model.device)
-    hits = torch.zeros_like(lengths)
+    hits, answered = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.bool)
     predicted = torch.full((len(pairs), int(lengths.max()) if pairs else 0), NOTHING, device=model.device)
-    asked = model.asked([(pair.ids, pair.target_start) for pair in pairs])
-    run = [replace(pair, ids=list(ids), target_start=start) for pair, (ids, start) in zip(pairs, asked, strict=True)]
-    batches = arrange(model, run, token_budget) if pairs else ()
     with model.frozen_mode():
         for batch in batches:
-            owner = [i for i, (_, places) in batch.places.items() for _ in places]
-            step = [j for _, places in batch.places.values() for j in range(len(places))]
-            label = [token for i in batch.places for token in pairs[i].target]
-            where = [(row, place) for row, places in batch.places.values() for place in places]
+            read = {i: (row, path[pairs[i].target_start - 1 :]) for i, (row, path) in batch.paths.items()}
+            owner = [i for i, (_, places) in read.items() for _ in places]
+            step = [j for _, places in read.values() for j in range(len(places))]
+            label = [token for i in read for token in pairs[i].target]
+            where = [(row, place) for row, places in read.values() for place in places]
             number = {place: i for i, place in enumerate(dict.fromkeys(where))}  # targets of one prompt share positions
             rows, places = torch.tensor(list(number), device=model.device).unbind(1)
             index, owners, steps, labels = torch.tensor(
                 [[number[place] for place in where], owner, step, label], device=model.device
             )
-            with model.prompts(batch.prompts):
+            watched = nullcontext() if memory is None else memory.watch(len(batch.inputs["input_ids"]))
+            with model.prompts(batch.prompts), watched as answers:
                 losses, choice = likelihoods(
                     model.logits_at(**batch.inputs, rows=rows, positions=places), index, labels
                 )
             total.index_add_(0, owners, losses)
             hits.index_add_(0, owners, (choice == labels).long())
             predicted[owners, steps] = choice
+            if answers is not None:
+                prompts = [path[: pairs[i].target_start] for i, (_, path) in batch.paths.items()]
+                found = answers([row for row, _ in batch.paths.values()], prompts)
+                answered[list(batch.paths)] = torch.tensor(found, device=model.device)
     broken = ~torch.isfinite(total)  # also where only the last tokens are
     hits, predicted = hits.masked_fill(broken, 0), predicted.masked_fill(broken[:, None], NOTHING)
     retokenised = torch.tensor([pair.retokenised for pair in pairs], dtype=torch.bool, device=model.device)
-    return PairScores(total / lengths, hits, lengths, predicted, retokenised)
+    return PairScores(total / lengths, hits, lengths, predicted, retokenised), answered
 
 
 def greedy_continuations(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from prune_lightning.evaluation.counterfact import pairs_by_kind
 from prune_lightning.evaluation.measurement import Cases, Headline, Measured
-from prune_lightning.evaluation.scoring import NOTHING, score_pairs
+from prune_lightning.evaluation.pair_scores import NOTHING
+from prune_lightning.evaluation.scoring import score_pairs
 from prune_lightning.metrics import RetentionMatrix
 from prune_lightning.metrics.functional import preference
 from prune_lightning.models.language_model import LanguageModel

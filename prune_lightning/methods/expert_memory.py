@@ -11,12 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from prune_lightning.methods.deciding_memory import DecidingMemory
 from prune_lightning.methods.expert_codes import chosen, hamming
 from prune_lightning.methods.retrieval import general_sentences
-from prune_lightning.methods.side_memory import SideMemory
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.hooks import apart, capture
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.prompt_memory import Reading
 from prune_lightning.types import LowRankUpdate
 
 
@@ -115,7 +116,7 @@ class Routing:
     reencode: bool
 
 
-class ExpertMemory(SideMemory):
+class ExpertMemory(DecidingMemory):
     r"""Experts in linear modules of several blocks, of which each prompt uses a few.
 
     The query :math:`q` of a prompt is the input at its last token of the linear module of the same kind in the block
@@ -232,17 +233,25 @@ class ExpertMemory(SideMemory):
         answered = self.distances(code) < self.routing.epsilon
         return log_scores.exp() * (code & answered[:, None, None])
 
+    @property
+    def witness(self) -> nn.Module:
+        """The module below."""
+        return self.below
+
+    def decide(self, inputs: Tensor, outputs: Tensor, reading: Reading) -> Tensor:
+        """Return the scores of the experts that answer each prompt, see :meth:`gates`."""
+        assert reading.ends is not None
+        return self.gates(self.read(inputs, reading.ends))
+
+    def answered(self, held: Tensor) -> Tensor:
+        """Return which prompts any expert answers."""
+        return held.flatten(1).any(1)
+
     def hooks(self) -> Iterator[Any]:
         """Decide at the module below, and add to the outputs of the others."""
-        yield self.below.register_forward_pre_hook(self._decide)
+        yield from super().hooks()
         for layer, host in enumerate(self.hosts):
             yield host.register_forward_hook(partial(self._add, layer))
-
-    def _decide(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        reading = self.language_model.reader.reading
-        assert reading is not None
-        if reading.ends is not None:
-            self.held = self.gates(self.read(apart(args[0], reading.rows), reading.ends))
 
     def _add(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         reading = self.language_model.reader.reading

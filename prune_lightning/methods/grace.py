@@ -14,8 +14,8 @@ from prune_lightning.costs import Cost, Shapes, StreamShape
 from prune_lightning.errors import one_of
 from prune_lightning.methods.codebook import FILL, NONE, Codebook, Placement
 from prune_lightning.methods.costs import training_cost
+from prune_lightning.methods.deciding_memory import DecidingMemory
 from prune_lightning.methods.module_memory import ModuleMemoryEditor
-from prune_lightning.methods.side_memory import SideMemory
 from prune_lightning.methods.target_batch import TargetBatch
 from prune_lightning.methods.tuning_problem import logits_of_output
 from prune_lightning.models.family import stores_transposed
@@ -30,7 +30,7 @@ STARTS = ("cold", "warm")
 PLACES = ("last", "prompt", "all")
 
 
-class CodebookMemory(SideMemory):
+class CodebookMemory(DecidingMemory):
     """A codebook on a linear module: prompts near a key get that key's value as the module's output.
 
     Args:
@@ -72,17 +72,25 @@ class CodebookMemory(SideMemory):
     def __len__(self) -> int:
         return len(self.book)
 
+    @property
+    def witness(self) -> nn.Module:
+        """The module itself."""
+        return self.host
+
+    def decide(self, inputs: Tensor, outputs: Tensor, reading: Reading) -> Tensor:
+        """Return the entry of each prompt, -1 for none, by the input at its last token."""
+        assert reading.ends is not None
+        return self.book.lookup(inputs[torch.arange(len(inputs), device=inputs.device), reading.ends])
+
     def hooks(self) -> Iterator[Any]:
         """Replace the module's output."""
+        yield from super().hooks()
         yield self.host.register_forward_hook(self._replace)
 
     def _replace(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         reading = self.language_model.reader.reading
         assert reading is not None
-        if reading.ends is not None:
-            keys = apart(args[0], reading.rows)
-            self.held = self.book.lookup(keys[torch.arange(reading.rows, device=keys.device), reading.ends])
-        elif self.place != "all":
+        if reading.ends is None and self.place != "all":
             return None
         assert self.held is not None
         replaced = places(self.place, reading) & (self.held != NONE)[:, None]

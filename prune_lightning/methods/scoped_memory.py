@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prune_lightning.methods.deciding_memory import DecidingMemory
 from prune_lightning.methods.serac_networks import Entry, SERACNetworks, prompt_features
-from prune_lightning.methods.side_memory import SideMemory
-from prune_lightning.models.hooks import apart
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.prompt_memory import Reading
 
 NONE = -1
 
 
-class ScopedMemory(SideMemory):
+class ScopedMemory(DecidingMemory):
     """Edits with their embeddings. A prompt in the scope of the nearest one is answered by the counterfactual model.
 
     Args:
@@ -74,11 +74,20 @@ class ScopedMemory(SideMemory):
         index, score = self.nearest(embeddings)
         return index.masked_fill(~(score.exp() > self.threshold), NONE)
 
+    @property
+    def witness(self) -> nn.Module:
+        """The block."""
+        return self.language_model.block(self.layer)
+
+    def decide(self, inputs: Tensor, outputs: Tensor, reading: Reading) -> Tensor:
+        """Return the edit that each prompt is in the scope of, -1 for none, by the block's output."""
+        return self.routed(self.networks.classifier.eval()(prompt_features(outputs, reading)))
+
     def hooks(self) -> Iterator[Any]:
         """Read the tokens, decide at the block, and replace the logits."""
         model = self.language_model.model
         yield model.register_forward_pre_hook(self._read, with_kwargs=True)
-        yield self.language_model.block(self.layer).register_forward_hook(self._decide)
+        yield from super().hooks()
         yield model.register_forward_hook(self._answer)
 
     def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,14 +103,6 @@ class ScopedMemory(SideMemory):
         else:
             self._moved = torch.tensor([len(text) for text in self._texts], device=ids.device)
             self._texts = [[*text, *more] for text, more in zip(self._texts, new, strict=True)]
-
-    @torch.no_grad()
-    def _decide(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        reading = self.language_model.reader.reading
-        assert reading is not None
-        if reading.ends is not None:
-            hidden = apart(output[0] if isinstance(output, tuple) else output, reading.rows)
-            self.held = self.routed(self.networks.classifier.eval()(prompt_features(hidden, reading)))
 
     @torch.no_grad()
     def _answer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

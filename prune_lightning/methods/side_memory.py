@@ -28,15 +28,11 @@ class SideMemory(EditedPart, PromptMemory):
     Args:
         name: Name of the memory, such as that of the module whose output it replaces.
         language_model: The model.
-
-    Attributes:
-        held: What was decided for each row when its prompt was read, for the passes that continue it.
     """
 
     def __init__(self, name: str, language_model: LanguageModel) -> None:
         self.name, self.language_model = name, language_model
         self.journal = []
-        self.held: Tensor | None = None
         self._handles: list[Any] = []
         self.clear()
 
@@ -94,7 +90,6 @@ class SideMemory(EditedPart, PromptMemory):
     def to(self, device: torch.device) -> SideMemory:
         """Move the state to a device, in place."""
         self.move(device)
-        self.held = self.language_model.reader.reading = None
         self.journal = [Event(event.kind, to_device(event.change, device)) for event in self.journal]
         return self
 

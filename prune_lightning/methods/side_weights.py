@@ -9,10 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prune_lightning.methods.side_memory import SideMemory
+from prune_lightning.methods.deciding_memory import DecidingMemory
 from prune_lightning.models.family import stores_transposed
 from prune_lightning.models.hooks import apart
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.prompt_memory import Reading
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -65,7 +66,7 @@ class Sharding:
     seed: int = 0
 
 
-class SideWeights(SideMemory):
+class SideWeights(DecidingMemory):
     r"""Side memories :math:`W'_k = W + D_k` of one linear module.
 
     A shard of edits trains one of them, in a random part of its entries. After ``merged`` shards they become one, by
@@ -174,16 +175,24 @@ class SideWeights(SideMemory):
         return {f"{self.name}.weight": change}
 
     # -- a prompt -------------------------------------------------------------------------------------------------
+    @property
+    def witness(self) -> nn.Module:
+        """The module itself."""
+        return self.host
+
+    def decide(self, inputs: Tensor, outputs: Tensor, reading: Reading) -> Tensor:
+        """Return the memory that answers each prompt, -1 for none."""
+        return self.chosen(inputs.to(self.changes), outputs.to(self.changes), reading.prompt())
+
     def hooks(self) -> Iterator[Any]:
         """Replace the module's output."""
+        yield from super().hooks()
         yield self.host.register_forward_hook(self._answer)
 
     def _answer(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         reading = self.language_model.reader.reading
         assert reading is not None
         inputs, whole = apart(args[0], reading.rows).to(self.changes), apart(output, reading.rows).to(self.changes)
-        if reading.ends is not None:
-            self.held = self.chosen(inputs, whole, reading.prompt())
         assert self.held is not None
         added = torch.zeros_like(whole)
         for number, change in enumerate(self.changes):

@@ -16,7 +16,7 @@ class _Reached(Exception):
     """Raised inside a forward pass once the last activation is recorded."""
 
 
-def _tensor(value: Any) -> Tensor:
+def hidden_states(value: Any) -> Tensor:
     """Return the hidden states of a module's output, which may be a tensor or the first element of a tuple."""
     return value[0] if isinstance(value, tuple) else value
 
@@ -76,7 +76,7 @@ def capture(
     def on_output(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             # A copy, since some blocks, such as Falcon's, add to their MLP's output in place.
-            recorder.outputs[index] = apart(_tensor(output), rows).clone()
+            recorder.outputs[index] = apart(hidden_states(output), rows).clone()
             done()
 
         return hook
@@ -112,7 +112,7 @@ def edit_output(module: nn.Module, change: Callable[[Tensor], Tensor], rows: int
     """Replace a module's output by ``change(output)`` in every forward pass inside the block; see :func:`capture`."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        changed = _changed(_tensor(output), change, rows)
+        changed = _changed(hidden_states(output), change, rows)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = module.register_forward_hook(hook)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from prune_lightning.models.batching import TOKEN_BUDGET, by_length
 from prune_lightning.models.language_model import LanguageModel
+from prune_lightning.models.prompt_memory import PromptMemory
 from prune_lightning.models.token_tree import ROW_LENGTH, TreeRow, grow, tree_inputs
 
 PAYS = 0.9
@@ -39,7 +42,46 @@ def shares_beginnings(model: LanguageModel) -> bool:
     return model.memory is None or model.memory.only_asks
 
 
-def trees(model: LanguageModel, sequences: Sequence[Sequence[int]], length: int, tokens: int) -> list[TreeRow] | None:
+def parts(
+    model: LanguageModel, prompts: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], AbstractContextManager[None]]]:
+    """Yield the prompts that are answered by weights alone, and then the others, with the block to run them in.
+
+    In the first block sequences can share their beginnings. A part may be empty.
+
+    Args:
+        model: The language model.
+        prompts: Token ids.
+
+    Yields:
+        Places in ``prompts``, and the block.
+    """
+    if shares_beginnings(model):
+        yield list(range(len(prompts))), nullcontext()
+        return
+    assert model.memory is not None
+    answered = _answered(model, model.memory, prompts)
+    yield [i for i, one in enumerate(answered) if not one], model.memory.unedited()
+    yield [i for i, one in enumerate(answered) if one], nullcontext()
+
+
+@torch.no_grad()
+def _answered(model: LanguageModel, memory: PromptMemory, prompts: Sequence[Sequence[int]]) -> list[bool]:
+    """Return which prompts a memory may answer, from passes in which they share their beginnings."""
+    found = [True] * len(prompts)
+    with memory.unedited(), model.frozen_mode():
+        for group in by_length([len(ids) for ids in prompts], TOKEN_BUDGET):
+            ids, mask = model.tokens.pad([prompts[i] for i in group], model.device)
+            packed = pack(model, ids, mask)
+            with memory.watch(len(packed.inputs["input_ids"]), stop=True) as answered:
+                model(**packed.inputs)
+            paths = [path[: len(prompts[i])] for i, path in zip(group, packed.place.tolist(), strict=True)]
+            for i, one in zip(group, answered(packed.row[:, 0].tolist(), paths), strict=True):
+                found[i] = one
+    return found
+
+
+def trees(model: LanguageModel, sequences: Sequence[Sequence[int]], length: int, tokens: float) -> list[TreeRow] | None:
     """Return rows in which sequences share prefixes; ``None`` if they are unsupported or not faster.
 
     Args:

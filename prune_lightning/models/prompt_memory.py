@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,12 +15,15 @@ from prune_lightning.models.key_value_cache import cache_of
 Row = tuple[Sequence[int], int]
 """Token ids, and how many of them are the prompt."""
 
+Answered = Callable[[Sequence[int], Sequence[Sequence[int]]], list[bool]]
+"""Which prompts are answered, from the row of each in a pass, and the positions of its tokens in the row."""
+
 
 class PromptMemory:
     """Changes the answers to some prompts, each by itself.
 
     What it does to a row depends on the row's prompt alone, and is the same for all tokens of the answer. So sequences
-    cannot share the tokens of a common beginning as long as a model has a memory, unless that changes the text alone.
+    that a memory may answer cannot share the tokens of a common beginning, unless it changes the text alone.
 
     Attributes:
         only_asks: Whether it only changes what the model is asked, and not what the model computes for it.
@@ -35,6 +38,24 @@ class PromptMemory:
             row: A prompt, perhaps with an answer behind it, which stays there.
         """
         return row
+
+    @contextmanager
+    def watch(self, rows: int, stop: bool = False) -> Iterator[Answered]:
+        """Look at one forward pass of the model without the memory, and yield what then says which prompts it answers.
+
+        What it does not answer is right in that pass. By default it may answer every prompt.
+
+        Args:
+            rows: Rows of the pass.
+            stop: Whether to end the pass as soon as that is known.
+        """
+        yield lambda row, paths: [True] * len(paths)
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Inside the block the model is without the memory."""
+        raise NotImplementedError
+        yield
 
 
 @dataclass(frozen=True)
