@@ -28,7 +28,8 @@ from prune_lightning.evaluation.stream import UnrelatedAnswers
 from prune_lightning.export.sources import load_run
 from prune_lightning.ledger import Ledger, check_base, rebuild, without
 from prune_lightning.ledger.store import Ledger as Store
-from prune_lightning.models.packing import parts, trees
+from prune_lightning.models.generating import generation_settings
+from prune_lightning.models.packing import pack, parts, trees
 from prune_lightning.models.prompt_memory import PromptMemory
 from prune_lightning.requests import Probe
 from prune_lightning.types import EditRequest
@@ -132,8 +133,8 @@ DTYPES = {"gemma2": torch.float32}
 
 
 EXAMPLES = "In the morning they saw the river and the old king, who was a painter by profession. " * 2
-LOOKERS = [method for method in MEMORIES if method != "ike"]  # they decide by what the model computes
-OPEN = {
+INSIDE = [method for method in MEMORIES if method != "ike"]  # they decide by what the model computes
+ANSWER_ALL = {
     "elder": lambda memory: setattr(memory, "routing", replace(memory.routing, epsilon=math.inf)),
     "grace": lambda memory: memory.book.radii.fill_(math.inf),
     "memoir": lambda memory: setattr(memory, "threshold", 0.0),
@@ -143,30 +144,35 @@ OPEN = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", LOOKERS)
+@pytest.mark.parametrize("method", INSIDE)
 def test_a_memory_decides_alike_on_many_prompts_and_on_one(method, family, tiny):
     model = tiny(family)
-    memory = edited(method, model, REQUESTS[:3]).side
+    module = edited(method, model, REQUESTS[:3])
     prompts = model.tokens.encode_all([*(r.prompt for r in REQUESTS), *(EXAMPLES + text for text in OTHERS), *OTHERS])
     expected = []
     for ids in prompts:
         with torch.no_grad():
             model.model(torch.tensor([ids]))
-        expected += memory.answered(memory.held).tolist()
+        expected += module.side.answered(module.side.held).tolist()
     assert any(expected[:3])
-    for order in (prompts, prompts[::-1], []):
-        (left, block), (answered, _) = parts(model, order)
-        assert answered == [i for i, ids in enumerate(order) if expected[prompts.index(ids)]]
-        assert sorted(left + answered) == list(range(len(order)))
-        with block:
-            assert model.memory is None
-        assert model.memory is memory, "it is back"
+    with module.unedited():
+        shares = model.tree_depth > 0
+    for order in (prompts, prompts[::-1], prompts[:1], []):
+        seen, left = [], []
+        for places, context in parts(model, order):
+            seen += places
+            with context:
+                left += places if model.memory is None else []
+            assert model.memory is module.side, "it is back"
+        assert sorted(seen) == list(range(len(order)))
+        expected_left = [i for i, ids in enumerate(order) if not expected[prompts.index(ids)]]
+        assert left == (expected_left if shares and len(order) > 1 else [])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", LOOKERS)
+@pytest.mark.parametrize("method", INSIDE)
 def test_prompts_that_a_memory_leaves_alone_share_their_beginnings(method, family, tiny, monkeypatch):
-    """A memory that answers prompts of an even number of tokens, and all of them."""
+    """A memory that answers the prompts with an even number of tokens, and no others."""
     model = tiny(family, DTYPES.get(family, torch.float64))
     module = edited(method, model, REQUESTS[:3])
     by_itself = type(module.side).decide
@@ -176,7 +182,7 @@ def test_prompts_that_a_memory_leaves_alone_share_their_beginnings(method, famil
         odd = (reading.prompt().sum(1) % 2 == 1).view(-1, *[1] * (held.ndim - 1))
         return held.masked_fill(odd, -1 if held.dtype == torch.long else 0)
 
-    OPEN[method](module.side)
+    ANSWER_ALL[method](module.side)
     monkeypatch.setattr(type(module.side), "decide", decide)
     texts = [EXAMPLES + text for text in (*OTHERS, "A", "A dog is", "The old", "The old king saw", "By profession")]
     encoded = model.tokens.encode_pairs([(text, answer) for text in texts for answer in ("Rome", "a river", "Oslo")])
@@ -197,12 +203,55 @@ def test_prompts_that_a_memory_leaves_alone_share_their_beginnings(method, famil
     assert not (same.all() if method == "elder" else same.any())  # experts that no edit has trained add nothing
     assert (sum(sizes) < 0.9 * sum(len(pair.ids) for pair in encoded)) == shares
 
-    prompts = [pair.ids[: pair.target_start] for pair in encoded[::3]]
-    said = decode(model, prompts, [4] * len(prompts))
-    assert said == [decode(model, [ids], [4])[0] for ids in prompts]
+    prompts = [pair.ids[: pair.target_start] for pair in encoded[::3]] * 2  # each one twice
+    limits = [4] * len(prompts)
+    limits[3] = 0
+    said = decode(model, prompts, limits)
+    with torch.no_grad(), generation_settings(model) as ends:
+        for ids, limit, own in zip(prompts, limits, said, strict=True):
+            row = torch.tensor([ids])
+            whole = model.model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=4)[0, len(ids) :]
+            until = [token for token in whole.tolist()[:limit] if token not in ends]
+            assert list(own.ids) == until[: len(own.ids)]
+            assert len(own.ids) == len(until)
     with module.unedited():
-        left = decode(model, prompts, [4] * len(prompts))
-    assert all(a == b for a, b, own in zip(said, left, odd[::3], strict=True) if own)
+        left = decode(model, prompts, limits)
+    assert all(a == b for a, b, ids in zip(said, left, prompts, strict=True) if len(ids) % 2)
+
+
+@pytest.mark.parametrize("method", [method for method in INSIDE if method != "wise"])  # it changes no first choice here
+def test_a_prompt_that_breaks_leaves_the_memory_of_others_alone(method, tiny):
+    """It shares a row with prompts that the memory answers, and makes all of that row NaN."""
+    model = tiny("llama", torch.float32)
+    module = edited(method, model, REQUESTS[:3])
+    ANSWER_ALL[method](module.side)
+    texts = ["A dog", "The old king", "A", "In the", "a market"]
+    prompts = model.tokens.encode_all([EXAMPLES + text for text in texts])
+    others = {token for ids in prompts[:-1] for token in ids}
+    broken = next(token for token in prompts[-1] if token not in others)
+    before = decode(model, prompts, [4] * len(prompts))
+    with module.unedited():
+        assert decode(model, prompts, [4] * len(prompts)) != before
+        assert pack(model, *model.tokens.pad(prompts, model.device)).inputs["input_ids"].shape[0] < len(prompts)
+    model.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.masked_fill((args[0] == broken)[..., None], math.nan)
+    )
+    now = decode(model, prompts, [4] * len(prompts))
+    assert now[:-1] == before[:-1]
+    assert not now[-1].finite
+
+
+def test_a_model_has_one_memory(tiny):
+    model = tiny("llama")
+    first = edited("grace", model, REQUESTS[:1])
+    second = build("memoir", model)
+    with pytest.raises(UserError, match="memory of another editor"):
+        second.edit(REQUESTS[1:2])
+    assert len(second.side) == 0
+    assert model.memory is first.side
+    first.run.restore()
+    second.edit(REQUESTS[1:2])
+    assert model.memory is second.side
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -63,6 +63,7 @@ class _Rows:
 
     def scores(self, step: int, scores: Tensor, rows: Sequence[int]) -> Tensor:
         """Record non-finite rows. Under sampling, add Gumbel noise, so that the argmax is a draw from the softmax."""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # noise in 16 bits would have ties
         for place in (~torch.isfinite(scores.logsumexp(-1))).nonzero().flatten().tolist():
             self.finite_until[rows[place]] = min(self.finite_until[rows[place]], step)
         if self.sampling is None:
@@ -159,19 +160,19 @@ def decode(
     wanted = [i for i, limit in enumerate(limits) if limit > 0]
     asked = model.asked([(prompts[i], len(prompts[i])) for i in wanted])
     cut = {i: list(ids)[-room:] for i, (ids, _) in zip(wanted, asked, strict=True)}
-    for places, block in parts(model, list(cut.values())):
+    for places, context in parts(model, list(cut.values()), token_budget):
         part = [wanted[place] for place in places]
-        with block, generation_settings(model) as ends:
+        with context, generation_settings(model) as ends:
             for group in by_length([len(cut[i]) + limits[i] for i in part], token_budget):
                 chosen = [part[place] for place in group]
-                rows = [cut[i] for i in chosen]
+                run = [cut[i] for i in chosen]
                 drawn = TopK(sampling.k, [sampling.seeds[i] for i in chosen]) if sampling else None
-                going = _Rows(model, max(map(len, rows)), [limits[i] for i in chosen], stops, drawn)
+                rows = _Rows(model, max(map(len, run)), [limits[i] for i in chosen], stops, drawn)
                 # A memory has to know where each prompt ends, which only whole rows show.
                 shares = shares_beginnings(model) and model.fast_path.holds(PREFILLED, partial(prefills, model))
-                generated = (_continued if shares else _generated)(model, rows, going, ends)
+                generated = (_continued if shares else _generated)(model, run, rows, ends)
                 for row, i in enumerate(chosen):
-                    results[i] = going.continuation(row, generated[row], ends)
+                    results[i] = rows.continuation(row, generated[row], ends)
     return results
 
 

@@ -15,14 +15,11 @@ from prune_lightning.evaluation.likelihoods import likelihoods
 from prune_lightning.evaluation.pair_scores import NOTHING, PairScores
 from prune_lightning.models.batching import TOKEN_BUDGET, by_length, within_logits
 from prune_lightning.models.language_model import LanguageModel
-from prune_lightning.models.packing import shares_beginnings, trees
+from prune_lightning.models.packing import PAYS, WORTH, shares_beginnings, trees
 from prune_lightning.models.prompt_memory import PromptMemory
 from prune_lightning.models.token_tree import ROW_LENGTH, TreeRow, tree_inputs
 from prune_lightning.models.tokenization import EncodedPair
 from prune_lightning.text.separators import Pair, as_pair
-
-WORTH = 0.5
-"""Under a memory, beginnings are shared if at most this share of the tokens remains."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +44,11 @@ def _plain(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int) -> I
         yield _Batch({"input_ids": ids, "attention_mask": mask}, paths, [pairs[i].target_start for i in group])
 
 
-def _trees(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int, share: float) -> list[TreeRow] | None:
-    """Return rows in which pairs share tokens; ``None`` if they are not faster than this share of the plain tokens."""
+def _trees(model: LanguageModel, pairs: Sequence[EncodedPair], budget: int, most: float) -> list[TreeRow] | None:
+    """Return rows in which pairs share tokens; ``None`` if more than this share of the tokens would remain."""
     sequences = [pair.ids[:-1] for pair in pairs]  # the logits at the last token are not read
     lengths = [len(sequence) for sequence in sequences]
-    return trees(model, sequences, max(*lengths, min(ROW_LENGTH, budget)), share * sum(lengths)) if pairs else None
+    return trees(model, sequences, max(*lengths, min(ROW_LENGTH, budget)), sum(lengths), most) if pairs else None
 
 
 def _shared(
@@ -119,10 +116,9 @@ def score_encoded(
     """
     asked = model.asked([(pair.ids, pair.target_start) for pair in pairs])
     run = [replace(pair, ids=list(ids), target_start=start) for pair, (ids, start) in zip(pairs, asked, strict=True)]
-    memory = None if shares_beginnings(model) else model.memory
+    memory = None if not trees or shares_beginnings(model) else model.memory
     with nullcontext() if memory is None else memory.unedited():
-        # What the memory answers runs twice, so sharing has to save more.
-        rows = _trees(model, run, token_budget, 1.0 if memory is None else WORTH) if trees else None
+        rows = _trees(model, run, token_budget, PAYS if memory is None else WORTH) if trees else None
         if rows is not None:
             scores, answered = _scored(model, run, _shared(model, run, rows, token_budget), memory)
     if rows is None:
@@ -141,10 +137,7 @@ def score_encoded(
 def _scored(
     model: LanguageModel, pairs: Sequence[EncodedPair], batches: Iterator[_Batch], memory: PromptMemory | None = None
 ) -> tuple[PairScores, Tensor]:
-    """Score pairs in batches; also return which of them the memory answers, if the model runs without one that it has.
-
-    Those have to be scored again, in rows of their own.
-    """
+    """Score pairs in batches. With ``memory``, the model runs without it; also return which pairs it would answer."""
     exact = torch.promote_types(model.model.dtype, torch.float32)
     lengths = torch.tensor([len(pair.target) for pair in pairs], dtype=torch.long, device=model.device)
     total = torch.zeros(len(pairs), dtype=exact, device=model.device)
@@ -163,16 +156,16 @@ def _scored(
                 [[number[place] for place in where], owner, step, label], device=model.device
             )
             watched = nullcontext() if memory is None else memory.watch(len(batch.inputs["input_ids"]))
-            with model.prompts(batch.prompts), watched as answers:
+            with model.prompts(batch.prompts), watched as which_answered:
                 losses, choice = likelihoods(
                     model.logits_at(**batch.inputs, rows=rows, positions=places), index, labels
                 )
             total.index_add_(0, owners, losses)
             hits.index_add_(0, owners, (choice == labels).long())
             predicted[owners, steps] = choice
-            if answers is not None:
+            if which_answered is not None:
                 prompts = [path[: pairs[i].target_start] for i, (_, path) in batch.paths.items()]
-                found = answers([row for row, _ in batch.paths.values()], prompts)
+                found = which_answered([row for row, _ in batch.paths.values()], prompts)
                 answered[list(batch.paths)] = torch.tensor(found, device=model.device)
     broken = ~torch.isfinite(total)  # also where only the last tokens are
     hits, predicted = hits.masked_fill(broken, 0), predicted.masked_fill(broken[:, None], NOTHING)

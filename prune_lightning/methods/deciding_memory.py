@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from prune_lightning.devices import on_device
 from prune_lightning.methods.side_memory import SideMemory
 from prune_lightning.models.batching import TOKEN_BUDGET, by_length
 from prune_lightning.models.hooks import Recorder, apart, capture, hidden_states
-from prune_lightning.models.prompt_memory import Answered, Reading
+from prune_lightning.models.prompt_memory import Reading, WhichAnswered
 
 
 class DecidingMemory(SideMemory):
@@ -66,25 +67,27 @@ class DecidingMemory(SideMemory):
             self.held = self.decide(apart(args[0], reading.rows), apart(hidden_states(output), reading.rows), reading)
 
     @contextmanager
-    def watch(self, rows: int, stop: bool = False) -> Iterator[Answered]:
+    def watch(self, rows: int, stop: bool = False) -> Iterator[WhichAnswered]:
         """See the base class: what the module reads does not depend on the memory."""
         with capture([self.witness], [self.witness], stop, rows) as seen:
-            yield partial(self._answered, seen)
+            yield partial(self._which_answered, seen)
 
     @torch.no_grad()
-    def _answered(self, seen: Recorder, row: Sequence[int], paths: Sequence[Sequence[int]]) -> list[bool]:
+    def _which_answered(self, seen: Recorder, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> list[bool]:
         """Decide on prompts whose tokens are anywhere in the rows of a pass."""
         number: dict[tuple[int, ...], int] = {}  # of each prompt; those with several answers are decided on once
-        of_path = [number.setdefault((at, *path), len(number)) for at, path in zip(row, paths, strict=True)]
+        of_path = [number.setdefault((at, *path), len(number)) for at, path in zip(rows, paths, strict=True)]
         distinct, found = list(number), [False] * len(number)
         for group in by_length([len(path) for path in distinct], TOKEN_BUDGET):
+            padded = pad_sequence(on_device([distinct[i] for i in group], self.device), batch_first=True)
+            row, places = padded[:, :1], padded[:, 1:]
             lengths = torch.tensor([len(distinct[i]) - 1 for i in group], device=self.device)
-            padded = [torch.tensor(distinct[i], device=self.device) for i in group]
-            rows, places = pad_sequence(padded, batch_first=True).split([1, int(lengths.max())], dim=1)
             real = torch.arange(places.shape[1], device=self.device) < lengths[:, None]
             # A row for each prompt again; what is behind its end is arbitrary.
-            inputs, outputs = (value[rows, places] for value in (seen.inputs[0], seen.outputs[0]))
-            held = self.decide(inputs, outputs, Reading(real, lengths - 1))
-            for i, one in zip(group, self.answered(held).tolist(), strict=True):
+            inputs, outputs = (value[row, places] for value in (seen.inputs[0], seen.outputs[0]))
+            answered = self.answered(self.decide(inputs, outputs, Reading(real, lengths - 1)))
+            # A prompt that breaks makes those of its row NaN, too: each has to be read by itself.
+            broken = ~(inputs.isfinite().all(-1) & outputs.isfinite().all(-1)) & real
+            for i, one in zip(group, (answered | broken.any(1)).tolist(), strict=True):
                 found[i] = one
         return [found[i] for i in of_path]

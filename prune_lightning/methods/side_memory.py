@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lightning.devices import to_device
+from prune_lightning.errors import UserError
 from prune_lightning.fingerprint import sampled_fingerprint
 from prune_lightning.methods.base import EditingModule
 from prune_lightning.methods.edited_part import EditedPart, Event
@@ -112,6 +113,7 @@ class SideMemory(EditedPart, PromptMemory):
 
     def add(self, update: Any) -> None:
         """Add an update."""
+        self._refuse_another()
         event = Event("add", update.contiguous())
         self.replay([event])
         self.journal.append(event)
@@ -128,9 +130,13 @@ class SideMemory(EditedPart, PromptMemory):
         model = self.language_model
         if not len(self):
             self._detach()
-        elif not self._handles and model.memory is not self:
+        elif model.memory is None:
             self._handles = [] if self.only_asks else [model.reader.attach(model.model), *self.hooks()]
             model.memory = self
+
+    def _refuse_another(self) -> None:
+        if self.language_model.memory not in (None, self):
+            raise UserError("the model has the memory of another editor: undo its edits first, or load the model again")
 
     def _detach(self) -> None:
         for handle in self._handles:

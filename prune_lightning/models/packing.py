@@ -16,6 +16,8 @@ from prune_lightning.models.token_tree import ROW_LENGTH, TreeRow, grow, tree_in
 
 PAYS = 0.9
 """Tokens are left out only if at most this share of them remains, since gathering them has a cost, too."""
+WORTH = 0.5
+"""The same under a memory: prompts that it answers are run twice."""
 
 
 @dataclass(frozen=True)
@@ -43,45 +45,57 @@ def shares_beginnings(model: LanguageModel) -> bool:
 
 
 def parts(
-    model: LanguageModel, prompts: Sequence[Sequence[int]]
+    model: LanguageModel, prompts: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET
 ) -> Iterator[tuple[list[int], AbstractContextManager[None]]]:
-    """Yield the prompts that are answered by weights alone, and then the others, with the block to run them in.
+    """Divide prompts into those that a memory leaves alone, which can share their beginnings, and the others.
 
-    In the first block sequences can share their beginnings. A part may be empty.
+    Everything is one part, to be run with the memory, if sharing would not be worth the passes that the division takes.
+    Everything is one part, too, if there is no memory.
 
     Args:
         model: The language model.
         prompts: Token ids.
+        token_budget: Padded tokens per forward pass.
 
     Yields:
-        Places in ``prompts``, and the block.
+        Places in ``prompts``, and the context in which to run them.
     """
-    if shares_beginnings(model):
-        yield list(range(len(prompts))), nullcontext()
+    memory, every = model.memory, list(range(len(prompts)))
+    if memory is None or memory.only_asks or not _worth_dividing(model, memory, prompts):
+        yield every, nullcontext()
         return
-    assert model.memory is not None
-    answered = _answered(model, model.memory, prompts)
-    yield [i for i, one in enumerate(answered) if not one], model.memory.unedited()
-    yield [i for i, one in enumerate(answered) if one], nullcontext()
+    decided = _decided(model, memory, prompts, token_budget)
+    yield [i for i in every if not decided[i]], memory.unedited()
+    yield [i for i in every if decided[i]], nullcontext()
+
+
+def _worth_dividing(model: LanguageModel, memory: PromptMemory, prompts: Sequence[Sequence[int]]) -> bool:
+    with memory.unedited():
+        length = max(ROW_LENGTH, *map(len, prompts)) if prompts else 0
+        return len(prompts) > 1 and trees(model, prompts, length, sum(map(len, prompts)), WORTH) is not None
 
 
 @torch.no_grad()
-def _answered(model: LanguageModel, memory: PromptMemory, prompts: Sequence[Sequence[int]]) -> list[bool]:
+def _decided(
+    model: LanguageModel, memory: PromptMemory, prompts: Sequence[Sequence[int]], token_budget: int
+) -> list[bool]:
     """Return which prompts a memory may answer, from passes in which they share their beginnings."""
     found = [True] * len(prompts)
     with memory.unedited(), model.frozen_mode():
-        for group in by_length([len(ids) for ids in prompts], TOKEN_BUDGET):
+        for group in by_length([len(ids) for ids in prompts], token_budget):
             ids, mask = model.tokens.pad([prompts[i] for i in group], model.device)
             packed = pack(model, ids, mask)
-            with memory.watch(len(packed.inputs["input_ids"]), stop=True) as answered:
+            with memory.watch(len(packed.inputs["input_ids"]), stop=True) as which_answered:
                 model(**packed.inputs)
             paths = [path[: len(prompts[i])] for i, path in zip(group, packed.place.tolist(), strict=True)]
-            for i, one in zip(group, answered(packed.row[:, 0].tolist(), paths), strict=True):
+            for i, one in zip(group, which_answered(packed.row[:, 0].tolist(), paths), strict=True):
                 found[i] = one
     return found
 
 
-def trees(model: LanguageModel, sequences: Sequence[Sequence[int]], length: int, tokens: float) -> list[TreeRow] | None:
+def trees(
+    model: LanguageModel, sequences: Sequence[Sequence[int]], length: int, tokens: int, most: float = PAYS
+) -> list[TreeRow] | None:
     """Return rows in which sequences share prefixes; ``None`` if they are unsupported or not faster.
 
     Args:
@@ -89,11 +103,12 @@ def trees(model: LanguageModel, sequences: Sequence[Sequence[int]], length: int,
         sequences: Token ids.
         length: Tokens per row.
         tokens: Number of tokens of plain rows, to compare with.
+        most: Largest share of those tokens that may remain.
     """
     if not shares_beginnings(model):
         return None
     rows = grow(sequences, length)
-    if sum(len(row.ids) for row in rows) > PAYS * tokens or max(map(len, sequences)) > model.tree_depth:
+    if sum(len(row.ids) for row in rows) > most * tokens or max(map(len, sequences)) > model.tree_depth:
         return None
     return rows
 

@@ -15,8 +15,8 @@ from prune_lightning.models.key_value_cache import cache_of
 Row = tuple[Sequence[int], int]
 """Token ids, and how many of them are the prompt."""
 
-Answered = Callable[[Sequence[int], Sequence[Sequence[int]]], list[bool]]
-"""Which prompts are answered, from the row of each in a pass, and the positions of its tokens in the row."""
+WhichAnswered = Callable[[Sequence[int], Sequence[Sequence[int]]], list[bool]]
+"""From the row of each prompt in a pass, and the positions of its tokens in the row: whether it may be answered."""
 
 
 class PromptMemory:
@@ -40,16 +40,17 @@ class PromptMemory:
         return row
 
     @contextmanager
-    def watch(self, rows: int, stop: bool = False) -> Iterator[Answered]:
-        """Look at one forward pass of the model without the memory, and yield what then says which prompts it answers.
+    def watch(self, rows: int, stop: bool = False) -> Iterator[WhichAnswered]:
+        """Watch one forward pass of the model without the memory.
 
-        What it does not answer is right in that pass. By default it may answer every prompt.
+        Yield a function that says which prompts of that pass the memory may answer; for all others the pass is already
+        right. By default it may answer every prompt.
 
         Args:
             rows: Rows of the pass.
             stop: Whether to end the pass as soon as that is known.
         """
-        yield lambda row, paths: [True] * len(paths)
+        yield lambda rows, paths: [True] * len(paths)
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
