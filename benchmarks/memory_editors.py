@@ -115,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--networks", metavar="FOLDER", help="SERAC's trained networks; the bundled model has its own")
     parser.add_argument("--entries", nargs="+", type=int, default=[10, 100, 1000])
     parser.add_argument("--prompts", type=int, default=10, help="of edits, and as many unrelated ones")
     parser.add_argument("--new-tokens", type=int, default=20)
@@ -143,7 +144,8 @@ def main() -> None:
 
 def times(name: str, requests: list[EditRequest], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the times of one method at each number of entries."""
-    with composed({"model": options.model, "method": name}, {"method": METHODS[name]}) as config:
+    settings = METHODS[name] | ({"path": options.networks} if name == "serac" and options.networks else {})
+    with composed({"model": options.model, "method": name}, {"method": settings}) as config:
         recipe = Recipe.of(config)
     model = recipe.language_model()
     module = recipe.build(model)
