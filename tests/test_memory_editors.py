@@ -13,6 +13,7 @@ import torch
 from conftest import FAMILIES, ROOT, alike, quiet_trainer
 from test_conformance import MEMORIES, build
 from test_fuzz import command_line
+from test_scoring import break_token
 from torch.utils.data import DataLoader
 
 from prune_lightning.callbacks import PRUNE, RECT, EditLedger, Guards
@@ -211,9 +212,7 @@ def test_prompts_that_a_memory_leaves_alone_share_their_beginnings(method, famil
         for ids, limit, own in zip(prompts, limits, said, strict=True):
             row = torch.tensor([ids])
             whole = model.model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=4)[0, len(ids) :]
-            until = [token for token in whole.tolist()[:limit] if token not in ends]
-            assert list(own.ids) == until[: len(own.ids)]
-            assert len(own.ids) == len(until)
+            assert list(own.ids) == [token for token in whole.tolist()[:limit] if token not in ends]
     with module.unedited():
         left = decode(model, prompts, limits)
     assert all(a == b for a, b, ids in zip(said, left, prompts, strict=True) if len(ids) % 2)
@@ -233,9 +232,7 @@ def test_a_prompt_that_breaks_leaves_the_memory_of_others_alone(method, tiny):
     with module.unedited():
         assert decode(model, prompts, [4] * len(prompts)) != before
         assert pack(model, *model.tokens.pad(prompts, model.device)).inputs["input_ids"].shape[0] < len(prompts)
-    model.model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: output.masked_fill((args[0] == broken)[..., None], math.nan)
-    )
+    break_token(model, broken)
     now = decode(model, prompts, [4] * len(prompts))
     assert now[:-1] == before[:-1]
     assert not now[-1].finite
@@ -248,6 +245,8 @@ def test_a_model_has_one_memory(tiny):
     with pytest.raises(UserError, match="memory of another editor"):
         second.edit(REQUESTS[1:2])
     assert len(second.side) == 0
+    with pytest.raises(UserError, match="memory of another editor"):
+        build("grace", model).side.load_state_dict(first.side.state_dict())
     assert model.memory is first.side
     first.run.restore()
     second.edit(REQUESTS[1:2])

@@ -126,11 +126,17 @@ class SideMemory(EditedPart, PromptMemory):
             self.include(event.change.to(self.device).tensors)
 
     def write(self) -> None:
-        """Put the hooks into the model if there is something in the memory, and take them out otherwise."""
+        """Put the hooks into the model if there is something in the memory, and take them out otherwise.
+
+        Raises:
+            UserError: The model has the memory of another editor.
+        """
         model = self.language_model
         if not len(self):
             self._detach()
-        elif model.memory is None:
+            return
+        self._refuse_another()
+        if model.memory is None:
             self._handles = [] if self.only_asks else [model.reader.attach(model.model), *self.hooks()]
             model.memory = self
 

@@ -70,9 +70,11 @@ def parts(
 
 
 def _worth_dividing(model: LanguageModel, memory: PromptMemory, prompts: Sequence[Sequence[int]]) -> bool:
+    if len(prompts) < 2:
+        return False
+    lengths = [len(ids) for ids in prompts]
     with memory.unedited():
-        length = max(ROW_LENGTH, *map(len, prompts)) if prompts else 0
-        return len(prompts) > 1 and trees(model, prompts, length, sum(map(len, prompts)), WORTH) is not None
+        return trees(model, prompts, max(ROW_LENGTH, *lengths), sum(lengths), WORTH) is not None
 
 
 @torch.no_grad()
